@@ -1,0 +1,44 @@
+"""gradscope watches a PyTorch training loop and says by name what is wrong with it.
+
+    import gradscope
+
+    with gradscope.watch(model, optimizer) as scope:
+        ...  # the loop, unchanged
+
+    print(scope)
+
+Importing the package imports neither torch nor pandas nor rich; each arrives with its first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gradscope._version import __version__
+
+if TYPE_CHECKING:
+    from gradscope.errors import GradscopeError, GradscopeWarning
+    from gradscope.scope import Scope, watch
+
+__all__ = ["GradscopeError", "GradscopeWarning", "Scope", "__version__", "watch"]
+
+_HOMES = {
+    "GradscopeError": "gradscope.errors",
+    "GradscopeWarning": "gradscope.errors",
+    "Scope": "gradscope.scope",
+    "watch": "gradscope.scope",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gradscope' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,31 @@
+"""The ``gradscope`` command: one verb is one file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from gradscope._version import __version__
+from gradscope.cli import demo, rule, run
+from gradscope.errors import GradscopeError
+
+VERBS = (run, demo, rule)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 2 for what cannot be done as asked."""
+    parser = argparse.ArgumentParser(
+        prog="gradscope", description="Watches a PyTorch training loop and says what is wrong."
+    )
+    parser.add_argument("--version", action="version", version=f"gradscope {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for verb in VERBS:
+        verb.add_parser(subparsers)
+    parsed = parser.parse_args(arguments)
+    try:
+        status: int = parsed.execute(parsed)
+    except GradscopeError as error:
+        print(f"gradscope: {error}", file=sys.stderr)
+        return 2
+    return status

@@ -1,0 +1,54 @@
+"""Everything gradscope raises or warns with.
+
+    GradscopeError(Exception)
+     ├─ UsageError(TypeError, ValueError)    what was passed cannot be watched
+     ├─ ScopeStateError(RuntimeError)        started twice, asked before anything was seen
+     ├─ UnknownRuleError(KeyError)           no rule bears that code or name
+     ├─ OutputExistsError(FileExistsError)   an output would overwrite a file
+     └─ RenderError(RuntimeError)            a picture could not be drawn
+    GradscopeWarning(UserWarning)            something of gradscope's own went wrong; names a slug
+
+None of these is ever raised from inside a training step: an error of gradscope's own is recorded,
+told once as a :class:`GradscopeWarning`, and training goes on.
+"""
+
+from __future__ import annotations
+
+
+class GradscopeError(Exception):
+    """The base of every error that gradscope raises."""
+
+
+class UsageError(GradscopeError, TypeError, ValueError):
+    """What the program passed cannot be used; the message names it and says what to pass."""
+
+
+class ScopeStateError(GradscopeError, RuntimeError):
+    """The scope is not in a state in which that can be done."""
+
+
+class UnknownRuleError(GradscopeError, KeyError):
+    """No rule bears that code or name."""
+
+    def __str__(self) -> str:  # KeyError would show the repr of the message
+        return str(self.args[0])
+
+
+class OutputExistsError(GradscopeError, FileExistsError):
+    """A file is in the way, and nothing of the user's is overwritten unasked."""
+
+
+class RenderError(GradscopeError, RuntimeError):
+    """Graphviz could not be found, or refused the picture."""
+
+
+class GradscopeWarning(UserWarning):
+    """Something inside gradscope failed; the training was not touched.
+
+    Attributes:
+        slug: the short name of what happened, as listed in ``docs/warnings.md``.
+    """
+
+    def __init__(self, slug: str, text: str) -> None:
+        super().__init__(f"gradscope: {text} [{slug}]")
+        self.slug = slug

@@ -1,0 +1,89 @@
+"""Values that may still be on their way from an accelerator.
+
+Reading a value from a device waits for all work queued there; inside a training step that is
+forbidden. So a value is copied to the host without waiting, and asked for when it has arrived.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Late(Protocol[T_co]):
+    """A value that may not be there yet."""
+
+    def ready(self) -> bool:
+        """Whether :meth:`value` would return without waiting."""
+
+    def value(self) -> T_co:
+        """Return the value, waiting for it if need be."""
+
+
+class Known(Late[T_co]):
+    """A value that is there."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: T_co) -> None:
+        self._value = value
+
+    def ready(self) -> bool:
+        """Return True."""
+        return True
+
+    def value(self) -> T_co:
+        """Return the value."""
+        return self._value
+
+
+class Numbers(Late[npt.NDArray[np.float64]]):
+    """Numbers in a tensor, of any real dtype and on any device, as a float64 array.
+
+    The tensor is read as it is when this is made: what the program writes into it afterwards does
+    not matter.
+    """
+
+    __slots__ = ("_arrived", "_host")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        tensor = tensor.detach()
+        if tensor.device.type == "cpu":
+            self._host = tensor.to(torch.float64, copy=True)
+            self._arrived = None
+            return
+        # Pinned memory comes from torch's caching allocator; only into it can a copy go without
+        # the host waiting.
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._arrived = torch.Event(tensor.device.type)
+        self._arrived.record()
+
+    def ready(self) -> bool:
+        """Whether the copy has arrived on the host."""
+        return self._arrived is None or self._arrived.query()
+
+    def value(self) -> npt.NDArray[np.float64]:
+        """Return the numbers, shaped like the tensor."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        numbers: npt.NDArray[np.float64] = self._host.to(torch.float64).numpy()
+        return numbers
+
+
+def scalar_of(tensor: torch.Tensor) -> Late[Any]:
+    """Return the value of a tensor of one real element; NaN for any other tensor."""
+    if tensor.numel() != 1 or tensor.is_meta or tensor.is_complex() or not _is_plain(tensor):
+        return Known(float("nan"))
+    if tensor.device.type == "cpu":
+        return Known(tensor.detach().item())
+    return Numbers(tensor.detach().reshape(()))
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not hasattr(tensor, "to_local")

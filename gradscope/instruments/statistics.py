@@ -1,0 +1,309 @@
+"""Norms and other statistics of many tensors at once.
+
+What dominates is the number of calls, not of bytes: one call of torch on a small tensor costs more
+than reading it. So small tensors are copied into one flat buffer with a single call and reduced
+there by numpy; large ones are read in blocks, whose sums are added in double precision (a float32
+sum of squares over four million elements is off by 1e-4, over a block of 2¹⁷ by 1e-7).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gradscope.instruments.late import Known, Late, Numbers
+
+Reals = npt.NDArray[np.float64]
+
+_SMALL = 16_384
+_BLOCK = 131_072
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Outside of these a float32 sum of squares has lost digits to underflow or overflow.
+_TINY, _HUGE = 1e-30, 1e37
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Statistics of n tensors, one entry each; of an absent or unreadable tensor all are NaN.
+
+    Attributes:
+        numel: float64[n], number of elements (of the stored ones for a sparse tensor).
+        sum: float64[n].
+        sum_of_squares: float64[n]; of magnitudes for complex tensors.
+        min, max: float64[n]; NaN for complex and empty tensors.
+        n_zero: float64[n], exact zeros.
+        n_nonfinite: float64[n], NaN and infinities.
+    """
+
+    numel: Reals
+    sum: Reals
+    sum_of_squares: Reals
+    min: Reals
+    max: Reals
+    n_zero: Reals
+    n_nonfinite: Reals
+
+    @classmethod
+    def empty(cls, n: int) -> Statistics:
+        """Return statistics of which nothing is known."""
+        return cls(*(np.full(n, np.nan) for _ in fields(cls)))
+
+    @property
+    def norm(self) -> Reals:
+        """float64[n], L2 norm."""
+        return np.sqrt(self.sum_of_squares)
+
+    @property
+    def mean(self) -> Reals:
+        """float64[n]."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(self.sum / self.numel)
+
+    @property
+    def std(self) -> Reals:
+        """float64[n], population standard deviation."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            variance = self.sum_of_squares / self.numel - self.mean**2
+            return np.sqrt(np.maximum(variance, 0.0))
+
+    @property
+    def abs_max(self) -> Reals:
+        """float64[n]."""
+        return np.maximum(np.abs(self.min), np.abs(self.max))
+
+    @property
+    def zero_fraction(self) -> Reals:
+        """float64[n]."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(self.n_zero / self.numel)
+
+
+class StatisticsReader:
+    """Reads statistics of lists of tensors that are shaped like a fixed list of parameters.
+
+    Args:
+        like: the parameters, or None for one that is gone; of each only shape, dtype and device
+            are remembered.
+    """
+
+    def __init__(self, like: Sequence[torch.Tensor | None]) -> None:
+        self.n = len(like)
+        shapes = {i: t.shape for i, t in enumerate(like) if t is not None and _is_small(t)}
+        sizes = [shape.numel() for shape in shapes.values()]
+        flat = torch.zeros(sum(sizes), dtype=torch.float32)
+        self._small = np.array(list(shapes), np.int64)
+        self._rest = [i for i in range(self.n) if i not in shapes]
+        self._sizes = np.array(sizes, np.int64)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._views = [
+            part.view(shape)
+            for part, shape in zip(flat.split(sizes), shapes.values(), strict=True)
+        ] if sizes else []
+        self._flat = flat.numpy()
+        self._double = np.zeros(len(self._flat), np.float64)
+        self._is_zero = np.zeros(len(self._flat), np.bool_)
+
+    def sums_of_squares(self, tensors: Sequence[torch.Tensor | None]) -> Late[Reals]:
+        """Return float64[n]: the sum of squares of each tensor, NaN where there is none."""
+        result = np.full(self.n, np.nan)
+        present, others = self._flatten(tensors)
+        if len(self._small):
+            np.copyto(self._double, self._flat)
+            np.multiply(self._double, self._double, out=self._double)
+            result[self._small[present]] = np.add.reduceat(self._double, self._starts)[present]
+        readings = [_sum_of_squares(plain) for _, plain in others]
+        return _Filled(
+            result,
+            [i for i, _ in others],
+            readings,
+            lambda target, at, values: target.__setitem__(at, values[0]),
+        )
+
+    def statistics(self, tensors: Sequence[torch.Tensor | None]) -> Late[Statistics]:
+        """Return all statistics of each tensor."""
+        result = Statistics.empty(self.n)
+        present, others = self._flatten(tensors)
+        if len(self._small):
+            self._reduce_flat(result, present)
+        readings = [_all_statistics(plain) for _, plain in others]
+        return _Filled(result, [i for i, _ in others], readings, _put_statistics)
+
+    def _flatten(
+        self, tensors: Sequence[torch.Tensor | None]
+    ) -> tuple[npt.NDArray[np.bool_], list[tuple[int, torch.Tensor]]]:
+        """Copy the small tensors into the buffer.
+
+        Returns:
+            Which of them there are, and the tensors that have to be read one by one.
+        """
+        sources = [tensors[i] for i in self._small.tolist()]
+        regular = [t is not None and t.layout is torch.strided for t in sources]
+        rest = self._rest
+        with torch.no_grad():
+            if all(regular):
+                if sources:
+                    torch._foreach_copy_(self._views, sources)
+            else:
+                pairs = list(zip(self._views, sources, regular, strict=True))
+                if any(regular):
+                    torch._foreach_copy_(
+                        [view for view, _, use in pairs if use], [t for _, t, use in pairs if use]
+                    )
+                rest = rest + [
+                    int(i)
+                    for i, t, use in zip(self._small, sources, regular, strict=True)
+                    if t is not None and not use
+                ]
+        others = [(i, _plain(t)) for i in rest if (t := tensors[i]) is not None]
+        return np.array(regular, np.bool_), [(i, t) for i, t in others if t is not None]
+
+    def _reduce_flat(self, result: Statistics, present: npt.NDArray[np.bool_]) -> None:
+        at, starts = self._small[present], self._starts
+        result.numel[at] = self._sizes[present]
+        result.min[at] = np.minimum.reduceat(self._flat, starts)[present]
+        result.max[at] = np.maximum.reduceat(self._flat, starts)[present]
+        np.equal(self._flat, 0, out=self._is_zero)
+        zeros = np.add.reduceat(self._is_zero.view(np.uint8), starts, dtype=np.uint32)
+        result.n_zero[at] = zeros[present]
+        np.copyto(self._double, self._flat)
+        result.sum[at] = np.add.reduceat(self._double, starts)[present]
+        np.multiply(self._double, self._double, out=self._double)
+        squares = np.add.reduceat(self._double, starts)
+        result.sum_of_squares[at] = squares[present]
+        nonfinite = np.zeros(len(starts))
+        # Squares of float32 cannot overflow in double: where the sum is not finite, an element
+        # is not.
+        for i in np.flatnonzero(~np.isfinite(squares)):
+            part = self._flat[starts[i] : starts[i] + self._sizes[i]]
+            nonfinite[i] = np.count_nonzero(~np.isfinite(part))
+        result.n_nonfinite[at] = nonfinite[present]
+
+
+class _Filled(Late[Any]):
+    """A result whose buffered part is there, and whose other entries may still be under way."""
+
+    def __init__(
+        self, result: Any, at: list[int], readings: list[Late[Any]], put: Callable[..., None]
+    ) -> None:
+        self._result, self._at, self._readings, self._put = result, at, readings, put
+
+    def ready(self) -> bool:
+        return all(reading.ready() for reading in self._readings)
+
+    def value(self) -> Any:
+        for at, reading in zip(self._at, self._readings, strict=True):
+            self._put(self._result, at, np.atleast_1d(reading.value()))
+        self._at, self._readings = [], []
+        return self._result
+
+
+def _put_statistics(result: Statistics, at: int, values: Reals) -> None:
+    for field, value in zip(fields(Statistics), values, strict=True):
+        getattr(result, field.name)[at] = value
+
+
+def _is_small(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype in _FLOATS
+        and tensor.layout is torch.strided
+        and 0 < tensor.numel() <= _SMALL
+        and not hasattr(tensor, "to_local")
+    )
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The numbers of a tensor as a dense one without graph; None if they cannot be read."""
+    tensor = tensor.detach()
+    if hasattr(tensor, "to_local"):  # a DTensor: this rank's part
+        tensor = tensor.to_local()
+    if tensor.layout is torch.sparse_coo:
+        # A row may be stored several times; its parts add up.
+        tensor = tensor.coalesce().values()
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        return None
+    return tensor
+
+
+def _sum_of_squares(tensor: torch.Tensor) -> Late[Reals]:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if tensor.device.type != "cpu":
+        # Without a look at the value, the safe way is to accumulate in double at once.
+        return Numbers(torch.linalg.vector_norm(tensor, dtype=_widest(tensor)) ** 2)
+    if tensor.numel() == 0:
+        return Known(np.zeros(1))
+    total = 0.0
+    if tensor.dtype in (torch.float32, torch.float64):
+        for block in tensor.reshape(-1).split(_BLOCK):
+            total += float(torch.dot(block, block))
+    else:
+        for block in tensor.reshape(-1).split(_BLOCK):
+            wide = block.to(torch.float32)
+            total += float(torch.dot(wide, wide))
+    if not _TINY < total < _HUGE and total != 0.0:
+        total = float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+    elif total == 0.0 and bool((tensor != 0).any()):
+        total = float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+    return Known(np.array([total]))
+
+
+def _all_statistics(tensor: torch.Tensor) -> Late[Reals]:
+    """float64[7] in the order of the fields of Statistics."""
+    numel = tensor.numel()
+    if numel == 0:
+        return Known(np.array([0.0, 0.0, 0.0, math.nan, math.nan, 0.0, 0.0]))
+    if tensor.device.type != "cpu":
+        return Numbers(_statistics_on_device(tensor))
+    squares = float(_sum_of_squares(tensor).value()[0])
+    nonzero = int(torch.count_nonzero(tensor))
+    finite = math.isfinite(squares)
+    nonfinite = 0 if finite else numel - int(torch.isfinite(tensor).sum())
+    if tensor.is_complex():
+        return Known(
+            np.array([numel, math.nan, squares, math.nan, math.nan, numel - nonzero, nonfinite])
+        )
+    total = 0.0
+    for block in tensor.reshape(-1).split(_BLOCK):
+        total += float(block.sum(dtype=torch.float64 if block.dtype.itemsize < 4 else None))
+    least, greatest = torch.aminmax(tensor)
+    return Known(
+        np.array(
+            [numel, total, squares, float(least), float(greatest), numel - nonzero, nonfinite]
+        )
+    )
+
+
+def _statistics_on_device(tensor: torch.Tensor) -> torch.Tensor:
+    wide = _widest(tensor)
+    nonzero = torch.count_nonzero(tensor).to(wide)
+    nonfinite = (tensor.numel() - torch.isfinite(tensor).sum()).to(wide)
+    numel = torch.full_like(nonzero, tensor.numel())
+    nan = torch.full_like(nonzero, math.nan)
+    if tensor.is_complex():
+        squares = torch.linalg.vector_norm(torch.view_as_real(tensor.resolve_conj()), dtype=wide) ** 2
+        return torch.stack([numel, nan, squares, nan, nan, numel - nonzero, nonfinite])
+    least, greatest = torch.aminmax(tensor)
+    squares = torch.linalg.vector_norm(tensor, dtype=wide) ** 2
+    return torch.stack(
+        [
+            numel,
+            tensor.sum(dtype=wide),
+            squares,
+            least.to(wide),
+            greatest.to(wide),
+            numel - nonzero,
+            nonfinite,
+        ]
+    )
+
+
+def _widest(tensor: torch.Tensor) -> torch.dtype:
+    # Apple's device has no float64.
+    return torch.float32 if tensor.device.type == "mps" else torch.float64

@@ -1,0 +1,1 @@
+"""The line `logits, loss = model(xb, yb)`: the graph behind the loss."""

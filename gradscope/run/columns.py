@@ -1,0 +1,147 @@
+"""The rows of one table while they arrive: a numpy array per column that grows by doubling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradscope.run.schema import Kind, Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_STORED_AS: dict[Kind, np.dtype[Any]] = {
+    Kind.COUNT: np.dtype(np.int64),
+    Kind.OPTIONAL_COUNT: np.dtype(np.int64),
+    Kind.REAL: np.dtype(np.float64),
+    Kind.FLAG: np.dtype(np.bool_),
+    # Texts recur in almost every row: each is kept once, and a row holds its number.
+    Kind.TEXT: np.dtype(np.int32),
+    Kind.PARAM: np.dtype(np.int32),
+    Kind.OPTIMIZER: np.dtype(np.int32),
+}
+
+MISSING = np.iinfo(np.int64).min
+"""How a missing value of a :attr:`Kind.OPTIONAL_COUNT` column is stored."""
+
+
+class Columns:
+    """The stored rows of one table.
+
+    Parameters and optimizers are stored as their numbers; their names are looked up when a
+    DataFrame is made, so that a name learnt late holds for the rows of before.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.n_rows = 0
+        self._capacity = 64
+        self._kinds = {column.name: column.kind for column in table.columns}
+        self._arrays = {
+            name: np.zeros(self._capacity, _STORED_AS[kind]) for name, kind in self._kinds.items()
+        }
+        self._texts: list[str] = []
+        self._text_numbers: dict[str, int] = {}
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        """Append one row; a column left out gets its empty value (0, NaN, missing, ``""``)."""
+        self.extend(1, values)
+
+    def extend(self, n: int, values: Mapping[str, Any]) -> None:
+        """Append ``n`` rows at once.
+
+        Args:
+            n: how many rows.
+            values: for each column an array or list of ``n`` values, or one value for all.
+
+        Raises:
+            KeyError: if ``values`` names a column that the table has not.
+        """
+        start, stop = self.n_rows, self.n_rows + n
+        if stop > self._capacity:
+            self._grow(stop)
+        for name in values:
+            if name not in self._kinds:
+                raise KeyError(f"table {self.table.name!r} has no column {name!r}")
+        for name, kind in self._kinds.items():
+            value = values.get(name)
+            if value is None:
+                value = _EMPTY[kind]
+            if kind is Kind.TEXT:
+                value = self._numbers_of(value)
+            elif kind is Kind.OPTIONAL_COUNT and isinstance(value, list):
+                value = [MISSING if item is None else item for item in value]
+            self._arrays[name][start:stop] = value
+        self.n_rows = stop
+
+    def set(self, name: str, row: int, value: Any) -> None:
+        """Fill in a value that was not known yet when its row was appended."""
+        self._arrays[name][row] = value
+
+    def array(self, name: str) -> np.ndarray[Any, Any]:
+        """Return a column as stored, one value a row: a view, valid until the next append."""
+        return self._arrays[name][: self.n_rows]
+
+    def texts(self, name: str) -> np.ndarray[Any, Any]:
+        """Return a text column as an object array of strings."""
+        return np.array([*self._texts, ""], dtype=object)[self.array(name)]
+
+    def frame(self, params: list[str], optimizers: list[str]) -> pd.DataFrame:
+        """Return the rows as a DataFrame of its own, that later rows do not change.
+
+        Args:
+            params: the parameters' names, by number.
+            optimizers: the optimizers' names, by number.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(dict(self._series(params, optimizers)))
+
+    def _series(self, params: list[str], optimizers: list[str]) -> Iterator[tuple[str, Any]]:
+        import pandas as pd
+
+        for name, kind in self._kinds.items():
+            stored = self.array(name)
+            if kind is Kind.TEXT:
+                yield name, self.texts(name)
+            elif kind is Kind.PARAM:
+                yield name, np.array([*params, ""], dtype=object)[stored]
+            elif kind is Kind.OPTIMIZER:
+                yield name, np.array([*optimizers, ""], dtype=object)[stored]
+            elif kind is Kind.OPTIONAL_COUNT:
+                missing = stored == MISSING
+                yield name, pd.arrays.IntegerArray(np.where(missing, 0, stored), missing)
+            else:
+                yield name, stored.copy()
+
+    def _numbers_of(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._number_of(value)
+        return [self._number_of(text) for text in value]
+
+    def _number_of(self, text: str) -> int:
+        number = self._text_numbers.get(text)
+        if number is None:
+            number = self._text_numbers[text] = len(self._texts)
+            self._texts.append(text)
+        return number
+
+    def _grow(self, needed: int) -> None:
+        self._capacity = max(needed, 2 * self._capacity)
+        for name, array in self._arrays.items():
+            grown = np.zeros(self._capacity, array.dtype)
+            grown[: self.n_rows] = array[: self.n_rows]
+            self._arrays[name] = grown
+
+
+_EMPTY: dict[Kind, Any] = {
+    Kind.COUNT: 0,
+    Kind.OPTIONAL_COUNT: MISSING,
+    Kind.REAL: np.nan,
+    Kind.FLAG: False,
+    Kind.TEXT: "",
+    Kind.PARAM: -1,
+    Kind.OPTIMIZER: -1,
+}

@@ -1,0 +1,180 @@
+"""All tables of one training run, and who its parameters and optimizers are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradscope.run.captured_graph import CapturedGraph
+from gradscope.run.columns import MISSING, Columns
+from gradscope.run.schema import PARAMS, TABLES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(slots=True)
+class ParameterEntry:
+    """What is known of one parameter; its number is its place in :attr:`Recording.parameters`.
+
+    Attributes:
+        name: as ``model.named_parameters()`` gives it, with the model's own name in front where
+            several models are watched; a place in ``optimizer.param_groups`` for one in no model.
+        aliases: its other names, where modules share it.
+        module: path of the holding module; ``""`` for the model itself or for none.
+        module_type: class name of that module.
+        in_model: whether a watched model has it registered.
+        shape: its shape.
+        dtype: its element type, without ``torch.``.
+        device: where it lies.
+        requires_grad: at the last look.
+        requires_grad_changed: the step at which it was last seen to flip, or None.
+        holders: (optimizer number, group number) of each optimizer that holds it.
+        reached: whether any backward has written its gradient.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    module: str = ""
+    module_type: str = ""
+    in_model: bool = True
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    device: str = ""
+    requires_grad: bool = True
+    requires_grad_changed: int | None = None
+    holders: list[tuple[int, int]] = field(default_factory=list)
+    reached: bool = False
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it holds."""
+        product = 1
+        for size in self.shape:
+            product *= size
+        return product
+
+
+@dataclass(slots=True)
+class OptimizerEntry:
+    """What is known of one optimizer; its number is its place in :attr:`Recording.optimizers`.
+
+    Attributes:
+        name: as the program names it.
+        kind: its class.
+        n_groups: how many parameter groups it has.
+        hyperparameters: names of the entries of its groups.
+    """
+
+    name: str
+    kind: str
+    n_groups: int = 0
+
+
+@dataclass(slots=True)
+class ModelEntry:
+    """One watched model.
+
+    Attributes:
+        name: as the program names it.
+        kind: its class.
+    """
+
+    name: str
+    kind: str
+
+
+class Recording:
+    """Everything recorded of one run.
+
+    Attributes:
+        models, optimizers, parameters: who took part, by number.
+        graphs: captured autograd graphs by step.
+        seconds: how long the watch has lasted, pauses left out.
+        observe_seconds: time spent by gradscope, by what it was spent on.
+        notes: what could not be observed, or failed, in plain words.
+    """
+
+    def __init__(self) -> None:
+        self.models: list[ModelEntry] = []
+        self.optimizers: list[OptimizerEntry] = []
+        self.parameters: list[ParameterEntry] = []
+        self.graphs: dict[int, CapturedGraph] = {}
+        self.seconds = 0.0
+        self.observe_seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        self._columns = {name: Columns(table) for name, table in TABLES.items() if name != "params"}
+        self._frames: dict[str, tuple[Any, pd.DataFrame]] = {}
+
+    def rows(self, table: str) -> Columns:
+        """Return the stored rows of a table, to append to or to read as arrays."""
+        return self._columns[table]
+
+    def frame(self, table: str) -> pd.DataFrame:
+        """Return a table as a DataFrame; changing it changes nothing that was recorded."""
+        if table == "params":
+            return self._params_frame()
+        rows = self._columns[table]
+        names = [parameter.name for parameter in self.parameters]
+        optimizers = [optimizer.name for optimizer in self.optimizers]
+        # Rules and views ask for the same tables many times between two steps.
+        stamp = (rows.n_rows, tuple(optimizers), hash(tuple(names)))
+        known = self._frames.get(table)
+        if known is None or known[0] != stamp:
+            known = self._frames[table] = (stamp, rows.frame(names, optimizers))
+        return known[1].copy()
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table by its name."""
+        return {name: self.frame(name) for name in TABLES}
+
+    @property
+    def n_steps(self) -> int:
+        """How many attempts of an optimizer were recorded."""
+        return self._columns["steps"].n_rows
+
+    def latest(self) -> dict[str, float]:
+        """Plain numbers of the last step; empty before the first."""
+        steps = self._columns["steps"]
+        if not steps.n_rows:
+            return {}
+        last = {
+            name: float(steps.array(name)[-1])
+            for name in ("step", "loss", "grad_norm", "step_ms", "observe_ms")
+        }
+        groups = self._columns["groups"]
+        if groups.n_rows:
+            last["lr"] = float(groups.array("lr")[-1])
+        for name in ("update_norm", "weight_norm"):
+            known = steps.array(name)
+            known = known[~np.isnan(known)]
+            if len(known):
+                last[name] = float(known[-1])
+        return last
+
+    def _params_frame(self) -> pd.DataFrame:
+        columns = Columns(PARAMS)
+        optimizers = [optimizer.name for optimizer in self.optimizers]
+        for number, parameter in enumerate(self.parameters):
+            flipped = parameter.requires_grad_changed
+            columns.append(
+                {
+                    "param": number,
+                    "module": parameter.module,
+                    "module_type": parameter.module_type,
+                    "shape": str(parameter.shape),
+                    "numel": parameter.numel,
+                    "dtype": parameter.dtype,
+                    "device": parameter.device,
+                    "requires_grad": parameter.requires_grad,
+                    "requires_grad_changed": MISSING if flipped is None else flipped,
+                    "optimizer": ", ".join(optimizers[holder] for holder, _ in parameter.holders),
+                    "group": parameter.holders[0][1] if parameter.holders else MISSING,
+                    "aliases": ", ".join(parameter.aliases),
+                    "reached": parameter.reached,
+                }
+            )
+        return columns.frame([parameter.name for parameter in self.parameters], optimizers)

@@ -1,0 +1,298 @@
+"""The tables of a run: the one place where columns, their types, units and meanings are written.
+
+Storage, the DataFrames and the documentation of the tables are all made from these declarations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Kind(Enum):
+    """How a column is stored, and what a DataFrame shows for it."""
+
+    COUNT = "int64"
+    OPTIONAL_COUNT = "Int64"
+    REAL = "float64"
+    FLAG = "bool"
+    TEXT = "string"
+    PARAM = "name of a parameter"
+    OPTIMIZER = "name of an optimizer"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column.
+
+    Attributes:
+        name: as in the DataFrame; a unit stands at its end (``_ms``, ``_bytes``).
+        kind: how it is stored and shown.
+        meaning: what a value says, and when (before or after the step).
+    """
+
+    name: str
+    kind: Kind
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One table.
+
+    Attributes:
+        name: the attribute of a scope that gives it.
+        row: what one row stands for.
+        columns: in the order of the DataFrame.
+    """
+
+    name: str
+    row: str
+    columns: tuple[Column, ...]
+
+
+def _columns(*declared: tuple[str, Kind, str]) -> tuple[Column, ...]:
+    return tuple(Column(*column) for column in declared)
+
+
+C, O, R, F, T, P, Z = (  # noqa: E741
+    Kind.COUNT,
+    Kind.OPTIONAL_COUNT,
+    Kind.REAL,
+    Kind.FLAG,
+    Kind.TEXT,
+    Kind.PARAM,
+    Kind.OPTIMIZER,
+)
+
+_STEP = ("step", C, "the step, counted from 0 over all watched optimizers")
+_PARAM = ("param", P, "the parameter, as `model.named_parameters()` names it")
+_OPTIMIZER = ("optimizer", Z, "the optimizer, as the program names it")
+
+PARAMS = Table(
+    "params",
+    "parameter",
+    _columns(
+        _PARAM,
+        ("module", T, "path of the module that holds it; empty for the model itself"),
+        ("module_type", T, "class of that module"),
+        ("shape", T, "its shape, as in `(10, 64)`"),
+        ("numel", C, "how many numbers it holds"),
+        ("dtype", T, "their type, as in `float32`"),
+        ("device", T, "where it lies"),
+        ("requires_grad", F, "whether autograd computes a gradient for it, at the last look"),
+        ("requires_grad_changed", O, "the step at which `requires_grad` was last seen to flip"),
+        ("optimizer", T, "the optimizers that hold it, comma separated; empty if none does"),
+        ("group", O, "its parameter group in the first of them"),
+        ("aliases", T, "its other names, comma separated, when modules share it"),
+        ("reached", F, "whether any backward has written its gradient in this run"),
+    ),
+)
+
+GROUPS = Table(
+    "groups",
+    "step and parameter group of the optimizer that stepped",
+    _columns(
+        _STEP,
+        _OPTIMIZER,
+        ("group", C, "position in `optimizer.param_groups`"),
+        ("n_params", C, "how many parameters the group holds"),
+        ("lr", R, "learning rate at this step"),
+        ("weight_decay", R, "weight decay at this step"),
+        ("beta1", R, "decay rate of the first moment (Adam family)"),
+        ("beta2", R, "decay rate of the second moment (Adam family)"),
+        ("eps", R, "term added to the denominator"),
+        ("momentum", R, "momentum factor (SGD, RMSprop)"),
+        ("options", T, "every other hyper-parameter of the group, as `name=value`"),
+    ),
+)
+
+STEPS = Table(
+    "steps",
+    "attempt of an optimizer to update",
+    _columns(
+        _STEP,
+        _OPTIMIZER,
+        ("optimizer_step", C, "the same attempt, counted from 0 for this optimizer alone"),
+        (
+            "outcome",
+            T,
+            "`stepped`; `skipped` by the gradient scaler; `abandoned`: the step raised; "
+            "`open`: backward ran, but the run ended before the step",
+        ),
+        (
+            "loss",
+            R,
+            "sum of the roots of the backwards whose gradients this step is about: the scalar "
+            "that it descends. NaN where a root is no scalar. Unscaled under a gradient scaler",
+        ),
+        ("n_forward", C, "outermost calls of watched models since this optimizer's last attempt"),
+        ("n_backward", C, "backwards since then that wrote to its parameters, or to none at all"),
+        ("order", T, "what happened since then, in order; repetitions as `×n`"),
+        (
+            "zeroed",
+            T,
+            "what the first of these backwards found in `.grad`: `none` (nothing there), `zero` "
+            "(zeros), `partly` (some left as the last step used them), `never` (all left)",
+        ),
+        (
+            "zeroed_by",
+            T,
+            "`optimizer.zero_grad` or `module.zero_grad` when called since the last attempt, "
+            "`hand` when cleared otherwise, empty when not cleared",
+        ),
+        ("grad_norm", R, "L2 norm of all gradients that the step reads, taken right before it"),
+        ("update_norm", R, "L2 norm of the change of all its weights; NaN if not recorded"),
+        ("weight_norm", R, "L2 norm of all its weights before the step; NaN if not recorded"),
+        ("n_fresh", C, "parameters whose gradient is `fresh`"),
+        ("n_accumulated", C, "parameters whose gradient is `accumulated`"),
+        ("n_compounded", C, "parameters whose gradient is `compounded`"),
+        ("n_stale", C, "parameters whose gradient is `stale`"),
+        ("n_assigned", C, "parameters whose gradient is `assigned`"),
+        ("n_zeroed", C, "parameters whose gradient is `zeroed`"),
+        ("n_none", C, "parameters whose gradient is `none`"),
+        ("graph_nodes", C, "autograd nodes created between the first forward and the last backward"),
+        ("train_mode", F, "whether every watched model called since then was in training mode"),
+        ("scaled", F, "whether the gradients were still multiplied by a scaler's scale"),
+        ("recorded", F, "whether this step was recorded in full"),
+        ("forward_ms", R, "time in the outermost calls of watched models"),
+        ("backward_ms", R, "time in backward"),
+        ("step_ms", R, "time since this optimizer's last attempt, the whole loop body"),
+        ("observe_ms", R, "of that, time spent by gradscope"),
+    ),
+)
+
+STATUSES = ("none", "fresh", "accumulated", "compounded", "stale", "assigned", "zeroed")
+
+GRADS = Table(
+    "grads",
+    "step and parameter of the optimizer that stepped",
+    _columns(
+        _STEP,
+        _PARAM,
+        _OPTIMIZER,
+        (
+            "status",
+            T,
+            "what the gradient is when the optimizer steps. `fresh`: written once since its last "
+            "step, onto nothing. `accumulated`: written several times since. `compounded`: holds "
+            "what an earlier step of this optimizer already used, plus more. `stale`: what an "
+            "earlier step used, untouched since. `assigned`: put there by the program. `zeroed`: "
+            "cleared to zero and not written since. `none`: no gradient",
+        ),
+        ("n_writes", C, "how often it was written since this optimizer's last step"),
+        ("carried_from", O, "the earliest step whose used gradient is still in it"),
+        ("edited", F, "changed in place by the program after the last backward wrote it"),
+        ("edited_after_use", F, "changed in place by the program after the last step used it"),
+        ("norm", R, "L2 norm"),
+        ("mean", R, "mean of its elements; NaN if the step was not recorded"),
+        ("std", R, "population standard deviation; NaN if the step was not recorded"),
+        ("min", R, "least element; NaN if the step was not recorded"),
+        ("max", R, "greatest element; NaN if the step was not recorded"),
+        ("abs_max", R, "greatest magnitude; NaN if the step was not recorded"),
+        ("zero_fraction", R, "share of exact zeros; NaN if the step was not recorded"),
+        ("nonfinite", C, "how many elements are NaN or infinite"),
+    ),
+)
+
+STATE = Table(
+    "state",
+    "recorded step, parameter, before or after, and key of the optimizer's state",
+    _columns(
+        _STEP,
+        _PARAM,
+        _OPTIMIZER,
+        ("when", T, "`before` or `after` the update"),
+        ("key", T, "as in `optimizer.state[p]`: `exp_avg`, `exp_avg_sq`, `momentum_buffer` …"),
+        ("value", R, "the value itself, where the state is a single number such as `step`"),
+        ("norm", R, "L2 norm"),
+        ("mean", R, "mean of its elements"),
+        ("abs_max", R, "greatest magnitude"),
+        ("nonfinite", C, "how many elements are NaN or infinite"),
+    ),
+)
+
+MOMENTS = Table(
+    "moments",
+    "recorded step and parameter of an Adam-like optimizer",
+    _columns(
+        _STEP,
+        _PARAM,
+        _OPTIMIZER,
+        ("step_count", C, "the optimizer's own count of steps of this parameter, after the update"),
+        ("exp_avg_norm_before", R, "L2 norm of the first moment before the step; 0 if none yet"),
+        ("exp_avg_norm_after", R, "L2 norm of the first moment after the step"),
+        ("exp_avg_sq_norm_before", R, "L2 norm of the second moment before the step; 0 if none yet"),
+        ("exp_avg_sq_norm_after", R, "L2 norm of the second moment after the step"),
+        ("bias_correction1", R, "1 − β₁ᵗ"),
+        ("bias_correction2", R, "1 − β₂ᵗ"),
+        ("denominator_min", R, "least element of √(v / bias_correction2) + ε"),
+        ("denominator_max", R, "greatest element of it"),
+        ("effective_lr_min", R, "least lr / bias_correction1 / denominator over the elements"),
+        ("effective_lr_max", R, "greatest of it"),
+    ),
+)
+
+UPDATES = Table(
+    "updates",
+    "recorded step and parameter of the optimizer that stepped",
+    _columns(
+        _STEP,
+        _PARAM,
+        _OPTIMIZER,
+        ("weight_norm_before", R, "L2 norm of the weight before the step"),
+        ("weight_norm_after", R, "L2 norm of the weight after the step"),
+        ("update_norm", R, "L2 norm of the change, from a kept copy of the weight before"),
+        ("update_ratio", R, "update_norm / weight_norm_before; NaN for a weight of zeros"),
+    ),
+)
+
+BACKWARDS = Table(
+    "backwards",
+    "call of backward or autograd.grad",
+    _columns(
+        ("backward", C, "counted from 0"),
+        ("step", O, "the attempt that its gradients belong to; missing if none followed"),
+        ("function", T, "`backward`, or `grad` for `torch.autograd.grad`, which writes no `.grad`"),
+        ("root", R, "the loss it starts from, if a scalar"),
+        ("root_shape", T, "shape of the root"),
+        ("root_grad_fn", T, "the operation that made the root; empty for one without a graph"),
+        ("root_requires_grad", F, "whether the root requires grad"),
+        ("n_reached", C, "watched parameters whose gradient it wrote"),
+        (
+            "n_in_graph",
+            O,
+            "watched parameters among the leaves of its graph; missing where the graph was not "
+            "walked, which it is at the first step and when a backward reaches nothing",
+        ),
+        ("retain_graph", F, "as passed"),
+        ("create_graph", F, "as passed"),
+        ("error", T, "class of the exception it raised, if any"),
+        ("file", T, "the line of the program that called it"),
+        ("line", O, "the line of the program that called it"),
+    ),
+)
+
+EVENTS = Table(
+    "events",
+    "event outside forward, backward and step",
+    _columns(
+        ("time", R, "seconds since the watch began"),
+        ("step", C, "the step that the next attempt will have"),
+        (
+            "event",
+            T,
+            "`watch_started`, `watch_stopped`, `paused`, `resumed`, `zero_grad`, `clip`, "
+            "`unscale`, `scale_update`, `scheduler`, `armed`, `cut`, `exception`, "
+            "`optimizer_found`, `model_found`, `parameters_changed`, `instrument_failed`",
+        ),
+        ("detail", T, "what exactly"),
+        ("file", T, "the line of the program, where one is behind it"),
+        ("line", O, "the line of the program, where one is behind it"),
+    ),
+)
+
+TABLES: dict[str, Table] = {
+    table.name: table
+    for table in (PARAMS, GROUPS, STEPS, GRADS, STATE, MOMENTS, UPDATES, BACKWARDS, EVENTS)
+}

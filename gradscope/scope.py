@@ -1,0 +1,357 @@
+"""``watch()`` and what it returns: the live view of one training run."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+
+from gradscope.config import OnError, WatchOptions, switched_off
+from gradscope.errors import ScopeStateError, UsageError
+from gradscope.run.recording import Recording
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+    from torch import nn
+
+    from gradscope.graphs.autograd_graph import AutogradGraph
+    from gradscope.rules.finding import Findings
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Scope:
+    """The live view of one training run: its tables, its findings, its graph.
+
+    Made by :func:`watch`. Use it as a context manager around the loop, as a decorator of the
+    function that holds the loop, or with :meth:`start` and :meth:`stop`. The tables can be read at
+    any time, also while the loop runs.
+    """
+
+    def __init__(self, session: Any | None) -> None:
+        self._session = session
+        self._recording = session.recording if session is not None else Recording()
+
+    # -- around a loop ----------------------------------------------------------------------
+
+    def start(self) -> Scope:
+        """Begin to watch; goes on with the same recording after a :meth:`stop`.
+
+        Raises:
+            ScopeStateError: if this scope is watching already.
+        """
+        if self._session is None:
+            return self
+        if self._session.running:
+            raise ScopeStateError(
+                "this scope is watching already: leave its block, or call stop(), before it is "
+                "entered again; a second loop at the same time needs a watch() of its own"
+            )
+        self._session.event("watch_started")
+        self._session.start()
+        return self
+
+    def stop(self) -> Scope:
+        """Stop watching; torch is left as it was found."""
+        if self._session is not None and self._session.running:
+            self._session.stop()
+            self._session.event("watch_stopped")
+        return self
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.resume()
+
+    def pause(self) -> Any:
+        """Look away until :meth:`resume`, or for the length of a ``with scope.pause():`` block."""
+        if self._session is not None and self._session.running:
+            self._session.event("paused")
+            self._session.pause()
+        return self._paused()
+
+    def resume(self) -> None:
+        """Look again after :meth:`pause`."""
+        if self._session is not None and self._session.paused:
+            self._session.resume()
+            self._session.event("resumed")
+
+    def __enter__(self) -> Scope:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> Literal[False]:
+        if error is not None and self._session is not None and self._session.running:
+            self._session.event("exception", f"{type(error).__name__}: {error}")
+        self.stop()
+        return False
+
+    def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
+        """Watch each call of ``function``."""
+
+        @functools.wraps(function)
+        def watched(*args: P.args, **kwargs: P.kwargs) -> T:
+            with self:
+                return function(*args, **kwargs)
+
+        return watched
+
+    # -- what was seen ----------------------------------------------------------------------
+
+    @property
+    def params(self) -> pd.DataFrame:
+        """One row per parameter."""
+        return self._table("params")
+
+    @property
+    def groups(self) -> pd.DataFrame:
+        """One row per step and parameter group: its hyper-parameters as they were."""
+        return self._table("groups")
+
+    @property
+    def steps(self) -> pd.DataFrame:
+        """One row per attempt of an optimizer to update."""
+        return self._table("steps")
+
+    @property
+    def grads(self) -> pd.DataFrame:
+        """One row per step and parameter: what its gradient was when the optimizer stepped."""
+        return self._table("grads")
+
+    @property
+    def state(self) -> pd.DataFrame:
+        """One row per recorded step, parameter, side of the update and key of its state."""
+        return self._table("state")
+
+    @property
+    def moments(self) -> pd.DataFrame:
+        """One row per recorded step and parameter of an Adam-like optimizer."""
+        return self._table("moments")
+
+    @property
+    def updates(self) -> pd.DataFrame:
+        """One row per recorded step and parameter: how far the weight moved."""
+        return self._table("updates")
+
+    @property
+    def backwards(self) -> pd.DataFrame:
+        """One row per call of ``backward`` or ``autograd.grad``."""
+        return self._table("backwards")
+
+    @property
+    def events(self) -> pd.DataFrame:
+        """One row per event outside forward, backward and step."""
+        return self._table("events")
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table by its name."""
+        self._settle()
+        return self._recording.tables
+
+    @property
+    def findings(self) -> Findings:
+        """What is wrong with the loop, the likeliest cause first."""
+        from gradscope.rules import diagnose
+
+        self._settle()
+        return diagnose(self._recording)
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """Plain numbers of the last finished step, for any logger; empty before the first.
+
+        Keys: ``step``, ``loss``, ``lr``, ``grad_norm``, ``step_ms``, ``observe_ms``, and
+        ``update_norm`` and ``weight_norm`` of the last recorded step.
+        """
+        return self._recording.latest()
+
+    def graph(self, step: int | None = None) -> AutogradGraph:
+        """Return the autograd graph behind the loss of a captured step.
+
+        Args:
+            step: number of the step, as in ``steps``; by default the last one captured.
+
+        Raises:
+            ScopeStateError: if no graph was captured, or none of that step.
+        """
+        from gradscope.graphs.autograd_graph import AutogradGraph
+
+        self._settle()
+        graphs = self._recording.graphs
+        if not graphs:
+            raise ScopeStateError(
+                "no graph was captured: that happens in the first step, when backward has run "
+                "and its optimizer has stepped"
+            )
+        if step is None:
+            step = max(graphs)
+        if step not in graphs:
+            raise ScopeStateError(
+                f"the graph of step {step} was not captured; captured: {sorted(graphs)}"
+            )
+        return AutogradGraph(graphs[step], step=step)
+
+    def __repr__(self) -> str:
+        from gradscope.views.terminal import plain_text
+
+        self._settle()
+        return plain_text(self._recording)
+
+    def __rich__(self) -> Any:
+        from gradscope.views.terminal import screen
+
+        self._settle()
+        return screen(self._recording)
+
+    def _repr_html_(self) -> str:
+        from gradscope.views.notebook import html
+
+        self._settle()
+        return html(self._recording)
+
+    def _table(self, name: str) -> pd.DataFrame:
+        self._settle()
+        return self._recording.frame(name)
+
+    def _settle(self) -> None:
+        if self._session is not None:
+            self._session.settle()
+
+
+def watch(
+    model: nn.Module | Iterable[nn.Module],
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+    *,
+    every: int | None = None,
+    budget: float = 0.03,
+    params: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    on_error: OnError = "record",
+) -> Scope:
+    """Watch a training loop from the inside.
+
+        with gradscope.watch(model, optimizer) as scope:
+            ...  # the loop, unchanged
+
+    Training is not changed: weights, optimizer state, random numbers and losses stay the same to
+    the last bit. After the block nothing of it is left in torch.
+
+    Args:
+        model: the model, or several: ``[d, g]``.
+        optimizer: the optimizer, or several: ``[opt_d, opt_g]``.
+        every: record every n-th step in full, whatever it costs. By default the first three
+            steps are, and then as many as the budget allows.
+        budget: the share of the step time that recording in full may take.
+        params: patterns (as in ``fnmatch``) of the parameter names to watch; all by default.
+        exclude: patterns of parameter names to leave out.
+        on_error: ``"record"`` keeps an error of gradscope's own away from the training and tells
+            it once as a warning; ``"raise"`` lets it out.
+
+    Returns:
+        A scope, not yet watching: enter it, decorate with it, or call its ``start()``.
+
+    Raises:
+        UsageError: if what is passed cannot be watched; the message names it.
+    """
+    options = WatchOptions(
+        budget=budget,
+        every=every,
+        include=(params,) if isinstance(params, str) else tuple(params),
+        exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
+        on_error=on_error,
+    )
+    if switched_off():
+        return Scope(None)
+    from gradscope.session.session import Session
+
+    models, optimizers = _checked_models(model), _checked_optimizers(optimizer)
+    caller: FrameType | None = sys._getframe(1)
+    session = Session(options)
+    names = _names(caller, 0, "model", len(models), "model")
+    for each_model, name in zip(models, names, strict=True):
+        session.watch_model(each_model, name)
+    names = _names(caller, 1, "optimizer", len(optimizers), "optimizer")
+    for each_optimizer, name in zip(optimizers, names, strict=True):
+        session.watch_optimizer(each_optimizer, name)
+    return Scope(session)
+
+
+def _checked_models(model: Any) -> list[nn.Module]:
+    from torch import nn
+
+    models = [model] if isinstance(model, nn.Module) else _listed(model)
+    if not models:
+        raise UsageError(
+            f"model={_short(model)} is no torch.nn.Module: pass the model that is trained, or a "
+            "list of models"
+        )
+    for each in models:
+        if not isinstance(each, nn.Module):
+            raise UsageError(f"model: {_short(each)} is no torch.nn.Module")
+        if next(each.parameters(), None) is None:
+            raise UsageError(
+                f"model: {type(each).__name__} has no parameters, so there is nothing to train in "
+                "it; layers kept in a plain Python list are not registered, use nn.ModuleList"
+            )
+    return models
+
+
+def _checked_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    import torch
+
+    optimizers = [optimizer] if _unwrapped(optimizer) is not None else _listed(optimizer)
+    if not optimizers:
+        raise UsageError(
+            f"optimizer={_short(optimizer)} is no torch.optim.Optimizer: pass the optimizer that "
+            "updates the model, or a list of optimizers"
+        )
+    checked: list[torch.optim.Optimizer] = []
+    for each in optimizers:
+        inner = _unwrapped(each)
+        if inner is None:
+            raise UsageError(f"optimizer: {_short(each)} is no torch.optim.Optimizer")
+        checked.append(inner)
+    return checked
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer | None:
+    """The optimizer whose step runs in the end: some frameworks put a wrapper around it."""
+    import torch
+
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, torch.optim.Optimizer):
+        return inner
+    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
+
+
+def _listed(things: Any) -> list[Any]:
+    return list(things) if isinstance(things, list | tuple | set) else []
+
+
+def _names(
+    caller: FrameType | None, position: int, keyword: str, count: int, fallback: str
+) -> list[str]:
+    """What the program calls the arguments of ``watch``."""
+    from gradscope.session.source_names import argument_names
+
+    found = argument_names(caller, position, keyword)
+    if found is not None and len(found) == count:
+        return found
+    return [fallback] if count == 1 else [f"{fallback}{number}" for number in range(count)]
+
+
+def _short(thing: Any) -> str:
+    text = repr(thing)
+    return text if len(text) <= 60 else f"{text[:57]}…"

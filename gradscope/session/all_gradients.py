@@ -1,0 +1,72 @@
+"""The gradients of every watched parameter at once, as a backward finds and leaves them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gradscope.instruments.gradients import GradientReader
+from gradscope.instruments.late import Known, Late
+from gradscope.instruments.statistics import Reals
+from gradscope.session.census import Census
+from gradscope.session.gradients import GradientLook
+
+
+class _LookWithZeros(Late[GradientLook]):
+    """A look whose zeros may still be under way."""
+
+    def __init__(self, look: GradientLook, sums_of_squares: Late[Reals]) -> None:
+        self._look = look
+        self._sums_of_squares = sums_of_squares
+
+    def ready(self) -> bool:
+        return self._sums_of_squares.ready()
+
+    def value(self) -> GradientLook:
+        self._look.zero = self._sums_of_squares.value() == 0
+        return self._look
+
+
+class AllGradients:
+    """Looks at the gradients of all watched parameters.
+
+    Attributes:
+        params: int64[n], their numbers.
+        changed: whether the last look differed from the one before.
+    """
+
+    def __init__(self, census: Census) -> None:
+        self._census = census
+        self._generation = -1
+        self.params = np.zeros(0, np.int64)
+        self.changed = False
+
+    def up_to_date(self) -> bool:
+        """Whether the list of parameters is still that of the census."""
+        return self._generation == self._census.generation
+
+    def prepare(self) -> None:
+        """Take over the list of parameters from the census."""
+        self.params = self._census.all_params()
+        self._numbers = self.params.tolist()
+        self._reader = GradientReader(self._census.tensors(self._numbers))
+        self._generation = self._census.generation
+        self._last = (self.params, self.params)
+
+    def look(self) -> Late[GradientLook]:
+        """Look at every gradient, and read those that are there for whether they are zero."""
+        gradients = self._reader.gradients(self._census.tensors(self._numbers))
+        token, version, any_there = self._reader.identities(gradients)
+        self._last = (token, version)
+        look = GradientLook(self.params, token, version)
+        if not any_there:
+            return Known(look)
+        return _LookWithZeros(look, self._reader.sums_of_squares(gradients))
+
+    def look_at_identities(self) -> GradientLook:
+        """Look at every gradient without reading any."""
+        gradients = self._reader.gradients(self._census.tensors(self._numbers))
+        token, version, _ = self._reader.identities(gradients)
+        self.changed = not (
+            np.array_equal(token, self._last[0]) and np.array_equal(version, self._last[1])
+        )
+        return GradientLook(self.params, token, version)

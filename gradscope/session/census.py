@@ -1,0 +1,289 @@
+"""Who is who: models, parameters, optimizers, who holds what, and what the program calls them.
+
+Everything is held weakly: watching keeps no model alive.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from gradscope.run.recording import ModelEntry, OptimizerEntry, ParameterEntry, Recording
+from gradscope.session.gradients import Integers
+
+
+@dataclass(slots=True)
+class _Model:
+    module: weakref.ref[nn.Module]
+    name: str
+    # (id of parameter, path) of every registered name, to notice that the model has changed.
+    signature: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(slots=True)
+class _Optimizer:
+    optimizer: weakref.ref[torch.optim.Optimizer]
+    name: str
+    signature: tuple[tuple[int, ...], ...] = ()
+    params: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+class Census:
+    """The people of a run, numbered in the order in which they were met.
+
+    Args:
+        recording: where entries are kept for everybody who does not know torch.
+        include: patterns of parameter names to watch; empty for all.
+        exclude: patterns of parameter names to leave out.
+
+    Attributes:
+        generation: counts changes of who is there; whatever is prepared for a list of parameters
+            is good for one generation.
+        members: ids of all modules inside watched models.
+    """
+
+    def __init__(
+        self, recording: Recording, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()
+    ) -> None:
+        self.generation = 0
+        self.members: set[int] = set()
+        self._recording = recording
+        self._include, self._exclude = include, exclude
+        self._models: list[_Model] = []
+        self._optimizers: list[_Optimizer] = []
+        self._parameters: list[weakref.ref[torch.Tensor]] = []
+        self._number_of: dict[int, int] = {}
+
+    # -- meeting people ---------------------------------------------------------------------
+
+    def add_model(self, model: nn.Module, name: str) -> None:
+        """Take in a model; one already known, or inside a known one, is ignored."""
+        if id(model) in self.members:
+            return
+        name = _unused(name, [known.name for known in self._models])
+        self._models.append(_Model(weakref.ref(model), name))
+        self._recording.models.append(ModelEntry(name, type(model).__name__))
+        self.refresh_models()
+
+    def add_optimizer(self, optimizer: torch.optim.Optimizer, name: str) -> int:
+        """Take in an optimizer and return its number."""
+        known = self.number_of_optimizer(optimizer)
+        if known is not None:
+            return known
+        name = _unused(name, [other.name for other in self._optimizers])
+        self._optimizers.append(_Optimizer(weakref.ref(optimizer), name))
+        self._recording.optimizers.append(OptimizerEntry(name, type(optimizer).__name__))
+        number = len(self._optimizers) - 1
+        self.refresh_groups(number)
+        return number
+
+    def refresh_models(self) -> bool:
+        """Look again which parameters the models have; returns whether that has changed."""
+        changed = False
+        self.members = set()
+        for model in self._models:
+            module = model.module()
+            if module is None:
+                continue
+            self.members.update(id(part) for part in module.modules())
+            signature = tuple(
+                (id(parameter), path)
+                for path, parameter in module.named_parameters(remove_duplicate=False)
+            )
+            if signature != model.signature:
+                model.signature = signature
+                changed = True
+        if changed:
+            self._enter_registered()
+            self.generation += 1
+        return changed
+
+    def refresh_groups(self, number: int) -> bool:
+        """Look again which parameters an optimizer holds; returns whether that has changed."""
+        known = self._optimizers[number]
+        optimizer = known.optimizer()
+        if optimizer is None:
+            return False
+        signature = tuple(tuple(map(id, group["params"])) for group in optimizer.param_groups)
+        if signature == known.signature:
+            return False
+        known.signature = signature
+        for entry in self._recording.parameters:
+            entry.holders = [holder for holder in entry.holders if holder[0] != number]
+        numbers: list[int] = []
+        for group_number, group in enumerate(optimizer.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                param = self._number(parameter)
+                if param is None:
+                    param = self._enter(parameter)
+                    self._recording.parameters[param].name = (
+                        f"{known.name}.param_groups[{group_number}]['params'][{place}]"
+                    )
+                    self._recording.parameters[param].in_model = False
+                entry = self._recording.parameters[param]
+                entry.holders.append((number, group_number))
+                if self._is_watched(entry.name) and param not in numbers:
+                    numbers.append(param)
+        self._recording.optimizers[number].n_groups = len(signature)
+        known.params = np.array(numbers, np.int64)
+        self.generation += 1
+        return True
+
+    def refresh_requires_grad(self, step: int) -> list[int]:
+        """Look again which parameters require grad; returns the numbers of those that flipped."""
+        flipped = []
+        for number, entry in enumerate(self._recording.parameters):
+            parameter = self._parameters[number]()
+            if parameter is not None and parameter.requires_grad != entry.requires_grad:
+                entry.requires_grad = parameter.requires_grad
+                entry.requires_grad_changed = step
+                flipped.append(number)
+            if parameter is not None and not entry.shape:
+                _describe(parameter, entry)  # a lazy parameter gets its shape late
+        return flipped
+
+    # -- asking -----------------------------------------------------------------------------
+
+    def number_of_optimizer(self, optimizer: torch.optim.Optimizer) -> int | None:
+        """Return the number of an optimizer, or None if it is not watched."""
+        for number, known in enumerate(self._optimizers):
+            if known.optimizer() is optimizer:
+                return number
+        return None
+
+    def optimizer(self, number: int) -> torch.optim.Optimizer | None:
+        """Return an optimizer, or None if it is gone."""
+        return self._optimizers[number].optimizer()
+
+    def params_of(self, optimizer: int) -> Integers:
+        """Return int64[n], numbers of the watched parameters that an optimizer holds."""
+        return self._optimizers[optimizer].params
+
+    def all_params(self) -> Integers:
+        """Return int64[n], numbers of all watched parameters."""
+        return np.array(
+            [
+                number
+                for number, entry in enumerate(self._recording.parameters)
+                if self._is_watched(entry.name)
+            ],
+            np.int64,
+        )
+
+    def tensors(self, params: Iterable[int]) -> list[torch.Tensor | None]:
+        """Return parameters by number; None for one that is gone."""
+        return [self._parameters[number]() for number in params]
+
+    def optimizers_of(self, parts: nn.Module) -> list[int]:
+        """Return numbers of the optimizers that hold a parameter of a module."""
+        holders = {
+            holder
+            for parameter in parts.parameters()
+            if (number := self._number(parameter)) is not None
+            for holder, _ in self._recording.parameters[number].holders
+        }
+        return sorted(holders)
+
+    def optimizers_of_gradients(self, gradients: list[torch.Tensor]) -> list[int]:
+        """Return numbers of the optimizers that hold a parameter with one of these gradients."""
+        wanted = {id(gradient) for gradient in gradients}
+        holders: set[int] = set()
+        for number, parameter in enumerate(self.tensors(range(len(self._parameters)))):
+            if parameter is not None and parameter.is_leaf and id(parameter.grad) in wanted:
+                holders.update(h for h, _ in self._recording.parameters[number].holders)
+        return sorted(holders)
+
+    def names_of(self, tensor: torch.Tensor) -> tuple[str, ...]:
+        """Return every name of a parameter; nothing for a tensor that is none."""
+        number = self._number(tensor)
+        if number is None:
+            return ()
+        entry = self._recording.parameters[number]
+        return (entry.name, *entry.aliases)
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a parameter of a watched model or optimizer."""
+        return self._number(tensor) is not None
+
+    def models(self) -> Iterator[nn.Module]:
+        """Yield the watched models that are still there."""
+        for known in self._models:
+            module = known.module()
+            if module is not None:
+                yield module
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _number(self, tensor: torch.Tensor) -> int | None:
+        number = self._number_of.get(id(tensor))
+        # An id recurs once its owner is gone.
+        if number is None or self._parameters[number]() is not tensor:
+            return None
+        return number
+
+    def _enter(self, parameter: torch.Tensor) -> int:
+        number = len(self._parameters)
+        self._parameters.append(weakref.ref(parameter))
+        self._number_of[id(parameter)] = number
+        entry = ParameterEntry(name="")
+        _describe(parameter, entry)
+        self._recording.parameters.append(entry)
+        return number
+
+    def _enter_registered(self) -> None:
+        """Enter the models' parameters and name them; names carry the model's if there are several."""
+        several = len(self._models) > 1
+        names: dict[int, list[tuple[str, str, str]]] = {}
+        for model in self._models:
+            module = model.module()
+            if module is None:
+                continue
+            prefix = f"{model.name}." if several else ""
+            kinds = {path: type(part).__name__ for path, part in module.named_modules()}
+            for path, parameter in module.named_parameters(remove_duplicate=False):
+                number = self._number(parameter)
+                if number is None:
+                    number = self._enter(parameter)
+                holder = path.rpartition(".")[0]
+                names.setdefault(number, []).append(
+                    (prefix + path, (prefix + holder).rstrip("."), kinds.get(holder, ""))
+                )
+        for number, known_as in names.items():
+            entry = self._recording.parameters[number]
+            entry.name, entry.module, entry.module_type = known_as[0]
+            entry.aliases = tuple(name for name, _, _ in known_as[1:])
+            entry.in_model = True
+        # A parameter that was known only by its place in an optimizer may have got its name now.
+        for number in range(len(self._optimizers)):
+            self._optimizers[number].signature = ()
+            self.refresh_groups(number)
+
+    def _is_watched(self, name: str) -> bool:
+        matches: Callable[[tuple[str, ...]], bool] = lambda patterns: any(  # noqa: E731
+            fnmatch.fnmatchcase(name, pattern) for pattern in patterns
+        )
+        return (not self._include or matches(self._include)) and not matches(self._exclude)
+
+
+def _describe(parameter: torch.Tensor, entry: ParameterEntry) -> None:
+    entry.dtype = str(parameter.dtype).removeprefix("torch.")
+    entry.device = str(parameter.device)
+    entry.requires_grad = parameter.requires_grad
+    if not isinstance(parameter, UninitializedTensorMixin):
+        entry.shape = tuple(parameter.shape)
+
+
+def _unused(name: str, taken: list[str]) -> str:
+    if name not in taken:
+        return name
+    number = 2
+    while f"{name}#{number}" in taken:
+        number += 1
+    return f"{name}#{number}"

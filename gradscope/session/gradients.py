@@ -1,0 +1,246 @@
+"""What is inside every ``.grad``: plain arithmetic on counters, free of torch.
+
+A gradient is described by where it lies on a time line of its own. Each write by a backward (or
+assignment by the program) moves ``written`` on by one; clearing notes where the line stood in
+``cleared``; a step of an optimizer notes where it stood in ``used``. So ``.grad`` holds the writes
+in ``(cleared, written]``, of which the owner has used those up to where the line stood at its step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Integers = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+NO_GRADIENT = 0
+"""The token of a ``.grad`` that is None."""
+
+# Numbers of the statuses, in the order of gradscope.run.schema.STATUSES.
+NONE, FRESH, ACCUMULATED, COMPOUNDED, STALE, ASSIGNED, ZEROED = range(7)
+
+
+@dataclass(slots=True)
+class GradientLook:
+    """Every gradient at one moment, aligned with ``params``.
+
+    Attributes:
+        params: int64[n], numbers of the parameters looked at.
+        token: int64[n], identity of the ``.grad`` object, ``NO_GRADIENT`` for None.
+        version: int64[n], autograd's version counter of it (0 for None).
+        zero: bool[n], whether all its elements are zero, or None if nobody looked. A version
+            counter cannot tell: ``p.grad.data.zero_()`` does not move it.
+    """
+
+    params: Integers
+    token: Integers
+    version: Integers
+    zero: Flags | None = None
+
+
+@dataclass(slots=True)
+class Consumption:
+    """What an optimizer's step reads, one entry per parameter it holds.
+
+    Attributes:
+        params: int64[n], numbers of the parameters.
+        status: int64[n], as numbered in this module.
+        n_writes: int64[n], writes since the optimizer's last step.
+        carried_from: int64[n], the earliest step whose used gradient is still in it, or -1.
+        edited: bool[n], changed in place after the last write.
+        edited_after_use: bool[n], changed in place after the last use.
+    """
+
+    params: Integers
+    status: Integers
+    n_writes: Integers
+    carried_from: Integers
+    edited: Flags
+    edited_after_use: Flags
+
+
+class GradientHistory:
+    """The histories of all gradients, and what each optimizer has used of them."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._integers: dict[str, Integers] = {
+            name: np.zeros(0, np.int64)
+            for name in ("token", "version", "written", "cleared", "used", "assigned", "edited")
+        }
+        self._edited_after_use = np.zeros(0, np.bool_)
+        # Per optimizer: where the line stood at its last step, and the earliest step of its
+        # whose gradient is still inside.
+        self._used: dict[int, Integers] = {}
+        self._first_use: dict[int, Integers] = {}
+
+    def grow(self, n: int) -> None:
+        """Make room for parameters up to number ``n - 1``, all without gradient."""
+        more = n - self.n
+        if more <= 0:
+            return
+        for name, array in self._integers.items():
+            self._integers[name] = np.concatenate([array, np.zeros(more, np.int64)])
+        self._edited_after_use = np.concatenate([self._edited_after_use, np.zeros(more, np.bool_)])
+        for optimizer in self._used:
+            self._used[optimizer] = np.concatenate([self._used[optimizer], _nothing(more)])
+            self._first_use[optimizer] = np.concatenate(
+                [self._first_use[optimizer], np.full(more, -1)]
+            )
+        self.n = n
+
+    def adopt(self, look: GradientLook) -> None:
+        """Take gradients that came while nobody was looking as one write each, used by no step."""
+        at = look.params
+        token, version, written, cleared = self._at(at, "token", "version", "written", "cleared")
+        unknown = (look.token != token) | (look.version != version)
+        present = look.token != NO_GRADIENT
+        if look.zero is not None:
+            present &= ~look.zero
+        self._integers["cleared"][at] = np.where(unknown, written, cleared)
+        self._integers["written"][at] = written + (unknown & present)
+        self._remember(look)
+
+    def look_outside(self, look: GradientLook) -> None:
+        """Account for what the program did to gradients since the last look."""
+        self._account(look, before_backward=False)
+
+    def look_before_backward(self, look: GradientLook) -> None:
+        """Like :meth:`look_outside`, where a change comes after the last step's use, if any."""
+        self._account(look, before_backward=True)
+
+    def _account(self, look: GradientLook, *, before_backward: bool) -> None:
+        at = look.params
+        token, version, written, cleared, used = self._at(
+            at, "token", "version", "written", "cleared", "used"
+        )
+        gone = look.token == NO_GRADIENT
+        replaced = ~gone & (look.token != token)
+        touched = ~gone & ~replaced & (look.version != version)
+        held = written > cleared
+        spent = held & (written == used)
+        empty = gone.copy()
+        if look.zero is not None:
+            # Zeros in a gradient that nobody touched since backward wrote them are what backward
+            # computed; zeros in one that a step has used are nothing carried, however they came.
+            empty |= look.zero & (replaced | touched | spent)
+            if before_backward and look.zero[~gone].all():
+                # Every gradient at once: cleared behind the version counter's back.
+                empty |= look.zero
+        assigned = replaced & ~empty
+        edited = touched & held & ~empty
+        self._integers["cleared"][at] = np.where(empty | assigned, written, cleared)
+        self._integers["written"][at] = written + assigned
+        self._note("assigned", at, assigned, written + 1)
+        if before_backward:
+            self._edited_after_use[at] |= edited & spent
+        else:
+            self._note("edited", at, edited, written)
+        self._remember(look)
+
+    def look_after_backward(self, look: GradientLook) -> Flags:
+        """Account for one backward; returns bool[n], which gradients it wrote."""
+        at = look.params
+        token, version, written = self._at(at, "token", "version", "written")
+        gone = look.token == NO_GRADIENT
+        wrote = ~gone & ((look.token != token) | (look.version != version))
+        # A hook may clear a gradient in the middle of backward (an optimizer in backward).
+        cleared_inside = gone & (token != NO_GRADIENT)
+        self._integers["written"][at] = written + wrote
+        self._note("cleared", at, cleared_inside, written)
+        self._remember(look)
+        return wrote
+
+    def look_after_step(self, look: GradientLook) -> None:
+        """Note the gradients as a step leaves them: what it did to them is its own affair."""
+        # SGD with nesterov and foreach changes .grad in place (torch 2.13); an optimizer may also
+        # clear it.
+        at = look.params
+        self._note("cleared", at, look.token == NO_GRADIENT, self._integers["written"][at])
+        self._remember(look)
+
+    def consume(self, optimizer: int, step: int, look: GradientLook) -> Consumption:
+        """Account for a step of ``optimizer`` that reads the gradients of ``look``.
+
+        Args:
+            optimizer: number of the optimizer.
+            step: number of the step.
+            look: its parameters' gradients right before the update.
+        """
+        consumption = self.describe(optimizer, look)
+        at = look.params
+        self._used[optimizer][at] = self._integers["written"][at]
+        self._integers["used"][at] = self._integers["written"][at]
+        self._first_use[optimizer][at] = np.where(
+            consumption.carried_from >= 0,
+            consumption.carried_from,
+            np.where(consumption.n_writes > 0, step, -1),
+        )
+        self._edited_after_use[at] = False
+        return consumption
+
+    def describe(self, optimizer: int, look: GradientLook) -> Consumption:
+        """Tell what a step of ``optimizer`` would read, and leave everything as it is."""
+        self.look_outside(look)
+        if optimizer not in self._used:
+            self._used[optimizer] = _nothing(self.n)
+            self._first_use[optimizer] = np.full(self.n, -1)
+        at = look.params
+        written, cleared, assigned, edited = self._at(
+            at, "written", "cleared", "assigned", "edited"
+        )
+        used = self._used[optimizer][at]
+        gone = look.token == NO_GRADIENT
+        held = ~gone & (written > cleared)
+        carried = held & (used > cleared)
+        n_writes = np.where(held, written - np.maximum(used, cleared), 0)
+        newly_assigned = held & (assigned > np.maximum(used, cleared))
+        status = np.select(
+            [
+                gone,
+                ~held,
+                carried & (n_writes > 0),
+                carried,
+                newly_assigned,
+                n_writes == 1,
+            ],
+            [NONE, ZEROED, COMPOUNDED, STALE, ASSIGNED, FRESH],
+            ACCUMULATED,
+        )
+        return Consumption(
+            params=at,
+            status=status,
+            n_writes=n_writes,
+            carried_from=np.where(carried, self._first_use[optimizer][at], -1),
+            edited=held & (n_writes > 0) & (edited == written),
+            edited_after_use=carried & self._edited_after_use[at],
+        )
+
+    def token(self, params: Integers) -> Integers:
+        """Identity of each ``.grad`` at its last look."""
+        return self._integers["token"][params]
+
+    def contents(self, optimizer: int, params: Integers) -> tuple[Flags, Flags]:
+        """Return (bool[n], bool[n]): what holds used and what holds unused gradient of ``optimizer``."""
+        written, cleared = self._at(params, "written", "cleared")
+        used = self._used[optimizer][params] if optimizer in self._used else np.full_like(written, -1)
+        held = written > cleared
+        return held & (used > cleared), held & (written > used)
+
+    def _at(self, at: Integers, *names: str) -> Any:
+        return tuple(self._integers[name][at] for name in names)
+
+    def _note(self, name: str, at: Integers, where: Flags, value: Integers) -> None:
+        self._integers[name][at] = np.where(where, value, self._integers[name][at])
+
+    def _remember(self, look: GradientLook) -> None:
+        self._integers["token"][look.params] = look.token
+        self._integers["version"][look.params] = look.version
+
+
+def _nothing(n: int) -> Integers:
+    return np.full(n, -1, np.int64)

@@ -1,0 +1,283 @@
+"""The state machine that turns events into step records. Free of torch.
+
+An attempt of an optimizer to update owns everything since its previous attempt: the forwards, the
+backwards that wrote to its parameters, the clearing, the clipping. The ledger is told of each event
+once all values it needs are known, in the order in which the events happened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gradscope.session.gradients import (
+    NO_GRADIENT,
+    Consumption,
+    Flags,
+    GradientHistory,
+    GradientLook,
+    Integers,
+)
+
+_LONGEST_ORDER = 40
+
+
+@dataclass(slots=True)
+class Attempt:
+    """What has happened since an optimizer's previous attempt.
+
+    Attributes:
+        began: when the previous attempt ended, in seconds of the process clock.
+        order: what happened, as (word, how often in a row).
+        n_forward, n_backward: counts; see the table ``steps``.
+        loss: sum of the roots so far, NaN once a root was no scalar, None before any backward.
+        zeroed, zeroed_by: see the table ``steps``.
+        train_mode: whether every forward so far was in training mode.
+        first_node: the autograd sequence number at the first forward, or None.
+        graph_nodes: nodes created from there to the last backward.
+        forward_seconds, backward_seconds: time in each.
+        backwards: numbers of the backwards that belong here.
+    """
+
+    began: float
+    order: list[tuple[str, int]] = field(default_factory=list)
+    n_forward: int = 0
+    n_backward: int = 0
+    loss: float | None = None
+    zeroed: str = ""
+    zeroed_by: str = ""
+    train_mode: bool = True
+    first_node: int | None = None
+    graph_nodes: int = 0
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+    backwards: list[int] = field(default_factory=list)
+
+    def note(self, word: str) -> None:
+        """Add an event to the order; the same word again only counts up."""
+        if self.order and self.order[-1][0] == word:
+            self.order[-1] = (word, self.order[-1][1] + 1)
+        else:
+            self.order.append((word, 1))
+
+    def spelled_order(self) -> str:
+        """The order in words, repetitions of one or several events told once with ``×n``."""
+        return spell_order([f"{word} ×{n}" if n > 1 else word for word, n in self.order])
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """One finished attempt: a row of ``steps`` and the gradients that it read."""
+
+    step: int
+    optimizer: int
+    optimizer_step: int
+    outcome: str
+    attempt: Attempt
+    consumption: Consumption
+    seconds: float
+
+
+class Ledger:
+    """Follows every optimizer's attempts and every parameter's gradient."""
+
+    def __init__(self) -> None:
+        self.gradients = GradientHistory()
+        self.n_steps = 0
+        self.n_backwards = 0
+        self._params: dict[int, Integers] = {}
+        self._attempts: dict[int, Attempt] = {}
+        self._n_attempts: dict[int, int] = {}
+        self._has_used: dict[int, bool] = {}
+
+    def holds(self, optimizer: int, params: Integers, now: float) -> None:
+        """Note which parameters an optimizer holds; told anew whenever that changes."""
+        self._params[optimizer] = params
+        self.gradients.grow(int(params.max(initial=-1)) + 1)
+        if optimizer not in self._attempts:
+            self._attempts[optimizer] = Attempt(began=now)
+            self._n_attempts[optimizer] = 0
+            self._has_used[optimizer] = False
+
+    def forward(
+        self,
+        optimizers: Iterable[int],
+        *,
+        first_node: int,
+        seconds: float,
+        training: bool,
+        with_grad: bool,
+    ) -> None:
+        """Account for one outermost call of a watched model.
+
+        Args:
+            optimizers: those that hold parameters of the model.
+            first_node: autograd's sequence number when the call began.
+            seconds: how long it took.
+            training: whether the model was in training mode.
+            with_grad: whether gradients were enabled; a call without is an evaluation, and counts
+                neither as a forward of the step nor for its mode.
+        """
+        for attempt in self._of(optimizers):
+            if not with_grad:
+                attempt.note("forward without grad")
+                continue
+            attempt.note("forward")
+            attempt.n_forward += 1
+            attempt.forward_seconds += seconds
+            attempt.train_mode &= training
+            if attempt.first_node is None:
+                attempt.first_node = first_node
+
+    def zero_grad(self, optimizers: Iterable[int], by: str) -> None:
+        """Account for a call of ``zero_grad``; ``by`` names the method."""
+        for attempt in self._of(optimizers):
+            attempt.note("zero_grad")
+            attempt.zeroed_by = by
+
+    def note(self, optimizers: Iterable[int], word: str) -> None:
+        """Account for any other event that belongs into the order."""
+        for attempt in self._of(optimizers):
+            attempt.note(word)
+
+    def backward_started(self, look: GradientLook) -> None:
+        """Account for the gradients as a backward finds them."""
+        self.gradients.look_before_backward(look)
+        for optimizer, params in self._params.items():
+            used, unused = self.gradients.contents(optimizer, params)
+            if unused.any():
+                continue  # a further backward of the same attempt
+            attempt = self._attempts[optimizer]
+            if used.all():
+                attempt.zeroed = "never" if len(params) else "none"
+            elif used.any():
+                attempt.zeroed = "partly"
+            else:
+                token = self.gradients.token(params)
+                attempt.zeroed = "none" if (token == NO_GRADIENT).all() else "zero"
+
+    def backward_ended(
+        self, look: GradientLook, *, root: float, last_node: int, seconds: float
+    ) -> tuple[int, Flags]:
+        """Account for what a backward wrote.
+
+        Args:
+            look: the gradients as it left them.
+            root: value of the loss, NaN if it is no scalar.
+            last_node: autograd's sequence number when it began.
+            seconds: how long it took.
+
+        Returns:
+            The number of the backward, and which gradients of ``look`` it wrote.
+        """
+        wrote = self.gradients.look_after_backward(look)
+        written = set(look.params[wrote].tolist())
+        concerned = [
+            optimizer
+            for optimizer, params in self._params.items()
+            if not written.isdisjoint(params.tolist())
+        ]
+        number = self.n_backwards
+        self.n_backwards += 1
+        # A backward that reaches nobody's parameters is everybody's affair.
+        for attempt in self._of(concerned or self._params):
+            attempt.note("backward")
+            attempt.n_backward += 1
+            attempt.backwards.append(number)
+            attempt.backward_seconds += seconds
+            attempt.loss = root if attempt.loss is None else attempt.loss + root
+            if attempt.first_node is not None:
+                attempt.graph_nodes = max(attempt.graph_nodes, last_node - attempt.first_node)
+        return number, wrote
+
+    def other_backward(self) -> int:
+        """Account for a call into the engine that writes no ``.grad``; returns its number."""
+        self.n_backwards += 1
+        return self.n_backwards - 1
+
+    def consume(self, optimizer: int, look: GradientLook) -> Consumption:
+        """Account for the gradients that an update of ``optimizer`` is about to read."""
+        return self.gradients.consume(optimizer, self.n_steps, look)
+
+    def describe(self, optimizer: int, look: GradientLook) -> Consumption:
+        """Tell what an update would read, for one that does not take place."""
+        return self.gradients.describe(optimizer, look)
+
+    def end_attempt(
+        self, optimizer: int, consumption: Consumption, *, outcome: str, now: float
+    ) -> StepRecord:
+        """Close the current attempt of an optimizer and begin its next."""
+        attempt = self._attempts[optimizer]
+        attempt.note("step" if outcome == "stepped" else f"step {outcome}")
+        if attempt.zeroed_by == "" and attempt.zeroed in ("none", "zero"):
+            attempt.zeroed_by = "hand" if self._has_used[optimizer] else ""
+        self._has_used[optimizer] |= bool((consumption.n_writes > 0).any())
+        record = StepRecord(
+            step=self.n_steps,
+            optimizer=optimizer,
+            optimizer_step=self._n_attempts[optimizer],
+            outcome=outcome,
+            attempt=attempt,
+            consumption=consumption,
+            seconds=now - attempt.began,
+        )
+        self.n_steps += 1
+        self._n_attempts[optimizer] += 1
+        self._attempts[optimizer] = Attempt(began=now)
+        return record
+
+    def has_backward(self, optimizer: int) -> bool:
+        """Whether a backward has come since the optimizer's last attempt."""
+        attempt = self._attempts.get(optimizer)
+        return attempt is not None and attempt.n_backward > 0
+
+    def params_of(self, optimizer: int) -> Integers:
+        """Numbers of the parameters that an optimizer holds."""
+        return self._params[optimizer]
+
+    def _of(self, optimizers: Iterable[int]) -> list[Attempt]:
+        return [self._attempts[number] for number in optimizers if number in self._attempts]
+
+
+def spell_order(words: list[str]) -> str:
+    """Join events into one line, telling a repeated sequence once.
+
+    >>> spell_order(["zero_grad", "forward", "backward", "forward", "backward", "step"])
+    'zero_grad, (forward, backward) ×2, step'
+    """
+    parts: list[str] = []
+    position = 0
+    while position < len(words):
+        length, times = _repetition(words, position)
+        sequence = ", ".join(words[position : position + length])
+        if times == 1:
+            parts.append(words[position])
+            position += 1
+        else:
+            parts.append(f"({sequence}) ×{times}" if length > 1 else f"{sequence} ×{times}")
+            position += length * times
+        if len(parts) == _LONGEST_ORDER:
+            parts.append("…")
+            break
+    return ", ".join(parts)
+
+
+def _repetition(words: list[str], position: int) -> tuple[int, int]:
+    """The sequence that repeats at ``position`` and covers most: (its length, how often)."""
+    best = (1, 1)
+    for length in range(1, min(8, (len(words) - position) // 2) + 1):
+        times = 1
+        sequence = words[position : position + length]
+        while words[position + times * length : position + (times + 1) * length] == sequence:
+            times += 1
+        if times > 1 and length * times > best[0] * best[1]:
+            best = (length, times)
+    return best
+
+
+def scalar(value: float | None) -> float:
+    """A value for a column of reals: NaN for none."""
+    return math.nan if value is None else value

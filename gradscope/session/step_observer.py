@@ -1,0 +1,157 @@
+"""What is read of one optimizer around its ``step``: gradients and state before, weights on both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from gradscope.instruments.gradients import GradientReader
+from gradscope.instruments.hyperparameters import GroupReading, read_groups
+from gradscope.instruments.late import Late, scalar_of
+from gradscope.instruments.optimizer_state import StateReader, StateReading
+from gradscope.instruments.statistics import Reals, Statistics
+from gradscope.instruments.weight_change import WeightChange
+from gradscope.session.census import Census
+from gradscope.session.gradients import GradientLook
+
+T = TypeVar("T")
+
+Attempt = Callable[..., Any]
+"""``attempt(part, function, *args)`` runs one instrument; None once that instrument has failed."""
+
+
+@dataclass(slots=True)
+class StepReading:
+    """Everything read around one update; what a part of it could not read is None.
+
+    Attributes:
+        optimizer: number of the optimizer.
+        recorded: whether this step is recorded in full.
+        look: gradients right before the update, without their zeros.
+        sums_of_squares: of those gradients; on a recorded step ``statistics`` has them.
+        statistics: of those gradients, on a recorded step.
+        found_inf: what a gradient scaler left for a fused optimizer, that skips by itself.
+        scaled: whether the gradients are still multiplied by the scaler's scale.
+        scale: the scaler's scale, when one is in use.
+        groups: hyper-parameters of each group.
+        state_before, state_after: the optimizer's state on both sides of the update.
+        weights_before, weights_after, change: float64[n], sums of squares.
+        always, extra: seconds spent on what every step is read for, and on a recorded step's more.
+    """
+
+    optimizer: int
+    recorded: bool
+    look: GradientLook | None = None
+    sums_of_squares: Late[Reals] | None = None
+    statistics: Late[Statistics] | None = None
+    found_inf: Late[Any] | None = None
+    scaled: bool = False
+    scale: Late[Any] | None = None
+    groups: list[GroupReading] = field(default_factory=list)
+    state_before: StateReading | None = None
+    state_after: StateReading | None = None
+    weights_before: Late[Reals] | None = None
+    weights_after: Late[Reals] | None = None
+    change: Late[Reals] | None = None
+    always: float = 0.0
+    extra: float = 0.0
+
+    def awaited(self) -> list[Any]:
+        """Everything that may still be on its way."""
+        parts = [
+            self.sums_of_squares,
+            self.statistics,
+            self.found_inf,
+            self.scale,
+            self.state_before,
+            self.state_after,
+            self.weights_before,
+            self.weights_after,
+            self.change,
+            *(value for group in self.groups for value in group.values.values()),
+        ]
+        return [part for part in parts if part is not None]
+
+
+class StepObserver:
+    """Reads one optimizer, with buffers kept from step to step.
+
+    Args:
+        census: who is who.
+        optimizer: number of the optimizer.
+        attempt: runs one instrument and keeps its errors away.
+    """
+
+    def __init__(self, census: Census, optimizer: int, attempt: Attempt) -> None:
+        self._census = census
+        self._optimizer = optimizer
+        self._attempt = attempt
+        self._generation = -1
+
+    def begin(self, *, recorded: bool, scale: Late[Any] | None) -> StepReading:
+        """Read what there is before the update, the gradients left out."""
+        reading = StepReading(self._optimizer, recorded, scale=scale)
+        optimizer = self._census.optimizer(self._optimizer)
+        if optimizer is None:
+            return reading
+        self._prepare()
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None:
+            reading.found_inf = scalar_of(found_inf)
+            reading.scaled = getattr(optimizer, "grad_scale", None) is not None
+        reading.groups = self._attempt("hyperparameters", read_groups, optimizer) or []
+        if recorded:
+            tensors = self._tensors()
+            reading.weights_before = self._attempt("weight_change", self._weights.before, tensors)
+            reading.state_before = self._attempt(
+                "optimizer_state", self._state.read, optimizer, tensors
+            )
+        return reading
+
+    def read_gradients(self, reading: StepReading) -> None:
+        """Read the gradients as the update is about to read them."""
+        self._prepare()
+        gradients = self._gradients.gradients(self._tensors())
+        token, version, any_there = self._gradients.identities(gradients)
+        reading.look = GradientLook(self._census.params_of(self._optimizer), token, version)
+        reading.sums_of_squares = reading.statistics = None
+        if not any_there:
+            return
+        if reading.recorded:
+            reading.statistics = self._attempt(
+                "gradient_statistics", self._gradients.statistics, gradients
+            )
+        if reading.statistics is None:
+            reading.sums_of_squares = self._attempt(
+                "gradient_norms", self._gradients.sums_of_squares, gradients
+            )
+
+    def end(self, reading: StepReading) -> GradientLook | None:
+        """Read what there is after the update; returns the gradients as it left them."""
+        optimizer = self._census.optimizer(self._optimizer)
+        if optimizer is None:
+            return None
+        tensors = self._tensors()
+        if reading.recorded:
+            if reading.weights_before is not None:
+                changes = self._attempt("weight_change", self._weights.after, tensors)
+                if changes is not None:
+                    reading.weights_after, reading.change = changes
+            reading.state_after = self._attempt(
+                "optimizer_state", self._state.read, optimizer, tensors
+            )
+        token, version, _ = self._gradients.identities(self._gradients.gradients(tensors))
+        return GradientLook(self._census.params_of(self._optimizer), token, version)
+
+    def _tensors(self) -> Sequence[Any]:
+        return self._census.tensors(self._census.params_of(self._optimizer).tolist())
+
+    def _prepare(self) -> None:
+        if self._generation == self._census.generation:
+            return
+        tensors = self._tensors()
+        self._gradients = GradientReader(tensors)
+        self._weights = WeightChange(tensors)
+        self._state = StateReader()
+        self._generation = self._census.generation

@@ -1,0 +1,75 @@
+"""``clip_grad_norm_`` and ``clip_grad_value_``, also where a program imported them by name.
+
+What is replaced are functions that both look up inside ``torch.nn.utils.clip_grad``: a name that a
+program has imported keeps pointing at the outer function, which still finds the inner one there.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grad
+
+from gradscope.taps.patch import Patch
+from gradscope.taps.tap import Tap
+from gradscope.taps.user_frame import user_location
+
+
+class ClippingTap(Tap):
+    """Emits ``gradients_clipped(function, gradients, limit, location)`` just before the clipping.
+
+    ``function`` is ``clip_grad_norm_`` or ``clip_grad_value_``, ``gradients`` the list of tensors
+    about to be changed (empty when there are none), ``limit`` the largest norm or value allowed.
+    """
+
+    events = ("gradients_clipped",)
+
+    def install(self) -> None:
+        """Replace the inner functions."""
+        self._patches = [
+            Patch(clip_grad, "_clip_grads_with_norm_", self._wrap_norm),
+            Patch(clip_grad, "_group_tensors_by_device_and_dtype", self._wrap_grouping),
+        ]
+
+    def uninstall(self) -> None:
+        """Restore the inner functions."""
+        for patch in self._patches:
+            patch.restore()
+
+    def _wrap_norm(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def _clip_grads_with_norm_(
+            parameters: Any, max_norm: float, *args: Any, **kwargs: Any
+        ) -> Any:
+            # Listed once: an iterator can be read only once, and torch has to read it too.
+            parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+            if self.listeners:
+                gradients = [p.grad for p in parameters if p.grad is not None]
+                self.emit(
+                    "gradients_clipped", "clip_grad_norm_", gradients, max_norm, user_location()
+                )
+            return original(parameters, max_norm, *args, **kwargs)
+
+        return _clip_grads_with_norm_
+
+    def _wrap_grouping(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def _group_tensors_by_device_and_dtype(tensorlists: Any, *args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1)
+            # clip_grad_norm_ groups its tensors too, and is told of elsewhere.
+            if self.listeners and caller.f_code.co_name == "clip_grad_value_":
+                limit = caller.f_locals.get("clip_value")
+                gradients = list(tensorlists[0])
+                self.emit(
+                    "gradients_clipped", "clip_grad_value_", gradients, limit, user_location()
+                )
+            return original(tensorlists, *args, **kwargs)
+
+        return _group_tensors_by_device_and_dtype
+
+
+clipping = ClippingTap()

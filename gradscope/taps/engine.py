@@ -1,0 +1,117 @@
+"""The autograd engine: every backward, whoever calls it and however it ends.
+
+``Tensor.backward``, ``torch.autograd.backward`` and ``torch.autograd.grad`` all pass through
+``_engine_run_backward``, which ``torch.autograd`` imports by name from ``torch.autograd.graph``: both
+names are replaced (torch 2.13). ``torch.compiler`` replaces and restores them too while it traces,
+which can drop a replacement; :meth:`EngineTap.repair` puts it back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.autograd.graph
+
+from gradscope.taps.patch import Patch
+from gradscope.taps.tap import Tap
+from gradscope.taps.user_frame import Location, user_location
+
+
+def inside_backward() -> bool:
+    """Tell whether the calling thread is executing a node of a backward right now."""
+    # Set per thread by the engine itself, so that it is also right on the engine's device
+    # threads, where a recomputed checkpoint runs its forward.
+    return torch._C._current_graph_task_id() != -1
+
+
+@dataclass(slots=True)
+class BackwardCall:
+    """One call into the engine. Holds the roots, so no listener may keep it.
+
+    Attributes:
+        roots: the tensors that backward starts from.
+        accumulates: True for ``backward``, False for ``autograd.grad``, which writes no ``.grad``.
+        restricted: whether ``inputs=`` names the leaves that are to receive gradients.
+        retain_graph: whether the graph is kept for another backward.
+        create_graph: whether the gradients get a graph of their own.
+        location: the line of the program that called.
+    """
+
+    roots: tuple[torch.Tensor, ...]
+    accumulates: bool
+    restricted: bool
+    retain_graph: bool
+    create_graph: bool
+    location: Location | None
+
+
+class EngineTap(Tap):
+    """Emits ``backward_started(call)`` and ``backward_ended(call, error)``.
+
+    A backward that runs inside another one (a reentrant checkpoint) is part of it and emits
+    nothing.
+    """
+
+    events = ("backward_started", "backward_ended")
+
+    def install(self) -> None:
+        """Replace the engine's entry in both modules that hold it."""
+        self._patches = [
+            Patch(torch.autograd.graph, "_engine_run_backward", self._wrap),
+            Patch(torch.autograd, "_engine_run_backward", self._wrap),
+        ]
+
+    def uninstall(self) -> None:
+        """Restore both entries."""
+        for patch in self._patches:
+            patch.restore()
+
+    def repair(self) -> bool:
+        """Put a dropped replacement back; returns whether one had been dropped."""
+        dropped = [patch for patch in self._patches if not patch.in_place]
+        if not dropped:
+            return False
+        for patch in dropped:
+            if vars(patch.owner)[patch.name] is patch.original:
+                setattr(patch.owner, patch.name, patch.replacement)
+        return True
+
+    def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def _engine_run_backward(t_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.listeners or inside_backward():
+                return original(t_outputs, *args, **kwargs)
+            call = _describe(t_outputs, args, kwargs)
+            self.emit("backward_started", call)
+            try:
+                result = original(t_outputs, *args, **kwargs)
+            except BaseException as error:
+                self.emit("backward_ended", call, error)
+                raise
+            self.emit("backward_ended", call, None)
+            return result
+
+        return _engine_run_backward
+
+
+def _describe(outputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BackwardCall:
+    # Positions as in the two calls in torch/autograd/__init__.py:
+    # (grad_tensors, retain_graph, create_graph, inputs, allow_unreachable, accumulate_grad=...).
+    given = dict(zip(("grad_tensors", "retain_graph", "create_graph", "inputs"), args, strict=False))
+    given.update(kwargs)
+    roots = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+    return BackwardCall(
+        roots=tuple(root for root in roots if isinstance(root, torch.Tensor)),
+        accumulates=bool(given.get("accumulate_grad", False)),
+        restricted=bool(given.get("inputs")),
+        retain_graph=bool(given.get("retain_graph")),
+        create_graph=bool(given.get("create_graph")),
+        location=user_location(),
+    )
+
+
+engine = EngineTap()

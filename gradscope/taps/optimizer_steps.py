@@ -1,0 +1,115 @@
+"""``Optimizer.step`` of every optimizer in the process, through torch's global step hooks.
+
+Hooks of an instance would travel with its pickles and deep copies; the global ones do not.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from gradscope.taps.tap import Tap
+
+# The function that runs the hooks around every optimizer's step (torch 2.13). Its code object is
+# one and the same for all optimizers, so that it can be counted on the stack.
+_STEP_WRAPPER: CodeType = next(
+    constant
+    for constant in Optimizer.profile_hook_step.__code__.co_consts
+    if isinstance(constant, CodeType) and constant.co_name == "wrapper"
+)
+
+
+class OptimizerStepTap(Tap):
+    """Emits ``step_started(optimizer, has_closure)``, ``closure_ended(optimizer)``, ``step_ended(optimizer)``.
+
+    A closure runs forward and backward inside ``step``, after ``step_started``: whoever wants the
+    gradients that the update reads looks at ``closure_ended``, which comes once per evaluation.
+    A step that raises has no ``step_ended``. A step inside the same optimizer's step (a subclass
+    that calls ``super().step()``) is part of it and emits nothing.
+    """
+
+    events = ("step_started", "closure_ended", "step_ended")
+
+    def install(self) -> None:
+        """Register the two global hooks."""
+        self._open = threading.local()
+        self._handles = [
+            register_optimizer_step_pre_hook(self._before),
+            register_optimizer_step_post_hook(self._after),
+        ]
+
+    def uninstall(self) -> None:
+        """Remove the two global hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        try:
+            nested = self._enter(optimizer)
+        except Exception:
+            return None
+        if nested:
+            return None
+        # In the hook's args the optimizer itself stands first (torch 2.13).
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        self.emit("step_started", optimizer, callable(closure))
+        if not callable(closure):
+            return None
+        watched = self._watch_closure(optimizer, closure)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": watched}
+        return (args[0], watched, *args[2:]), kwargs
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        steps = getattr(self._open, "steps", None)
+        if not steps or steps[-1]() is not optimizer:
+            return
+        steps.pop()
+        if not any(step() is optimizer for step in steps):
+            self.emit("step_ended", optimizer)
+
+    def _enter(self, optimizer: Optimizer) -> bool:
+        """Note that a step begins; returns whether it runs inside a step of the same optimizer."""
+        steps = getattr(self._open, "steps", None)
+        if steps is None:
+            steps = self._open.steps = []
+        if steps:
+            # A step that raised has left its entry behind; the true depth is on the stack.
+            del steps[max(0, _steps_on_stack() - 1) :]
+        nested = any(step() is optimizer for step in steps)
+        steps.append(weakref.ref(optimizer))
+        return nested
+
+    def _watch_closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        @functools.wraps(closure)
+        def watched() -> Any:
+            result = closure()
+            self.emit("closure_ended", optimizer)
+            return result
+
+        return watched
+
+
+def _steps_on_stack() -> int:
+    frame = sys._getframe(1)
+    count = 0
+    while frame is not None:
+        count += frame.f_code is _STEP_WRAPPER
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
+
+
+optimizer_steps = OptimizerStepTap()

@@ -1,0 +1,58 @@
+"""``step`` of every learning rate scheduler in torch."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import lr_scheduler
+
+from gradscope.taps.patch import Patch
+from gradscope.taps.tap import Tap
+from gradscope.taps.user_frame import user_location
+
+
+class SchedulerTap(Tap):
+    """Emits ``scheduler_stepped(scheduler, location)`` after the outermost call.
+
+    The step that a scheduler takes while it is being made, and the steps of the schedulers inside
+    a ``SequentialLR`` or ``ChainedScheduler``, are not the program's and emit nothing.
+    """
+
+    events = ("scheduler_stepped",)
+
+    def install(self) -> None:
+        """Replace ``step`` in each class of the module that defines one."""
+        self._stepping = threading.local()
+        self._patches = [
+            Patch(kind, "step", self._wrap)
+            for kind in vars(lr_scheduler).values()
+            if isinstance(kind, type)
+            and issubclass(kind, lr_scheduler.LRScheduler)
+            and "step" in vars(kind)
+        ]
+
+    def uninstall(self) -> None:
+        """Restore them."""
+        for patch in self._patches:
+            patch.restore()
+
+    def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+            nested = getattr(self._stepping, "now", False)
+            self._stepping.now = True
+            try:
+                result = original(scheduler, *args, **kwargs)
+            finally:
+                self._stepping.now = nested
+            if self.listeners and not nested and not getattr(scheduler, "_is_initial", False):
+                self.emit("scheduler_stepped", scheduler, user_location())
+            return result
+
+        return step
+
+
+schedulers = SchedulerTap()

@@ -1,0 +1,92 @@
+"""Every torch function as the program calls it, through a ``TorchFunctionMode``.
+
+It makes each call several times dearer, and while it is active torch leaves some fast paths: it is
+for single, armed steps, and whoever arms it suspends it where bits could change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
+from torch.utils._device import DeviceContext
+
+from gradscope.taps.tap import Tap
+
+
+class _CallMode(TorchFunctionMode):
+    def __init__(self, tap: TorchFunctionTap) -> None:
+        super().__init__()
+        self.tap = tap
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.tap.emit("torch_function_called", func, args, kwargs, result)
+        return result
+
+
+class TorchFunctionTap(Tap):
+    """Emits ``torch_function_called(function, args, kwargs, result)`` in the arming thread.
+
+    The mode is slipped in *below* the modes a program has entered itself. Those are left in the
+    order in which they were entered, each by taking whatever is on top: a mode on top of the
+    program's would be removed in its place, at a ``with torch.device(...)`` for instance.
+    """
+
+    events = ("torch_function_called",)
+
+    def install(self) -> None:
+        """Slip the mode in below the others."""
+        self._mode = _CallMode(self)
+        self.suspended = 0
+        self._insert()
+
+    def uninstall(self) -> None:
+        """Take the mode out from wherever it lies."""
+        self._take_out()
+
+    def suspend(self) -> None:
+        """Take the mode out for a while; calls nest."""
+        self.suspended += 1
+        if self.suspended == 1:
+            self._take_out()
+
+    def resume(self) -> None:
+        """Undo one :meth:`suspend`."""
+        self.suspended -= 1
+        if self.suspended == 0:
+            self._insert()
+
+    def _insert(self) -> None:
+        modes = _get_current_function_mode_stack()
+        # A device context insists on lying at the very bottom (torch/utils/_device.py).
+        bottom = 1 if modes and isinstance(modes[0], DeviceContext) else 0
+        _rebuild([*modes[:bottom], self._mode, *modes[bottom:]])
+
+    def _take_out(self) -> None:
+        modes = _get_current_function_mode_stack()
+        if self._mode in modes:
+            _rebuild([mode for mode in modes if mode is not self._mode])
+
+
+def _rebuild(modes: list[Any]) -> None:
+    for _ in _get_current_function_mode_stack():
+        _pop_mode()
+    for mode in modes:
+        _push_mode(mode)
+
+
+torch_functions = TorchFunctionTap()

@@ -1,0 +1,70 @@
+"""Which line of the user's program is behind a call that reached torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import CodeType, FrameType
+from typing import NamedTuple
+
+import torch
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_OURS = _PACKAGE + os.sep
+# The demo is a user's program that happens to ship with the package.
+_OUR_PROGRAMS = os.path.join(_PACKAGE, "demo") + os.sep
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_STANDARD = (os.path.dirname(os.path.abspath(os.__file__)) + os.sep, "<frozen ")
+_SITE_PACKAGES = f"{os.sep}site-packages{os.sep}"
+
+_is_user_code: dict[CodeType, bool] = {}
+
+
+class Location(NamedTuple):
+    """A line of the user's program.
+
+    Attributes:
+        file: the path as Python compiled it.
+        line: counted from 1.
+        function: the name of the function the line is in, ``<module>`` at top level.
+    """
+
+    file: str
+    line: int
+    function: str
+
+
+def user_frame(start: FrameType | None = None) -> FrameType | None:
+    """Return the innermost frame that is neither torch's, gradscope's nor the standard library's.
+
+    Args:
+        start: where to begin; the caller's frame by default.
+    """
+    frame = start if start is not None else sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        known = _is_user_code.get(code)
+        if known is None:
+            known = _is_user_code[code] = _belongs_to_user(code.co_filename)
+        if known:
+            return frame
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def user_location(start: FrameType | None = None) -> Location | None:
+    """Return the line of the user's program that is being executed, or None if there is none."""
+    frame = user_frame(start if start is not None else sys._getframe(1))
+    if frame is None:
+        return None
+    return Location(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+
+
+def _belongs_to_user(filename: str) -> bool:
+    if filename.startswith(_OUR_PROGRAMS):
+        return True
+    if filename.startswith((_OURS, _TORCH)):
+        return False
+    # Packages installed for the user live below the standard library's folder, and are the
+    # user's program here: what they do to the loop has to be told like what the script does.
+    return not filename.startswith(_STANDARD) or _SITE_PACKAGES in filename

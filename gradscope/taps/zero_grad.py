@@ -1,0 +1,47 @@
+"""``Optimizer.zero_grad`` and ``Module.zero_grad``: the spelled-out ways to clear gradients.
+
+Gradients cleared by hand are not seen here; the ledger infers them from the gradients themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gradscope.taps.patch import Patch
+from gradscope.taps.tap import Tap
+from gradscope.taps.user_frame import user_location
+
+
+class ZeroGradTap(Tap):
+    """Emits ``zero_grad_called(owner, location)`` after the call, owner an optimizer or module."""
+
+    events = ("zero_grad_called",)
+
+    def install(self) -> None:
+        """Replace both methods on their classes."""
+        self._patches = [
+            Patch(torch.optim.Optimizer, "zero_grad", self._wrap),
+            Patch(torch.nn.Module, "zero_grad", self._wrap),
+        ]
+
+    def uninstall(self) -> None:
+        """Restore both methods."""
+        for patch in self._patches:
+            patch.restore()
+
+    def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def zero_grad(owner: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(owner, *args, **kwargs)
+            if self.listeners:
+                self.emit("zero_grad_called", owner, user_location())
+            return result
+
+        return zero_grad
+
+
+zero_grad = ZeroGradTap()

@@ -1,0 +1,336 @@
+"""The loop as it really ran: the verdict, and for each of its six lines what was measured behind it.
+
+Plain data for every view that shows it; each number comes from the tables.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from gradscope.rules import RULES, Finding, Findings, diagnose
+from gradscope.run.recording import Recording
+from gradscope.run.schema import STATUSES
+
+
+@dataclass(frozen=True, slots=True)
+class LoopLine:
+    """One line of the loop.
+
+    Attributes:
+        name: the word of the line: ``parameters``, ``forward`` …
+        purpose: what the line is for.
+        measured: what it did in this run, one fact an entry.
+        findings: codes of the findings about this line.
+    """
+
+    name: str
+    purpose: str
+    measured: tuple[str, ...]
+    findings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSummary:
+    """Everything on the screen of a run.
+
+    Attributes:
+        title: who was trained by what, for how long.
+        verdict: one sentence.
+        healthy: whether there is neither error nor warning.
+        findings: what is wrong.
+        lines: the six lines of the loop.
+        cost: what watching cost.
+        checked: which rules were applied, and what could not be observed.
+    """
+
+    title: str
+    verdict: str
+    healthy: bool
+    findings: Findings
+    lines: tuple[LoopLine, ...]
+    cost: str
+    checked: tuple[str, ...]
+
+
+# The first digits of a code say which lines of the loop its rule is about.
+_LINE_OF_FAMILY = {"1": "parameters", "2": "zero_grad", "3": "forward", "4": "backward",
+                   "5": "step", "6": "loss"}  # fmt: skip
+
+
+def summarize(run: Recording) -> LoopSummary:
+    """Read the summary of a run off its tables."""
+    findings = diagnose(run)
+    steps, backwards = run.frame("steps"), run.frame("backwards")
+    lines = (
+        ("parameters", "which numbers will be trained?", lambda: _parameters(run)),
+        ("forward", "builds the autograd graph behind loss.grad_fn", lambda: _forward(steps)),
+        ("zero_grad", "clears .grad, which accumulates otherwise", lambda: _zero_grad(steps)),
+        ("backward", "walks the graph, fills .grad", lambda: _backward(run, steps, backwards)),
+        ("step", "reads .grad, updates state and weights", lambda: _step(run, steps)),
+        ("loss", "should fall", lambda: _loss(steps)),
+    )
+    return LoopSummary(
+        title=_title(run, steps),
+        verdict=_verdict(findings, steps),
+        healthy=not any(finding.severity > 0 for finding in findings),
+        findings=findings,
+        lines=tuple(
+            LoopLine(name, purpose, tuple(measured()), _codes(findings, name))
+            for name, purpose, measured in lines
+        ),
+        cost=_cost(run, steps),
+        checked=_checked(run),
+    )
+
+
+def _codes(findings: Findings, line: str) -> tuple[str, ...]:
+    return tuple(f.code for f in findings if _LINE_OF_FAMILY.get(f.code[2]) == line)
+
+
+def _title(run: Recording, steps: pd.DataFrame) -> str:
+    models = ", ".join(_named(model.name, model.kind) for model in run.models)
+    optimizers = ", ".join(_named(each.name, each.kind) for each in run.optimizers)
+    who = " · ".join(part for part in (models, optimizers) if part) or "nothing watched"
+    return f"{who} · {_counted(len(steps), 'step')} in {_duration(run.seconds)}"
+
+
+def _verdict(findings: Findings, steps: pd.DataFrame) -> str:
+    worst = [f for f in findings if f.severity == max(g.severity for g in findings)]
+    if not findings:
+        if steps.empty:
+            return "no step of a watched optimizer was seen"
+        return "no defect found"
+    return f"{worst[0].name}: {_counted(len(findings), 'finding')}" if len(findings) > 1 else (
+        f"{worst[0].name}"
+    )
+
+
+def _parameters(run: Recording) -> list[str]:
+    facts = []
+    registered = [p for p in run.parameters if p.in_model]
+    for number, optimizer in enumerate(run.optimizers):
+        held = [p for p in run.parameters if any(holder == number for holder, _ in p.holders)]
+        facts.append(
+            f"{optimizer.name} holds {len(held)} of {_counted(len(registered), 'tensor')} "
+            f"({sum(p.numel for p in held):,} of {sum(p.numel for p in registered):,} numbers) "
+            f"in {_counted(optimizer.n_groups, 'group')}"
+        )
+    missed = [p for p in registered if not p.holders and p.requires_grad]
+    frozen = [p for p in registered if not p.requires_grad]
+    strangers = [p for p in run.parameters if not p.in_model]
+    if run.optimizers:
+        facts.append(
+            f"missed by every optimizer: {_listed([p.name for p in missed])}; "
+            f"frozen: {_listed([p.name for p in frozen])}"
+        )
+    if strangers:
+        facts.append(f"held, but in no watched model: {_listed([p.name for p in strangers])}")
+    unreached = [p for p in registered if p.requires_grad and not p.reached]
+    if unreached and run.rows("backwards").n_rows:
+        facts.append(f"never given a gradient: {_listed([p.name for p in unreached])}")
+    return facts
+
+
+def _forward(steps: pd.DataFrame) -> list[str]:
+    if steps.empty:
+        return ["no step seen"]
+    facts = [f"{_usual(steps['n_forward'], 'call')} a step"]
+    if (steps["n_forward"] == 0).all():
+        facts = ["no call of a watched model seen"]
+    else:
+        modes = steps.loc[steps["n_forward"] > 0, "train_mode"]
+        facts[0] += f", {_share(modes, 'in training mode', 'in eval mode')}"
+    nodes = steps.loc[steps["graph_nodes"] > 0, "graph_nodes"]
+    if len(nodes):
+        facts.append(f"{_usual(nodes, 'graph node')} made for the loss")
+    return facts
+
+
+def _zero_grad(steps: pd.DataFrame) -> list[str]:
+    if steps.empty:
+        return ["no step seen"]
+    facts = []
+    # What a first step finds says nothing about the loop: nothing had been used before.
+    later = steps.loc[(steps["optimizer_step"] > 0) & (steps["zeroed"] != "")]
+    if later.empty:
+        facts.append("one step only: nothing had to be cleared" if len(steps) else "")
+    words = {
+        "none": "found cleared to None",
+        "zero": "found cleared to zero",
+        "partly": "cleared only in part",
+        "never": "NOT cleared",
+    }
+    for how, rows in later.groupby("zeroed"):
+        by = sorted(set(rows["zeroed_by"]) - {""})
+        facts.append(
+            f"gradients of the step before {words[str(how)]} at {_of(len(rows), len(later))} steps"
+            + (f", by {', '.join(_spelled_by(name) for name in by)}" if by else "")
+        )
+    order = steps["order"].mode()
+    if len(order):
+        at = int((steps["order"] == order[0]).sum())
+        facts.append(f"order at {_of(at, len(steps))} steps: {order[0]}")
+    return facts
+
+
+def _backward(run: Recording, steps: pd.DataFrame, backwards: pd.DataFrame) -> list[str]:
+    calls = backwards.loc[backwards["function"] == "backward"]
+    if calls.empty:
+        return ["never called"]
+    facts = []
+    raised = calls.loc[calls["error"] != ""]
+    if len(raised):
+        facts.append(f"raised {raised['error'].iloc[0]} at {_of(len(raised), len(calls))} calls")
+    if steps.empty:
+        return [*facts, f"{_counted(len(calls), 'call')}, but no step followed"]
+    counts = {name: int(steps[f"n_{name}"].sum()) for name in STATUSES}
+    total = sum(counts.values())
+    shown = ", ".join(
+        f"{counts[name]:,} {name}"
+        for name in ("fresh", "accumulated", "compounded", "stale", "assigned", "zeroed", "none")
+        if counts[name] or name in ("fresh", "compounded", "stale")
+    )
+    facts.append(
+        f"{_usual(steps['n_backward'], 'call')} a step; of {total:,} gradients read by steps: {shown}"
+    )
+    facts.append(f"gradient norm {_course(steps['grad_norm'])}")
+    nonfinite = int((run.rows("grads").array("nonfinite") > 0).sum())
+    if nonfinite:
+        facts.append(f"{_counted(nonfinite, 'gradient')} with NaN or infinite elements")
+    return facts
+
+
+def _step(run: Recording, steps: pd.DataFrame) -> list[str]:
+    if steps.empty:
+        return ["never called"]
+    outcomes = steps["outcome"].value_counts()
+    facts = [", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())]
+    groups = run.frame("groups")
+    if len(groups):
+        facts[0] += f"; lr {_course(groups['lr'])}"
+    moments = run.frame("moments")
+    if len(moments):
+        squares = moments.groupby("step")[["exp_avg_norm_after", "exp_avg_sq_norm_after"]].agg(
+            lambda norms: math.sqrt(float((norms**2).sum()))
+        )
+        facts.append(
+            f"state: |exp_avg| {_course(squares['exp_avg_norm_after'])}, "
+            f"|exp_avg_sq| {_course(squares['exp_avg_sq_norm_after'])}, "
+            f"own step count {_course(moments['step_count'])}"
+        )
+    recorded = steps.loc[steps["weight_norm"] > 0]
+    if len(recorded):
+        ratio = recorded["update_norm"] / recorded["weight_norm"]
+        facts.append(
+            f"size of the update against the weights {_course(ratio)} "
+            f"({len(recorded)} steps recorded in full)"
+        )
+    return facts
+
+
+def _loss(steps: pd.DataFrame) -> list[str]:
+    losses = steps["loss"].dropna() if len(steps) else steps.get("loss", pd.Series(dtype=float))
+    if losses.empty:
+        return ["no scalar loss seen"]
+    lowest = losses.idxmin()
+    facts = [
+        f"{losses.iloc[0]:.4g} at the first step → {losses.iloc[-1]:.4g} at the last; "
+        f"lowest {losses[lowest]:.4g} at step {int(steps.loc[lowest, 'step'])}"
+    ]
+    infinite = int((~np.isfinite(losses)).sum())
+    if infinite:
+        facts.append(f"not finite at {_of(infinite, len(losses))} steps")
+    return facts
+
+
+def _cost(run: Recording, steps: pd.DataFrame) -> str:
+    seconds = sum(run.observe_seconds.values())
+    if not run.seconds or steps.empty:
+        return ""
+    # The first steps are recorded densely by design, and are told apart.
+    usual = steps.loc[steps["optimizer_step"] >= 3]
+    text = f"watching took {_duration(seconds)} of {_duration(run.seconds)}"
+    if len(usual) and usual["step_ms"].sum() > 0:
+        share = usual["observe_ms"].sum() / usual["step_ms"].sum()
+        text += f": {share:.1%} of the step time from the fourth step on"
+    return text
+
+
+def _checked(run: Recording) -> tuple[str, ...]:
+    rules = ", ".join(f"{rule.code} {rule.name}" for rule in RULES)
+    return (f"checked: {rules}", *(f"not observed: {note}" for note in run.notes))
+
+
+# -- words ----------------------------------------------------------------------------------
+
+
+def severity_mark(finding: Finding) -> str:
+    """One character for a finding's severity."""
+    return {2: "✗", 1: "!", 0: "i"}[int(finding.severity)]
+
+
+def _named(name: str, kind: str) -> str:
+    return kind if name == kind else f"{name} ({kind})"
+
+
+def _counted(n: int, thing: str) -> str:
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
+
+
+def _of(some: int, everything: int) -> str:
+    return f"all {everything:,}" if some == everything else f"{some:,} of {everything:,}"
+
+
+def _usual(counts: pd.Series[int], thing: str) -> str:
+    least, greatest = int(counts.min()), int(counts.max())
+    if least == greatest:
+        return _counted(least, thing)
+    return f"{least:,}–{greatest:,} {thing}s"
+
+
+def _share(flags: pd.Series[bool], yes: str, no: str) -> str:
+    if flags.all():
+        return yes
+    if not flags.any():
+        return no
+    return f"{yes} at {_of(int(flags.sum()), len(flags))} steps"
+
+
+def _listed(names: list[str], most: int = 3) -> str:
+    if not names:
+        return "none"
+    rest = len(names) - most
+    shown = ", ".join(names[:most])
+    return f"{len(names)} ({shown}{f' and {rest} more' if rest > 0 else ''})"
+
+
+def _course(values: pd.Series[float]) -> str:
+    """First to last, or the one value there ever was."""
+    known = values.dropna()
+    if known.empty:
+        return "unknown"
+    first, last = known.iloc[0], known.iloc[-1]
+    if (known == first).all():
+        return f"{first:.3g}"
+    return f"{first:.3g} → {last:.3g}"
+
+
+def _spelled_by(name: str) -> str:
+    return "hand" if name == "hand" else f"{name}()"
+
+
+def _duration(seconds: float) -> str:
+    steps: list[tuple[float, Callable[[float], str]]] = [
+        (1e-3, lambda s: f"{1e6 * s:.0f} µs"),
+        (1, lambda s: f"{1e3 * s:.0f} ms"),
+        (120, lambda s: f"{s:.1f} s"),
+    ]
+    for limit, spelled in steps:
+        if seconds < limit:
+            return spelled(seconds)
+    return f"{seconds / 60:.1f} min"

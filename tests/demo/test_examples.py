@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+pytestmark = pytest.mark.slow
+
+
+def run_example(name: str) -> str:
+    """Run as a reader would, on the checkout, and return what it prints."""
+    completed = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / name), "--steps", "25"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stderr == ""
+    return completed.stdout
+
+
+def test_the_healthy_script_ends_with_a_screen_that_finds_nothing() -> None:
+    output = run_example("train_gpt.py")
+    assert "step  20  loss" in output
+    assert "no defect found" in output
+
+
+def test_the_broken_script_ends_with_the_finding_and_its_line() -> None:
+    name = "train_gpt_without_zero_grad.py"
+    output = run_example(name)
+    source = (EXAMPLES / name).read_text().splitlines()
+    line = next(i for i, text in enumerate(source, 1) if "loss.backward()" in text)
+    assert "✗ GS201 missing-zero-grad" in output
+    assert f"{name}:{line}" in output
+
+
+def test_the_plain_script_knows_nothing_of_being_watched() -> None:
+    assert "step  20  loss" in run_example("plain_loop.py")
+    assert "gradscope" not in (EXAMPLES / "plain_loop.py").read_text()
+
+
+def test_the_two_watched_scripts_differ_by_the_missing_line() -> None:
+    def code(name: str) -> list[str]:
+        return (EXAMPLES / name).read_text().split('"""', 2)[2].splitlines()
+
+    healthy, broken = code("train_gpt.py"), code("train_gpt_without_zero_grad.py")
+    (missing,) = [line for line in healthy if line not in broken]
+    assert missing.strip() == "optimizer.zero_grad(set_to_none=True)"
+    assert [line for line in healthy if line != missing] == broken
