@@ -309,7 +309,6 @@ def _checked_models(model: Any) -> list[nn.Module]:
 
 
 def _checked_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    import torch
 
     optimizers = [optimizer] if _unwrapped(optimizer) is not None else _listed(optimizer)
     if not optimizers:

@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Trains a character GPT of 0.8 million parameters on Python's own documentation, watched by
 gradscope: first with a proper loop, then with one that forgets zero_grad. Needs no network and
-about a minute on one core."""
+less than a minute on one core."""
 
 HEALTHY = """\
 A small GPT ({n_parameters:,} parameters) learns to predict the next character of Python's
 documentation. This is the whole loop, and gradscope.watch is wrapped around it:"""
 
 HEALTHY_LOOK = """\
-What to look for: the verdict in the first lines. Nothing should be found, every gradient should
-be fresh at every step, and the loss should fall from about 4.7 towards 2.6."""
+What to look for: the verdict, right below the title. Nothing should be found, every gradient
+should be fresh at every step, and in a hundred steps the loss should fall from 4.7 to about 2.6."""
 
 BROKEN = """\
 The same model, data and seed. One line is missing, so each backward adds its gradients to those
 of all the steps before it:"""
 
 BROKEN_LOOK = """\
-What to look for: nothing crashes and no warning appears, and for some thirty steps the loss falls
-all the same. The finding below names the defect, the line it happens on and the line to add."""
+What to look for: nothing crashes, torch warns of nothing, and at first the loss falls all the same,
+before it climbs back. The finding names the defect, the line it happens on and what to add."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -69,7 +69,7 @@ def execute(arguments: argparse.Namespace) -> int:
         OutputExistsError: the output folder has files in it, and ``--force`` was not given.
     """
     folder: Path = arguments.out
-    # Before the training: half a minute is long to wait for a refusal.
+    # Before the training: ten seconds are long to wait for a refusal.
     _refuse_to_overwrite(folder, force=arguments.force)
 
     from gradscope.demo.loops import train, train_without_zero_grad

@@ -60,7 +60,7 @@ def _execute_as_main(code: CodeType, script: str) -> int:
     before = sys.modules["__main__"]
     sys.modules["__main__"] = main
     try:
-        exec(code, main.__dict__)  # noqa: S102
+        exec(code, main.__dict__)
     except SystemExit as exit_:
         return _status(exit_.code)
     except BaseException as error:

@@ -31,8 +31,8 @@ def train_without_zero_grad(
 ) -> Iterator[float]:
     """Do the same, except that nothing ever clears the gradients: they pile up from step to step.
 
-    Nothing crashes, and at first the loss falls all the same; then it creeps up again, which looks
-    like a learning rate that is too high.
+    Nothing crashes, and at first the loss falls all the same; then it climbs back, which looks like
+    a learning rate that is too high.
     """
     for _ in range(n_steps):
         xb, yb = get_batch("train")

@@ -132,8 +132,8 @@ def _heading(captured: CapturedGraph, step: int | None) -> str:
         '<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="4">'
         f'<TR><TD><FONT POINT-SIZE="14"><B>{title(captured, step)}</B></FONT></TD></TR>'
         f"<TR><TD>{legend}</TD></TR>"
-        f'<TR><TD><FONT POINT-SIZE="10" COLOR="{FAINT}">Arrows follow the data through the forward; '
-        "gradients flow back against them.</FONT></TD></TR></TABLE>>"
+        f'<TR><TD><FONT POINT-SIZE="10" COLOR="{FAINT}">Arrows follow the data through the '
+        "forward; gradients flow back against them.</FONT></TD></TR></TABLE>>"
     )
 
 

@@ -71,12 +71,18 @@ def leaf_label(names: tuple[str, ...], shape: Shape, *, is_root: bool) -> str:
 
 
 def as_tooltip(text: str) -> str:
-    """``text`` for a Graphviz tooltip, where entities and backslashes have a meaning, too."""
-    return escape(_with_glyphs(text)).replace("\\", "\\\\")
+    """``text`` as it has to be written in a Graphviz tooltip."""
+    # Graphviz resolves the backslashes of a tooltip twice (seen in 2.43 and 14.1).
+    return _escaped(_with_glyphs(text)).replace("\\", "\\\\")
+
+
+def _escaped(text: str) -> str:
+    # Entities are read in plain attributes, too, and backslashes in HTML-like labels, too.
+    return escape(text).replace("\\", "\\\\")
 
 
 def _with_glyphs(text: str) -> str:
-    """Write out what has no glyph (line ends, NUL, lone surrogates): an SVG may not contain it."""
+    """Write out line ends, NUL, lone surrogates and the like, which an SVG may not contain."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
@@ -92,7 +98,7 @@ def _lines(name: str, separator: str) -> list[str]:
         if lines[-1] and len(lines[-1]) + len(part) > _LONGEST_LINE:
             lines.append("")
         lines[-1] += part
-    return [escape(line) for line in lines]
+    return [_escaped(line) for line in lines]
 
 
 def _label(lines: list[str], small: list[str], is_root: bool) -> str:

@@ -18,21 +18,22 @@ if TYPE_CHECKING:
 MAX_BOXES = 2_000
 """Boxes in a picture that Graphviz is asked to lay out.
 
-Measured with Graphviz 14.1 on one core: a GPT of 12 layers (759 boxes) takes 0.2 s, one of 48
-layers (2,991 boxes) 1.5 s, and so do 2,000 boxes at the limit below.
+Measured with Graphviz 14.1 on one core: a GPT of 12 layers (759 boxes) takes 0.2 s, one of 30
+layers (1,875 boxes) 1.3 s, one of 48 layers (2,991 boxes) 3 s.
 """
 
-MAX_CROSSED_ROWS = 50_000
+MAX_CROSSED_ROWS = 30_000
 """Rows crossed by edges, summed, in a picture that Graphviz is asked to lay out.
 
-An LSTM cell run for 60 time steps has 57,000 and takes 2 s; with 120 steps there are 230,000 and
-more than 12 s. See :func:`gradscope.graphs.ranks.crossed_rows`.
+An LSTM cell run for 60 time steps has 57,000 and takes 2 s, a densely connected net of 40 layers
+33,000 and as long; 230,000 were not done after 12 s. They are counted by
+:func:`gradscope.graphs.ranks.crossed_rows`.
 """
 
 MAX_CURVED_ROWS = 4_000
 """Rows crossed, summed, up to which edges are curves led around the boxes; then they are straight.
 
-Leading them around is what costs: 0.7 to 3 s at 4,000, minutes at ten times as many.
+Leading them around is what costs: 0.7 to 3 s at 4,000, 15 s at four times as many.
 """
 
 

@@ -31,7 +31,7 @@ class GradientReader:
         self._nothing = np.zeros(len(parameters), np.int64)
 
     def gradients(self, parameters: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Return each ``.grad``; to be dropped at once, a kept one costs the next backward a copy."""
+        """Return each ``.grad``; a kept one costs the next backward a copy, so keep none."""
         # Asking a tensor that is no leaf for its .grad makes torch warn.
         return [p.grad if p is not None and p.is_leaf else None for p in parameters]
 
@@ -63,4 +63,3 @@ class GradientReader:
 def _version(tensor: torch.Tensor) -> int:
     # A tensor made in inference mode counts no versions and raises.
     return 0 if tensor.is_inference() else tensor._version
-

@@ -40,11 +40,42 @@ class Cut:
     order: int
 
 
-class GraphCutFinder:
-    """Follows cuts through the calls of an armed step, up to the root of a backward."""
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Where a tensor without graph comes from.
 
-    def __init__(self) -> None:
-        self._origins: dict[int, tuple[weakref.ref[torch.Tensor], frozenset[Cut]]] = {}
+    Attributes:
+        tensor: the tensor, held weakly: an id recurs once its owner is gone.
+        address: of its memory, which a tensor made behind our back may share.
+        cuts: the calls that ended a graph among its ancestors.
+        made: the calls among its ancestors that made tensors of plain numbers.
+        is_made: whether it came directly out of such a call.
+    """
+
+    tensor: weakref.ref[torch.Tensor]
+    address: int
+    cuts: frozenset[Cut]
+    made: frozenset[Cut]
+    is_made: bool
+
+
+_NOTHING: frozenset[Cut] = frozenset()
+
+# Calls that give a tensor's values away as numbers, which torch cannot follow.
+_EXITS = frozenset({"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__bool__"})
+
+
+class GraphCutFinder:
+    """Follows cuts through the calls of an armed step, up to the root of a backward.
+
+    Args:
+        on_failure: told when following a call raises; after that no more calls are followed.
+    """
+
+    def __init__(self, on_failure: Callable[[Exception], None]) -> None:
+        self._on_failure = on_failure
+        self._origins: dict[int, _Origin] = {}
+        self._last_exit: frozenset[Cut] = _NOTHING
         self._n_calls = 0
         self._without_grad: nn.Module | None = None
         self._without_grad_at: Location | None = None
@@ -54,6 +85,7 @@ class GraphCutFinder:
     def failed(self, where: str, error: Exception) -> None:
         """See nothing more."""
         self.disarm()
+        self._on_failure(error)
 
     def disarm(self) -> None:
         """See no more calls, and drop what was seen."""
@@ -64,79 +96,103 @@ class GraphCutFinder:
         self._origins.clear()
 
     def call_started(self, module: nn.Module) -> None:
-        """Note a module call, and look away during one whose bits would change."""
+        """Note a module call, and look away during one without gradients or with other bits."""
+        if self._suspended_by is not None:
+            return
         if not torch.is_grad_enabled():
-            if self._without_grad is not None:
-                return
             self._without_grad = module
             self._without_grad_at = user_location()
-            look_away = any(isinstance(part, _HAVE_FAST_PATHS) for part in module.modules())
-        else:
-            look_away = not module.training and isinstance(module, _HAVE_FAST_PATHS)
-        if look_away and self._suspended_by is None:
-            self._suspended_by = module
-            torch_functions.suspend()
+        elif module.training or not isinstance(module, _HAVE_FAST_PATHS):
+            return
+        self._suspended_by = module
+        torch_functions.suspend()
 
     def call_ended(self, module: nn.Module, result: Any) -> None:
         """Note the end of a module call."""
-        if module is self._suspended_by:
-            self._suspended_by = None
-            torch_functions.resume()
+        if module is not self._suspended_by:
+            return
+        self._suspended_by = None
+        torch_functions.resume()
         if module is self._without_grad:
-            # What happened inside may not have been seen; what came out of it has no graph.
-            cut = frozenset({Cut("no_grad", self._without_grad_at, self._n_calls)})
-            if any(parameter.requires_grad for parameter in module.parameters()):
-                for output in _tensors(result):
-                    if not output.requires_grad:
-                        self._remember(output, cut)
             self._without_grad = None
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                cut = Cut("no_grad", self._without_grad_at, self._n_calls)
+                for output in _tensors(result):
+                    if output.grad_fn is None:
+                        self._remember(output, frozenset({cut}), _NOTHING)
 
     def torch_function_called(
         self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any
     ) -> None:
         """Take one call into account."""
         self._n_calls += 1
+        name = _spelled(function)
         outputs = [tensor for tensor in _tensors(result) if tensor.grad_fn is None]
-        if not outputs:
+        if not outputs and name not in _EXITS:
             return
+        if name.startswith("new_") or name.endswith("_like"):
+            return  # takes a tensor's shape alone: what comes out was never in its graph
         inputs = list(_tensors((args, kwargs)))
+        origins = [self._origin_of(tensor) for tensor in inputs]
+        cuts = _NOTHING.union(*(origin.cuts for origin in origins if origin))
+        made = _NOTHING.union(*(origin.made for origin in origins if origin))
+        if any(tensor.requires_grad for tensor in inputs):
+            cuts |= {self._cut(name)}
+        elif not inputs:
+            made |= {self._cut(name)}
+        if name in _EXITS:
+            self._last_exit = cuts or self._last_exit
         known = {id(tensor) for tensor in inputs}
-        origins = frozenset[Cut]().union(*(self._origins_of(tensor) for tensor in inputs))
-        # A leaf made of something with a graph, or of plain numbers: here the graph ends.
-        if not inputs or any(tensor.requires_grad for tensor in inputs):
-            origins |= {self._cut(_spelled(function))}
         for output in outputs:
             if id(output) not in known:
-                self._remember(output, origins)
+                self._remember(output, cuts, made, is_made=not inputs)
 
     def cut_of(self, roots: Iterable[torch.Tensor]) -> Cut | None:
-        """Return the cut that severed the roots of a backward, or None if it was not seen."""
-        cuts: set[Cut] = set()
-        for root in roots:
-            cuts |= self._origins_of(root) or self._sharing_memory_with(root)
-        return max(cuts, key=lambda cut: cut.order, default=None)
+        """Return the cut that severed the roots of a backward, or None if it was not seen.
+
+        That is the latest cut among the ancestors of a root. Where there is none, a root that was
+        made of plain numbers was cut where it was made; for one whose values went through numbers
+        further up, it is the last call that gave values of a graph away.
+        """
+        origins = [origin for root in roots if (origin := self._origin_of(root, by_memory=True))]
+        cuts = _NOTHING.union(*(origin.cuts for origin in origins))
+        if not cuts and any(origin.is_made for origin in origins):
+            cuts = _NOTHING.union(*(origin.made for origin in origins))
+        return max(cuts or self._last_exit, key=lambda cut: cut.order, default=None)
 
     def _cut(self, name: str) -> Cut:
-        if torch.is_grad_enabled():
-            return Cut(name, user_location(), self._n_calls)
-        where = self._without_grad_at if self._without_grad is not None else user_location()
-        return Cut("no_grad", where, self._n_calls)
+        return Cut(name if torch.is_grad_enabled() else "no_grad", user_location(), self._n_calls)
 
-    def _remember(self, tensor: torch.Tensor, cuts: frozenset[Cut]) -> None:
-        self._origins[id(tensor)] = (weakref.ref(tensor), cuts)
+    def _remember(
+        self,
+        tensor: torch.Tensor,
+        cuts: frozenset[Cut],
+        made: frozenset[Cut],
+        *,
+        is_made: bool = False,
+    ) -> None:
+        self._origins[id(tensor)] = _Origin(
+            weakref.ref(tensor), _address(tensor), cuts, made, is_made
+        )
 
-    def _origins_of(self, tensor: torch.Tensor) -> frozenset[Cut]:
+    def _origin_of(self, tensor: torch.Tensor, *, by_memory: bool = False) -> _Origin | None:
         known = self._origins.get(id(tensor))
-        # An id recurs once its owner is gone.
-        return known[1] if known is not None and known[0]() is tensor else frozenset()
+        if known is not None and known.tensor() is tensor:
+            return known
+        if by_memory and (address := _address(tensor)):
+            # Variable(loss.data) wraps the memory of a tensor without a call that can be seen.
+            for origin in reversed(self._origins.values()):
+                if origin.address == address:
+                    return origin
+        return None
 
-    def _sharing_memory_with(self, root: torch.Tensor) -> frozenset[Cut]:
-        """Cuts whose value the root wraps anew, as ``Variable(loss.data)`` does unseen."""
-        for reference, cuts in reversed(self._origins.values()):
-            tensor = reference()
-            if tensor is not None and tensor.data_ptr() == root.data_ptr() != 0:
-                return cuts
-        return frozenset()
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where a tensor's values lie; 0 for one without memory of its own."""
+    try:
+        return tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, fake, or inside a functional transform
+        return 0
 
 
 def _spelled(function: Callable[..., Any]) -> str:

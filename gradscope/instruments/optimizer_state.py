@@ -79,4 +79,3 @@ class StateReader:
             tensors=[entry for entry, _, _ in layout],
             statistics=self._reader.statistics(tensors),
         )
-

@@ -101,10 +101,14 @@ class StatisticsReader:
         self._rest = [i for i in range(self.n) if i not in shapes]
         self._sizes = np.array(sizes, np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
-        self._views = [
-            part.view(shape)
-            for part, shape in zip(flat.split(sizes), shapes.values(), strict=True)
-        ] if sizes else []
+        self._views = (
+            [
+                part.view(shape)
+                for part, shape in zip(flat.split(sizes), shapes.values(), strict=True)
+            ]
+            if sizes
+            else []
+        )
         self._flat = flat.numpy()
         self._double = np.zeros(len(self._flat), np.float64)
         self._is_zero = np.zeros(len(self._flat), np.bool_)
@@ -247,9 +251,7 @@ def _sum_of_squares(tensor: torch.Tensor) -> Late[Reals]:
         for block in tensor.reshape(-1).split(_BLOCK):
             wide = block.to(torch.float32)
             total += float(torch.dot(wide, wide))
-    if not _TINY < total < _HUGE and total != 0.0:
-        total = float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
-    elif total == 0.0 and bool((tensor != 0).any()):
+    if (not _TINY < total < _HUGE and total != 0.0) or (total == 0.0 and bool((tensor != 0).any())):
         total = float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
     return Known(np.array([total]))
 
@@ -274,9 +276,7 @@ def _all_statistics(tensor: torch.Tensor) -> Late[Reals]:
         total += float(block.sum(dtype=torch.float64 if block.dtype.itemsize < 4 else None))
     least, greatest = torch.aminmax(tensor)
     return Known(
-        np.array(
-            [numel, total, squares, float(least), float(greatest), numel - nonzero, nonfinite]
-        )
+        np.array([numel, total, squares, float(least), float(greatest), numel - nonzero, nonfinite])
     )
 
 
@@ -287,7 +287,9 @@ def _statistics_on_device(tensor: torch.Tensor) -> torch.Tensor:
     numel = torch.full_like(nonzero, tensor.numel())
     nan = torch.full_like(nonzero, math.nan)
     if tensor.is_complex():
-        squares = torch.linalg.vector_norm(torch.view_as_real(tensor.resolve_conj()), dtype=wide) ** 2
+        squares = (
+            torch.linalg.vector_norm(torch.view_as_real(tensor.resolve_conj()), dtype=wide) ** 2
+        )
         return torch.stack([numel, nan, squares, nan, nan, numel - nonzero, nonfinite])
     least, greatest = torch.aminmax(tensor)
     squares = torch.linalg.vector_norm(tensor, dtype=wide) ** 2

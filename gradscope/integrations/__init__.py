@@ -1,0 +1,1 @@
+"""Other programs' plug-ins; each imports its framework only inside."""

@@ -86,7 +86,7 @@ class Columns:
 
     def texts(self, name: str) -> np.ndarray[Any, Any]:
         """Return a text column as an object array of strings."""
-        return np.array([*self._texts, ""], dtype=object)[self.array(name)]
+        return np.array([*self._texts, ""], dtype=object).take(self.array(name))
 
     def frame(self, params: list[str], optimizers: list[str]) -> pd.DataFrame:
         """Return the rows as a DataFrame of its own, that later rows do not change.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 from gradscope.run.recording import ModelEntry, OptimizerEntry, ParameterEntry, Recording
 from gradscope.session.gradients import Integers
@@ -123,9 +123,9 @@ class Census:
                 param = self._number(parameter)
                 if param is None:
                     param = self._enter(parameter)
-                    self._recording.parameters[param].name = (
-                        f"{known.name}.param_groups[{group_number}]['params'][{place}]"
-                    )
+                    self._recording.parameters[
+                        param
+                    ].name = f"{known.name}.param_groups[{group_number}]['params'][{place}]"
                     self._recording.parameters[param].in_model = False
                 entry = self._recording.parameters[param]
                 entry.holders.append((number, group_number))
@@ -238,7 +238,7 @@ class Census:
         return number
 
     def _enter_registered(self) -> None:
-        """Enter the models' parameters and name them; names carry the model's if there are several."""
+        """Enter the models' parameters; names begin with the model's where there are several."""
         several = len(self._models) > 1
         names: dict[int, list[tuple[str, str, str]]] = {}
         for model in self._models:
@@ -276,7 +276,7 @@ def _describe(parameter: torch.Tensor, entry: ParameterEntry) -> None:
     entry.dtype = str(parameter.dtype).removeprefix("torch.")
     entry.device = str(parameter.device)
     entry.requires_grad = parameter.requires_grad
-    if not isinstance(parameter, UninitializedTensorMixin):
+    if not isinstance(parameter, UninitializedParameter):
         entry.shape = tuple(parameter.shape)
 
 

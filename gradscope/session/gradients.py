@@ -153,7 +153,7 @@ class GradientHistory:
         self._integers["written"][at] = written + wrote
         self._note("cleared", at, cleared_inside, written)
         self._remember(look)
-        return wrote
+        return np.asarray(wrote)
 
     def look_after_step(self, look: GradientLook) -> None:
         """Note the gradients as a step leaves them: what it did to them is its own affair."""
@@ -225,9 +225,11 @@ class GradientHistory:
         return self._integers["token"][params]
 
     def contents(self, optimizer: int, params: Integers) -> tuple[Flags, Flags]:
-        """Return (bool[n], bool[n]): what holds used and what holds unused gradient of ``optimizer``."""
+        """Return bool[n] twice: what holds gradient that ``optimizer`` has used, and has not."""
         written, cleared = self._at(params, "written", "cleared")
-        used = self._used[optimizer][params] if optimizer in self._used else np.full_like(written, -1)
+        used = (
+            self._used[optimizer][params] if optimizer in self._used else np.full_like(written, -1)
+        )
         held = written > cleared
         return held & (used > cleared), held & (written > used)
 

@@ -11,8 +11,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from gradscope.session.gradients import (
     NO_GRADIENT,
     Consumption,

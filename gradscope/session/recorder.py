@@ -43,9 +43,7 @@ def record_gradients(
         "optimizer": optimizer,
         "status": _STATUS[consumption.status],
         "n_writes": consumption.n_writes,
-        "carried_from": np.where(
-            consumption.carried_from < 0, MISSING, consumption.carried_from
-        ),
+        "carried_from": np.where(consumption.carried_from < 0, MISSING, consumption.carried_from),
         "edited": consumption.edited,
         "edited_after_use": consumption.edited_after_use,
     }
@@ -59,9 +57,11 @@ def record_gradients(
     values["norm"] = np.sqrt(sums_of_squares)
     recording.rows("grads").extend(n, values)
     there = consumption.status != NONE
-    return math.sqrt(float(np.sum(sums_of_squares[there & ~np.isnan(sums_of_squares)]))) if (
-        not np.isnan(sums_of_squares[there]).any()
-    ) else math.nan
+    return (
+        math.sqrt(float(np.sum(sums_of_squares[there & ~np.isnan(sums_of_squares)])))
+        if (not np.isnan(sums_of_squares[there]).any())
+        else math.nan
+    )
 
 
 def record_groups(recording: Recording, step: int, optimizer: int, groups: list[Any]) -> None:
@@ -85,7 +85,7 @@ def record_groups(recording: Recording, step: int, optimizer: int, groups: list[
 def record_updates(
     recording: Recording, step: int, optimizer: int, params: Any, reading: Any
 ) -> tuple[float, float]:
-    """Add the rows of ``updates`` for one step; returns the norms of all weights and of the update."""
+    """Add the rows of ``updates``; returns the norms of all weights and of their update."""
     before = np.sqrt(reading.weights_before.value())
     after = np.sqrt(reading.weights_after.value())
     change = np.sqrt(reading.change.value())
@@ -245,7 +245,9 @@ def _by_place(reading: Any) -> dict[int, dict[str, Any]]:
         if late is not None:
             value = float(late.value())
             # A parameter of one element without dimensions has moments without dimensions.
-            state[key] = value if key == "step" else {"min": value, "max": value, "norm": abs(value)}
+            state[key] = (
+                value if key == "step" else {"min": value, "max": value, "norm": abs(value)}
+            )
         else:
             i = tensor[entry]
             state[key] = {

@@ -44,6 +44,9 @@ _TAPS = (engine, optimizer_steps, module_calls, zero_grad, clipping, grad_scaler
 _MOST_GRAPHS_WAITING = 8
 """How many captured graphs wait for the step they belong to; a loop may never step."""
 
+_MOST_ARMED = 8
+"""How many steps are armed at most, in a loop that is suspicious at every step."""
+
 _sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 
@@ -76,7 +79,8 @@ class Session:
         self._spent_since: dict[int, float] = {}
         self._all = AllGradients(self._census)
         self._cuts: GraphCutFinder | None = None
-        self._armed_before = False
+        self._wants_cut = True
+        self._n_armed = 0
         self._graphs: dict[int, CapturedGraph] = {}
         self._outermost: tuple[nn.Module, float, int] | None = None
         self._backward: tuple[float, int, CapturedGraph | None] | None = None
@@ -107,7 +111,6 @@ class Session:
             return
         self.running = True
         self._listen()
-
 
     def stop(self) -> None:
         """Listen no more, and close what is still open."""
@@ -173,10 +176,8 @@ class Session:
             return
         if id(module) not in self._census.members and not self._discover_model(module):
             return
-        if self._cuts is None and not self._armed_before and torch.is_grad_enabled():
-            self._arm("the first step")
-            if self._cuts is not None:
-                self._instrument("graph_cut", self._cuts.call_started, module)
+        if self._wants_cut:
+            self._arm(module)
         self._outermost = (module, time.perf_counter(), _sequence_nr())
 
     def call_ended(self, module: nn.Module, result: Any) -> None:
@@ -225,7 +226,7 @@ class Session:
 
     def scheduler_stepped(self, scheduler: Any, location: Location | None) -> None:
         """Account for a learning rate scheduler's step."""
-        number = self._census.number_of_optimizer(getattr(scheduler, "optimizer", None))
+        number = self._census.number_of_optimizer(scheduler.optimizer)
         if number is not None:
             self._in_order.do(lambda: self._ledger.note([number], "scheduler"))
             self.event("scheduler", type(scheduler).__name__, location)
@@ -286,7 +287,9 @@ class Session:
         row = {
             "function": "backward" if call.accumulates else "grad",
             "root_shape": ", ".join(str(tuple(root.shape)) for root in call.roots),
-            "root_grad_fn": ", ".join(r.grad_fn.name() for r in call.roots if r.grad_fn is not None),
+            "root_grad_fn": ", ".join(
+                r.grad_fn.name() for r in call.roots if r.grad_fn is not None
+            ),
             "root_requires_grad": any(root.requires_grad for root in call.roots),
             "retain_graph": call.retain_graph,
             "create_graph": call.create_graph,
@@ -418,8 +421,10 @@ class Session:
             reading.extra += now - began
         attempt_number = self._n_attempts[number]
         self._n_attempts[number] += 1
-        if attempt_number == 0:
+        if self._cuts is not None:
             self._disarm()
+            # Each optimizer's first step is looked at closely.
+            self._wants_cut = self._n_armed < _MOST_ARMED and not all(self._n_attempts.values())
         spent = self._spent_since.pop(number, 0.0)
         part = "recorded_steps" if reading.recorded else "every_step"
         self._count(part, reading.extra)
@@ -538,10 +543,17 @@ class Session:
 
         self._in_order.do(account, *reading.awaited())
 
-    def _arm(self, why: str) -> None:
-        self._armed_before = True
-        self._cuts = self._instrument("graph_cut", GraphCutFinder)
-        self.event("armed", f"graph_cut, for {why}")
+    def _arm(self, module: nn.Module) -> None:
+        """Look for cuts of the graph from this outermost call on."""
+        self._wants_cut = False
+        self._n_armed += 1
+        cuts: GraphCutFinder | None = self._instrument(
+            "graph_cut", GraphCutFinder, lambda error: self._silence("graph_cut", error)
+        )
+        if cuts is not None:
+            self._cuts = cuts
+            self.event("armed", "graph_cut")
+            self._instrument("graph_cut", cuts.call_started, module)
 
     def _disarm(self) -> None:
         if self._cuts is not None:
@@ -549,12 +561,13 @@ class Session:
             self._cuts = None
 
     def _find_cut(self, call: BackwardCall) -> None:
-        """Find where the graph of a root that reaches no parameter was cut, or arm for next time."""
+        """Find where the graph of a root without parameters was cut, or arm for the next time."""
         if self._cuts is None:
-            self._armed_before = False
+            self._wants_cut = self._n_armed < _MOST_ARMED
             return
         cut = self._instrument("graph_cut", self._cuts.cut_of, call.roots)
         if cut is not None:
+            self._n_armed = _MOST_ARMED
             self.event("cut", cut.function, cut.location)
 
     def _optimizers_of(self, module: nn.Module) -> list[int]:
@@ -599,10 +612,13 @@ class Session:
         try:
             return function(*args)
         except Exception as error:
-            text = self._failures.take(part, "instrument-failed", error)
-            self.recording.notes.append(f"{part} failed and was switched off: {text}")
-            self.event("instrument_failed", f"{part}: {text}")
+            self._silence(part, error)
             return None
+
+    def _silence(self, part: str, error: Exception) -> None:
+        text = self._failures.take(part, "instrument-failed", error)
+        self.recording.notes.append(f"{part} failed and was switched off: {text}")
+        self.event("instrument_failed", f"{part}: {text}")
 
     def _guarded(self, part: str, function: Callable[[], Any]) -> None:
         try:

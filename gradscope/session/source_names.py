@@ -51,7 +51,7 @@ def called_name(frame: FrameType | None) -> str | None:
 
 
 def assigned_name(frame: FrameType | None) -> str | None:
-    """Return the variable that the statement in progress assigns: ``opt_d`` in ``opt_d = Adam(…)``."""
+    """Return the variable being assigned: ``opt_d`` in ``opt_d = Adam(…)``."""
     if frame is None:
         return None
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)

@@ -1,4 +1,4 @@
-"""What is read of one optimizer around its ``step``: gradients and state before, weights on both sides."""
+"""What is read of one optimizer around its ``step``."""
 
 from __future__ import annotations
 

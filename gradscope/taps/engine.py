@@ -1,9 +1,8 @@
 """The autograd engine: every backward, whoever calls it and however it ends.
 
 ``Tensor.backward``, ``torch.autograd.backward`` and ``torch.autograd.grad`` all pass through
-``_engine_run_backward``, which ``torch.autograd`` imports by name from ``torch.autograd.graph``: both
-names are replaced (torch 2.13). ``torch.compiler`` replaces and restores them too while it traces,
-which can drop a replacement; :meth:`EngineTap.repair` puts it back.
+``_engine_run_backward``, which ``torch.autograd`` imports by name from ``torch.autograd.graph``:
+both names are replaced (torch 2.13).
 """
 
 from __future__ import annotations
@@ -70,16 +69,6 @@ class EngineTap(Tap):
         for patch in self._patches:
             patch.restore()
 
-    def repair(self) -> bool:
-        """Put a dropped replacement back; returns whether one had been dropped."""
-        dropped = [patch for patch in self._patches if not patch.in_place]
-        if not dropped:
-            return False
-        for patch in dropped:
-            if vars(patch.owner)[patch.name] is patch.original:
-                setattr(patch.owner, patch.name, patch.replacement)
-        return True
-
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def _engine_run_backward(t_outputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +90,9 @@ class EngineTap(Tap):
 def _describe(outputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BackwardCall:
     # Positions as in the two calls in torch/autograd/__init__.py:
     # (grad_tensors, retain_graph, create_graph, inputs, allow_unreachable, accumulate_grad=...).
-    given = dict(zip(("grad_tensors", "retain_graph", "create_graph", "inputs"), args, strict=False))
+    given = dict(
+        zip(("grad_tensors", "retain_graph", "create_graph", "inputs"), args, strict=False)
+    )
     given.update(kwargs)
     roots = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
     return BackwardCall(

@@ -15,11 +15,12 @@ from gradscope.taps.user_frame import user_location
 
 
 class GradScalerTap(Tap):
-    """Emits ``scaler_step_started/ended(scaler, optimizer)``, ``gradients_unscaled(scaler, optimizer,
-    location)`` and ``scale_updated(scaler, location)``.
+    """Emits what happens at a gradient scaler.
 
-    The scaler's own call of ``unscale_`` inside its ``step`` is part of that step and emits nothing.
-    """  # noqa: D205
+    ``scaler_step_started(scaler, optimizer)``, ``scaler_step_ended(scaler, optimizer)``,
+    ``gradients_unscaled(scaler, optimizer, location)``, ``scale_updated(scaler, location)``. The
+    scaler's own call of ``unscale_`` inside its ``step`` is part of that step and emits nothing.
+    """
 
     events = ("scaler_step_started", "scaler_step_ended", "gradients_unscaled", "scale_updated")
 

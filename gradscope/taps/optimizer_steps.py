@@ -10,7 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 from torch.optim.optimizer import (
@@ -31,7 +31,10 @@ _STEP_WRAPPER: CodeType = next(
 
 
 class OptimizerStepTap(Tap):
-    """Emits ``step_started(optimizer, has_closure)``, ``closure_ended(optimizer)``, ``step_ended(optimizer)``.
+    """Emits what happens around an optimizer's update.
+
+    ``step_started(optimizer, has_closure)``, ``closure_ended(optimizer)`` and
+    ``step_ended(optimizer)``.
 
     A closure runs forward and backward inside ``step``, after ``step_started``: whoever wants the
     gradients that the update reads looks at ``closure_ended``, which comes once per evaluation.
@@ -104,11 +107,11 @@ class OptimizerStepTap(Tap):
 
 
 def _steps_on_stack() -> int:
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     count = 0
     while frame is not None:
         count += frame.f_code is _STEP_WRAPPER
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return count
 
 

@@ -40,7 +40,7 @@ def user_frame(start: FrameType | None = None) -> FrameType | None:
     Args:
         start: where to begin; the caller's frame by default.
     """
-    frame = start if start is not None else sys._getframe(1)
+    frame: FrameType | None = start if start is not None else sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         known = _is_user_code.get(code)
@@ -48,7 +48,7 @@ def user_frame(start: FrameType | None = None) -> FrameType | None:
             known = _is_user_code[code] = _belongs_to_user(code.co_filename)
         if known:
             return frame
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 

@@ -1,11 +1,10 @@
-"""The loop as it really ran: the verdict, and for each of its six lines what was measured behind it.
+"""The loop as it really ran: the verdict, and what was measured behind each of its six lines.
 
 Plain data for every view that shows it; each number comes from the tables.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,7 +65,7 @@ def summarize(run: Recording) -> LoopSummary:
     """Read the summary of a run off its tables."""
     findings = diagnose(run)
     steps, backwards = run.frame("steps"), run.frame("backwards")
-    lines = (
+    lines: tuple[tuple[str, str, Callable[[], list[str]]], ...] = (
         ("parameters", "which numbers will be trained?", lambda: _parameters(run)),
         ("forward", "builds the autograd graph behind loss.grad_fn", lambda: _forward(steps)),
         ("zero_grad", "clears .grad, which accumulates otherwise", lambda: _zero_grad(steps)),
@@ -105,8 +104,10 @@ def _verdict(findings: Findings, steps: pd.DataFrame) -> str:
         if steps.empty:
             return "no step of a watched optimizer was seen"
         return "no defect found"
-    return f"{worst[0].name}: {_counted(len(findings), 'finding')}" if len(findings) > 1 else (
-        f"{worst[0].name}"
+    return (
+        f"{worst[0].name}: {_counted(len(findings), 'finding')}"
+        if len(findings) > 1
+        else (f"{worst[0].name}")
     )
 
 
@@ -196,7 +197,8 @@ def _backward(run: Recording, steps: pd.DataFrame, backwards: pd.DataFrame) -> l
         if counts[name] or name in ("fresh", "compounded", "stale")
     )
     facts.append(
-        f"{_usual(steps['n_backward'], 'call')} a step; of {total:,} gradients read by steps: {shown}"
+        f"{_usual(steps['n_backward'], 'call')} a step; "
+        f"of {total:,} gradients read by steps: {shown}"
     )
     facts.append(f"gradient norm {_course(steps['grad_norm'])}")
     nonfinite = int((run.rows("grads").array("nonfinite") > 0).sum())
@@ -215,12 +217,9 @@ def _step(run: Recording, steps: pd.DataFrame) -> list[str]:
         facts[0] += f"; lr {_course(groups['lr'])}"
     moments = run.frame("moments")
     if len(moments):
-        squares = moments.groupby("step")[["exp_avg_norm_after", "exp_avg_sq_norm_after"]].agg(
-            lambda norms: math.sqrt(float((norms**2).sum()))
-        )
         facts.append(
-            f"state: |exp_avg| {_course(squares['exp_avg_norm_after'])}, "
-            f"|exp_avg_sq| {_course(squares['exp_avg_sq_norm_after'])}, "
+            f"state: |exp_avg| {_course(_together(moments, 'exp_avg_norm_after'))}, "
+            f"|exp_avg_sq| {_course(_together(moments, 'exp_avg_sq_norm_after'))}, "
             f"own step count {_course(moments['step_count'])}"
         )
     recorded = steps.loc[steps["weight_norm"] > 0]
@@ -234,13 +233,15 @@ def _step(run: Recording, steps: pd.DataFrame) -> list[str]:
 
 
 def _loss(steps: pd.DataFrame) -> list[str]:
-    losses = steps["loss"].dropna() if len(steps) else steps.get("loss", pd.Series(dtype=float))
-    if losses.empty:
-        return ["no scalar loss seen"]
-    lowest = losses.idxmin()
+    known = steps.loc[steps["loss"].notna()]
+    if known.empty:
+        nan = (steps["n_backward"] > 0).sum()
+        return [f"NaN or no scalar at {_of(int(nan), len(steps))} steps" if nan else "none seen"]
+    losses = known["loss"].to_numpy()
+    lowest = int(losses.argmin())
     facts = [
-        f"{losses.iloc[0]:.4g} at the first step → {losses.iloc[-1]:.4g} at the last; "
-        f"lowest {losses[lowest]:.4g} at step {int(steps.loc[lowest, 'step'])}"
+        f"{losses[0]:.4g} at the first step → {losses[-1]:.4g} at the last; "
+        f"lowest {losses[lowest]:.4g} at step {int(known['step'].iloc[lowest])}"
     ]
     infinite = int((~np.isfinite(losses)).sum())
     if infinite:
@@ -307,6 +308,11 @@ def _listed(names: list[str], most: int = 3) -> str:
     rest = len(names) - most
     shown = ", ".join(names[:most])
     return f"{len(names)} ({shown}{f' and {rest} more' if rest > 0 else ''})"
+
+
+def _together(rows: pd.DataFrame, norm: str) -> pd.Series[float]:
+    """The norm of all parameters together, per step."""
+    return (rows[norm] ** 2).groupby(rows["step"]).sum() ** 0.5
 
 
 def _course(values: pd.Series[float]) -> str:

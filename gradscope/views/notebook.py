@@ -33,7 +33,9 @@ def html(run: Recording) -> str:
         )
     parts.append("<table style='border-collapse:collapse;margin:.5em 0'>")
     for line in summary.lines:
-        about = f" <b style='color:{_BAD}'>← {', '.join(line.findings)}</b>" if line.findings else ""
+        about = (
+            f" <b style='color:{_BAD}'>← {', '.join(line.findings)}</b>" if line.findings else ""
+        )
         facts = "<br>".join(escape(fact) for fact in line.measured)
         parts.append(
             "<tr style='background:none'>"

@@ -44,7 +44,8 @@ class Measurement:
         first_ms: mean of the first steps.
         steady_ms: mean of the steps after those.
         once_ms: entering and leaving the watch together; near 0 when bare.
-        read_ms: reading every table afterwards, which is when put-off work is done; 0 when bare.
+        read_ms: reading every table afterwards, which is when put-off work is done and pandas is
+            imported; 0 when bare.
         last_loss: the loss of the last step; watching must not change it.
     """
 

@@ -78,6 +78,14 @@ def test_attention_is_the_textbook_formula(model: CharGPT) -> None:
     np.testing.assert_allclose(attention(x).detach().numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
+def test_a_block_only_adds_to_the_residual_stream(model: CharGPT) -> None:
+    block = model.blocks[0]
+    for projection in (block.attention.proj, block.mlp.proj):
+        torch.nn.init.zeros_(projection.weight)
+    x = torch.randn(2, 7, 128, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(block(x), x)
+
+
 def test_loss_is_the_mean_cross_entropy_per_character(model: CharGPT) -> None:
     idx, targets = random_characters(4, 30), random_characters(4, 30, seed=1)
     logits, loss = model(idx, targets)

@@ -9,7 +9,7 @@ from gradscope.run.recording import Recording
 
 
 class MissingZeroGrad(Rule):
-    """GS201 missing-zero-grad: a step uses gradients that contain what an earlier step already used.
+    """GS201 missing-zero-grad: a step uses gradients that an earlier step has already used.
 
     ## What it finds
 

@@ -1,0 +1,412 @@
+from __future__ import annotations
+
+import os
+import re
+import stat
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from gradscope.errors import RenderError, UsageError
+from gradscope.graphs import autograd_graph, layout
+from gradscope.graphs.autograd_graph import AutogradGraph
+from gradscope.graphs.labels import operation_label, operation_name, shape_text
+from gradscope.graphs.ranks import crossed_rows, ranks
+from gradscope.run.captured_graph import CapturedGraph
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SVG = "{http://www.w3.org/2000/svg}"
+XLINK_TITLE = "{http://www.w3.org/1999/xlink}title"
+
+
+def captured(
+    ops: list[str],
+    edges: list[tuple[int, int]],
+    params: dict[int, tuple[str, ...]] | None = None,
+    roots: tuple[int, ...] = (0,),
+) -> CapturedGraph:
+    """A graph whose every tensor is float32 of shape (2, 3), with the given names on its leaves."""
+    params = params or {}
+    n = len(ops)
+    unique = tuple(dict.fromkeys(ops))
+    at = {node: position for position, node in enumerate(params)}
+    leaf = np.array([at.get(node, -1) for node in range(n)], dtype=np.int32)
+    return CapturedGraph(
+        ops=unique,
+        op=np.array([unique.index(op) for op in ops], dtype=np.int32),
+        sequence_nr=np.where(leaf < 0, n - np.arange(n), -1).astype(np.int64),
+        source=np.array([source for source, _ in edges], dtype=np.int32),
+        target=np.array([target for _, target in edges], dtype=np.int32),
+        source_output=np.zeros(len(edges), dtype=np.int32),
+        param=leaf,
+        params=tuple(params.values()),
+        param_shape=((2, 3),) * len(params),
+        output_shape=(((2, 3),),) * n,
+        output_dtype=(("float32",),) * n,
+        roots=np.array(roots, dtype=np.int32),
+    )
+
+
+def square_of(*names: str) -> CapturedGraph:
+    return captured(
+        ["SumBackward0", "MulBackward0", "AccumulateGrad"],
+        [(1, 0), (2, 1), (2, 1)],
+        {2: names},
+    )
+
+
+def chain(n: int) -> CapturedGraph:
+    return captured(["TanhBackward0"] * n, [(node + 1, node) for node in range(n - 1)])
+
+
+def unrolled(n_steps: int) -> CapturedGraph:
+    """One weight that every step of a recurrence uses again."""
+    edges = [(node + 1, node) for node in range(n_steps - 1)]
+    edges += [(n_steps, node) for node in range(n_steps)]
+    return captured(["MulBackward0"] * n_steps + ["AccumulateGrad"], edges, {n_steps: ("w",)})
+
+
+def texts(svg: bytes | str) -> list[str]:
+    return [text.text or "" for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def titles(svg: bytes | str) -> list[str]:
+    return [link.get(XLINK_TITLE, "") for link in ElementTree.fromstring(svg).iter(f"{SVG}a")]
+
+
+class TestTables:
+    def test_nodes(self) -> None:
+        nodes = AutogradGraph(square_of("wte", "head")).nodes
+        expected = pd.DataFrame(
+            {
+                "op": ["SumBackward0", "MulBackward0", "AccumulateGrad"],
+                "sequence_nr": [3, 2, -1],
+                "param": pd.Series([None, None, "wte"], dtype=object),
+                "aliases": [(), (), ("wte", "head")],
+                "output_shape": [((2, 3),)] * 3,
+                "output_dtype": [("float32",)] * 3,
+                "is_root": [True, False, False],
+            },
+            index=pd.RangeIndex(3, name="node"),
+        ).astype({"op": object})
+        pd.testing.assert_frame_equal(nodes, expected)
+
+    def test_edges(self) -> None:
+        edges = AutogradGraph(square_of("w")).edges
+        assert edges.to_dict("list") == {
+            "source": [1, 2, 2],
+            "target": [0, 1, 1],
+            "source_output": [0, 0, 0],
+        }
+        assert set(map(str, edges.dtypes)) == {"int32"}
+
+    def test_of_an_empty_graph_have_all_columns(self) -> None:
+        empty, full = AutogradGraph(captured([], [], roots=())), AutogradGraph(square_of("w"))
+        assert len(empty) == len(empty.nodes) == len(empty.edges) == 0
+        pd.testing.assert_series_equal(empty.nodes.dtypes, full.nodes.dtypes)
+        pd.testing.assert_series_equal(empty.edges.dtypes, full.edges.dtypes)
+
+
+def test_repr_is_one_line_of_counts() -> None:
+    assert (
+        repr(AutogradGraph(square_of("w"), step=7))
+        == "<autograd graph of step 7: 2 operations, 1 parameter, 3 edges>"
+    )
+    assert (
+        repr(AutogradGraph(square_of()))
+        == "<autograd graph: 2 operations, 0 parameters, 1 other leaf, 3 edges>"
+    )
+    assert len(AutogradGraph(square_of("w"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("AddmmBackward0", "addmm"),
+        ("NllLossBackward0", "nll_loss"),
+        ("NllLossBackwardBackward0", "nll_loss_backward"),
+        ("MaxPool2DWithIndicesBackward0", "max_pool2d_with_indices"),
+        ("UpsampleBilinear2DBackward1", "upsample_bilinear2d"),
+        ("FftR2CBackward0", "fft_r2c"),
+        ("TBackward0", "t (transpose)"),
+        ("MyClipBackward", "MyClip"),
+        ("Backward", "Backward"),
+        ("CopySlices", "CopySlices"),
+    ],
+)
+def test_operations_are_called_as_in_torch(op: str, name: str) -> None:
+    assert operation_name(op) == name
+
+
+def test_shapes() -> None:
+    assert (shape_text((32, 10)), shape_text((7,)), shape_text(())) == ("32 × 10", "7", "scalar")
+    assert "5 × 8 (4 outputs)" in operation_label("Split", ((5, 8),) * 4, is_root=False)
+    assert "… 5 outputs" in operation_label("Split", tuple((n,) for n in range(5)), is_root=False)
+
+
+def test_a_picture_says_what_it_shows() -> None:
+    svg = AutogradGraph(square_of("wte.weight", "head.weight"), step=3)._repr_svg_()
+    assert svg is not None
+    shown = texts(svg)
+    assert "autograd graph of step 3: 2 operations, 1 parameter" in shown
+    assert {"wte.weight", "= head.weight", "mul", "sum"} <= set(shown)
+    assert sum("2 × 3" in text for text in shown) == 3
+    assert sum("backward starts here" in text for text in shown) == 1
+    assert "parameter and its shape" in " ".join(shown)
+    assert "MulBackward0 float32" in titles(svg)
+    assert "wte.weight, head.weight float32" in titles(svg)
+
+
+def test_the_legend_explains_only_what_is_there() -> None:
+    named = " ".join(texts(AutogradGraph(square_of("w"))._repr_svg_() or ""))
+    unnamed = " ".join(texts(AutogradGraph(square_of())._repr_svg_() or ""))
+    assert "other leaf" not in named
+    assert "parameter and its shape" not in unnamed
+    assert "other leaf that requires grad" in unnamed
+    empty = AutogradGraph(captured([], [], roots=()), step=0)
+    assert "Nothing that requires grad leads to the root: it has no graph." in texts(
+        empty._repr_svg_() or ""
+    )
+
+
+def test_every_edge_is_drawn_and_data_flows_down() -> None:
+    graph = AutogradGraph(square_of("w"))
+    source = graph.to_graphviz().source
+    assert re.findall(r"(n\d+) -> (n\d+)", source) == [("n1", "n0"), ("n2", "n1"), ("n2", "n1")]
+    svg = ElementTree.fromstring(graph._repr_svg_() or "")
+    assert [g.get("class") for g in svg.iter(f"{SVG}g")].count("edge") == 3
+    height = {
+        group.findtext(f"{SVG}title"): float(group.find(f".//{SVG}text").get("y"))  # type: ignore[union-attr,arg-type]
+        for group in svg.iter(f"{SVG}g")
+        if group.get("class") == "node"
+    }
+    assert height["n2"] < height["n1"] < height["n0"]
+
+
+def test_a_dark_page_does_not_show_through() -> None:
+    root = ElementTree.fromstring(AutogradGraph(square_of("w"))._repr_svg_() or "")
+    background = root.find(f".//{SVG}polygon")
+    assert background is not None
+    assert background.get("fill") in {"#ffffff", "white"}
+    assert all((text.get("fill") or "").startswith("#") for text in root.iter(f"{SVG}text"))
+
+
+HOSTILE = {
+    'say "hi"': 'say "hi"',
+    "it's": "it's",
+    "back\\slash": "back\\slash",
+    "ends with \\": "ends with \\",
+    "\\N \\G \\l": "\\N \\G \\l",
+    "<b>bold</b>": "<b>bold</b>",
+    "<": "<",
+    "<>": "<>",
+    "a&lt;b &amp; c & d": "a&lt;b &amp; c & d",
+    "two\nlines\r\ttab": "two\\nlines\\r\\ttab",
+    "nul\0end": "nul\\x00end",
+    "port:name:c": "port:name:c",
+    "node n0 -> n1; }": "node n0 -> n1; }",
+    "]]>": "]]>",
+    "<!-- -->": "<!-- -->",
+    "größe.重み.🙂": "größe.重み.🙂",
+    "lone\ud800surrogate": "lone\\ud800surrogate",
+    "\u202eright to left": "\\u202eright to left",
+    "<script>alert(1)</script>": "<script>alert(1)</script>",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_may_hold_anything(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = AutogradGraph(square_of(name)).render(tmp_path / "graph.svg")
+    svg = path.read_bytes()
+    ElementTree.fromstring(svg)
+    shown = [text.replace("\xa0", " ") for text in texts(svg)]
+    assert HOSTILE[name] in shown
+    assert f"{HOSTILE[name]} float32" in [title.replace("\xa0", " ") for title in titles(svg)]
+    assert ElementTree.fromstring(svg).find(f".//{SVG}script") is None
+    assert "yntax" not in capfd.readouterr().err  # of Graphviz, which then draws without the label
+
+
+def test_an_operation_may_be_called_anything_too() -> None:
+    hostile = captured(['<&"\\NBackward', "AccumulateGrad"], [(1, 0)], {1: ("w",)})
+    svg = AutogradGraph(hostile)._repr_svg_() or ""
+    assert '<&"\\N' in texts(svg)
+    assert '<&"\\NBackward float32' in titles(svg)
+
+
+def test_a_long_name_is_broken_and_a_very_long_one_cut() -> None:
+    long = "transformer.h.0.attn.c_attn.parametrizations.weight.original0"
+    shown = texts(AutogradGraph(square_of(long))._repr_svg_() or "")
+    assert long not in shown
+    assert "transformer.h.0.attn.c_attn." in shown
+    assert "parametrizations.weight." in shown
+    endless = "x" * 5_000
+    shown = texts(AutogradGraph(square_of(endless))._repr_svg_() or "")
+    assert max(map(len, shown)) <= 120
+    many = AutogradGraph(square_of(*(f"name{n}" for n in range(40))))._repr_svg_() or ""
+    assert "… 40 names" in texts(many)
+
+
+class TestRender:
+    @pytest.mark.parametrize(
+        ("suffix", "magic"),
+        [
+            (".svg", b"<?xml"),
+            (".png", b"\x89PNG\r\n\x1a\n"),
+            (".pdf", b"%PDF-"),
+            (".dot", b"digraph"),
+            (".gv", b"digraph"),
+            (".SVG", b"<?xml"),
+        ],
+    )
+    def test_the_suffix_decides(self, suffix: str, magic: bytes, tmp_path: Path) -> None:
+        path = tmp_path / f"step 0{suffix}"
+        path.write_text("an older picture")
+        assert AutogradGraph(square_of("w")).render(str(path)) == path
+        assert path.read_bytes().startswith(magic)
+
+    @pytest.mark.parametrize("name", ["graph.jpeg", "graph", "graph."])
+    def test_another_suffix_is_refused_by_name(self, name: str, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match=r"\.svg, \.png, \.pdf, \.dot, \.gv"):
+            AutogradGraph(square_of("w")).render(tmp_path / name)
+        assert not list(tmp_path.iterdir())
+
+    def test_dot_needs_no_graphviz(self, no_graphviz: None, tmp_path: Path) -> None:
+        path = AutogradGraph(square_of("größe")).render(tmp_path / "graph.dot")
+        assert "größe" in path.read_text(encoding="utf-8")
+
+    def test_without_graphviz_it_says_what_to_install(
+        self, no_graphviz: None, tmp_path: Path
+    ) -> None:
+        graph = AutogradGraph(square_of("w"))
+        with pytest.raises(RenderError, match="pip install pygraphviz"):
+            graph.render(tmp_path / "graph.svg")
+        assert not list(tmp_path.iterdir())
+        assert graph._repr_svg_() is None
+
+    def test_a_deep_graph_of_dot_text(self, tmp_path: Path) -> None:
+        path = AutogradGraph(chain(20_000)).render(tmp_path / "graph.dot")
+        assert path.read_text(encoding="utf-8").count(" -> ") == 19_999
+
+
+class TestSize:
+    def test_the_largest_is_drawn_and_nothing_said(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        path = AutogradGraph(chain(layout.MAX_BOXES)).render(tmp_path / "graph.svg")
+        assert texts(path.read_bytes()).count("tanh") == layout.MAX_BOXES
+        assert "long time" not in capfd.readouterr().err
+
+    @pytest.mark.parametrize(
+        "too_large", [chain(layout.MAX_BOXES + 1), chain(200_000), unrolled(400)]
+    )
+    @pytest.mark.parametrize("suffix", [".svg", ".png", ".pdf"])
+    def test_a_larger_one_is_refused_at_once(
+        self, too_large: CapturedGraph, suffix: str, tmp_path: Path
+    ) -> None:
+        graph = AutogradGraph(too_large)
+        with pytest.raises(RenderError, match=rf"{len(graph):,} nodes.*\.dot.*\.nodes"):
+            graph.render(tmp_path / f"graph{suffix}")
+        assert not list(tmp_path.iterdir())
+        assert graph._repr_svg_() is None
+
+    def test_far_edges_are_drawn_straight(self) -> None:
+        assert "splines=line" in AutogradGraph(unrolled(150)).to_graphviz().source
+        assert "splines" not in AutogradGraph(unrolled(20)).to_graphviz().source
+        assert AutogradGraph(unrolled(150))._repr_svg_() is not None
+
+    def test_rows(self) -> None:
+        weight = unrolled(4)
+        assert ranks(weight).tolist() == [0, 1, 2, 3, 4]
+        assert crossed_rows(weight) == 3 + 2 + 1
+        assert crossed_rows(chain(5)) == crossed_rows(captured([], [], roots=())) == 0
+
+
+@pytest.fixture
+def no_pygraphviz(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pygraphviz", None)
+
+
+@pytest.fixture
+def no_graphviz(
+    no_pygraphviz: None, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path_factory.mktemp("empty")))
+
+
+def put_on_path(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
+    folder.mkdir()
+    program = folder / "dot"
+    program.write_text(f"#!{sys.executable}\nimport sys\n{script}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+class TestEngines:
+    def test_the_library_comes_first(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        pytest.importorskip("pygraphviz")
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert layout.lay_out("digraph { a -> b }", "svg").startswith(b"<?xml")
+
+    @pytest.mark.skipif(os.name == "nt", reason="the stand-in for dot is a script")
+    def test_dot_on_the_path_is_the_alternative(
+        self, no_pygraphviz: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        answer = "print(sys.argv[1:], sys.stdin.buffer.read().decode())"
+        put_on_path(monkeypatch, tmp_path / "bin", answer)
+        said = layout.lay_out("digraph { ö }", "png").decode()
+        assert "-Kdot" in said
+        assert "-Tpng" in said
+        assert "digraph { ö }" in said
+
+    @pytest.mark.skipif(os.name == "nt", reason="the stand-in for dot is a script")
+    def test_dot_failing_is_a_render_error(
+        self, no_pygraphviz: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        put_on_path(monkeypatch, tmp_path / "bin", "sys.exit('no room for the picture')")
+        with pytest.raises(RenderError, match="dot: "):
+            layout.lay_out("digraph { a }", "svg")
+
+    def test_a_refused_graph_is_a_render_error(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        pytest.importorskip("pygraphviz")
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(RenderError, match="pygraphviz: "):
+            layout.lay_out("digraph { unfinished", "svg")
+        with pytest.raises(RenderError, match="pygraphviz: "):
+            layout.lay_out("digraph { a }", "no such format")
+
+    def test_libraries_that_do_not_load_count_as_missing(
+        self, no_graphviz: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        (tmp_path / "pygraphviz.py").write_text("raise OSError('libcgraph.so: cannot open')")
+        monkeypatch.delitem(sys.modules, "pygraphviz")
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(RenderError, match="none was found"):
+            layout.lay_out("digraph { a }", "svg")
+
+    def test_the_import_is_silent(self) -> None:
+        pytest.importorskip("pygraphviz")
+        code = (
+            "from gradscope.graphs.layout import lay_out\n"
+            "assert lay_out('digraph { a }', 'svg').startswith(b'<?xml')"
+        )
+        subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_a_notebook_hears_of_a_real_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(dot: str, file_format: str) -> bytes:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(autograd_graph, "lay_out", broken)
+    with pytest.raises(ZeroDivisionError):
+        AutogradGraph(square_of("w"))._repr_svg_()
