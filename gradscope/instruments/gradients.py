@@ -12,6 +12,7 @@ from gradscope.instruments.late import Late
 from gradscope.instruments.statistics import Reals, Statistics, StatisticsReader
 
 Integers = npt.NDArray[np.int64]
+Gradients = Sequence[torch.Tensor | None]
 
 _NO_GRADIENT = id(None)
 
@@ -26,40 +27,46 @@ class GradientReader:
         parameters: the parameters, None for one that is gone.
     """
 
-    def __init__(self, parameters: Sequence[torch.Tensor | None]) -> None:
+    def __init__(self, parameters: Gradients) -> None:
         self._statistics = StatisticsReader(parameters)
         self._nothing = np.zeros(len(parameters), np.int64)
-
-    def gradients(self, parameters: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Return each ``.grad``; a kept one costs the next backward a copy, so keep none."""
         # Asking a tensor that is no leaf for its .grad makes torch warn.
+        self._are_leaves = all(p is None or p.is_leaf for p in parameters)
+
+    def gradients(self, parameters: Gradients) -> list[torch.Tensor | None]:
+        """Return each ``.grad``; a kept one costs the next backward a copy, so keep none."""
+        if self._are_leaves:
+            try:
+                return [p.grad for p in parameters]  # type: ignore[union-attr]
+            except AttributeError:  # a parameter is gone
+                pass
         return [p.grad if p is not None and p.is_leaf else None for p in parameters]
 
-    def identities(
-        self, gradients: Sequence[torch.Tensor | None]
-    ) -> tuple[Integers, Integers, bool]:
+    def identities(self, gradients: Gradients) -> tuple[Integers, Integers, bool]:
         """Return token int64[n] (0 for None), version int64[n], and whether any gradient is there.
 
         The token is the gradient object's id. It holds as long as the gradient is in its place:
         torch keeps the Python object of a tensor for as long as the tensor lives.
         """
         tokens = [id(gradient) for gradient in gradients]
-        if tokens.count(_NO_GRADIENT) == len(tokens):
+        absent = tokens.count(_NO_GRADIENT)
+        if absent == len(tokens):
             return self._nothing, self._nothing, False
         token = np.array(tokens, np.int64)
+        if not absent:
+            try:
+                versions = [gradient._version for gradient in gradients]  # type: ignore[union-attr]
+                return token, np.array(versions, np.int64), True
+            except RuntimeError:  # a tensor made in inference mode counts no versions
+                pass
         token[token == _NO_GRADIENT] = 0
-        versions = [0 if gradient is None else _version(gradient) for gradient in gradients]
+        versions = [0 if g is None or g.is_inference() else g._version for g in gradients]
         return token, np.array(versions, np.int64), True
 
-    def sums_of_squares(self, gradients: Sequence[torch.Tensor | None]) -> Late[Reals]:
+    def sums_of_squares(self, gradients: Gradients) -> Late[Reals]:
         """Return float64[n], NaN where there is no gradient."""
         return self._statistics.sums_of_squares(gradients)
 
-    def statistics(self, gradients: Sequence[torch.Tensor | None]) -> Late[Statistics]:
+    def statistics(self, gradients: Gradients) -> Late[Statistics]:
         """Return all statistics of each gradient."""
         return self._statistics.statistics(gradients)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    # A tensor made in inference mode counts no versions and raises.
-    return 0 if tensor.is_inference() else tensor._version

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradscope.taps.module_calls import module_calls
 from gradscope.taps.torch_functions import torch_functions
 from gradscope.taps.user_frame import Location, user_location
 
@@ -74,6 +75,7 @@ class GraphCutFinder:
 
     def __init__(self, on_failure: Callable[[Exception], None]) -> None:
         self._on_failure = on_failure
+        self._blind = False
         self._origins: dict[int, _Origin] = {}
         self._last_exit: frozenset[Cut] = _NOTHING
         self._n_calls = 0
@@ -81,11 +83,18 @@ class GraphCutFinder:
         self._without_grad_at: Location | None = None
         self._suspended_by: nn.Module | None = None
         torch_functions.add(self)
+        module_calls.add(self)
 
     def failed(self, where: str, error: Exception) -> None:
-        """See nothing more."""
-        self.disarm()
-        self._on_failure(error)
+        """Follow nothing more; the mode itself cannot be removed while it handles a call."""
+        if not self._blind:
+            self._blind = True
+            self._on_failure(error)
+
+    @property
+    def can_be_disarmed(self) -> bool:
+        """Whether :meth:`disarm` would leave nothing behind: not in the middle of a call."""
+        return torch_functions.can_be_removed
 
     def disarm(self) -> None:
         """See no more calls, and drop what was seen."""
@@ -93,9 +102,10 @@ class GraphCutFinder:
             self._suspended_by = None
             torch_functions.resume()
         torch_functions.remove(self)
+        module_calls.remove(self)
         self._origins.clear()
 
-    def call_started(self, module: nn.Module) -> None:
+    def module_started(self, module: nn.Module) -> None:
         """Note a module call, and look away during one without gradients or with other bits."""
         if self._suspended_by is not None:
             return
@@ -107,7 +117,7 @@ class GraphCutFinder:
         self._suspended_by = module
         torch_functions.suspend()
 
-    def call_ended(self, module: nn.Module, result: Any) -> None:
+    def module_ended(self, module: nn.Module, result: Any) -> None:
         """Note the end of a module call."""
         if module is not self._suspended_by:
             return
@@ -125,6 +135,8 @@ class GraphCutFinder:
         self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any
     ) -> None:
         """Take one call into account."""
+        if self._blind:
+            return
         self._n_calls += 1
         name = _spelled(function)
         outputs = [tensor for tensor in _tensors(result) if tensor.grad_fn is None]

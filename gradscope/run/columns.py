@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,19 @@ _STORED_AS: dict[Kind, np.dtype[Any]] = {
 
 MISSING = np.iinfo(np.int64).min
 """How a missing value of a :attr:`Kind.OPTIONAL_COUNT` column is stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """Texts of a column as numbers: row i holds ``texts[codes[i]]``.
+
+    Attributes:
+        codes: integers[n].
+        texts: the few texts there are.
+    """
+
+    codes: np.ndarray[Any, Any]
+    texts: tuple[str, ...]
 
 
 class Columns:
@@ -119,6 +133,8 @@ class Columns:
     def _numbers_of(self, value: Any) -> Any:
         if isinstance(value, str):
             return self._number_of(value)
+        if isinstance(value, Coded):
+            return np.array([self._number_of(text) for text in value.texts])[value.codes]
         return [self._number_of(text) for text in value]
 
     def _number_of(self, text: str) -> int:

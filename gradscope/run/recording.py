@@ -105,6 +105,7 @@ class Recording:
         self.seconds = 0.0
         self.observe_seconds: dict[str, float] = {}
         self.notes: list[str] = []
+        self._n_reached = 0
         self._columns = {name: Columns(table) for name, table in TABLES.items() if name != "params"}
         self._frames: dict[str, tuple[Any, pd.DataFrame]] = {}
 
@@ -135,6 +136,18 @@ class Recording:
     def n_steps(self) -> int:
         """How many attempts of an optimizer were recorded."""
         return self._columns["steps"].n_rows
+
+    def reached(self, params: np.ndarray[Any, Any]) -> None:
+        """Note that a backward has written the gradients of these parameters."""
+        if self._n_reached == len(self.parameters):
+            return  # the usual case, every step after the first
+        for number in params.tolist():
+            self.parameters[number].reached = True
+        self._n_reached = sum(parameter.reached for parameter in self.parameters)
+
+    def spend(self, part: str, seconds: float) -> None:
+        """Add to the time that watching took."""
+        self.observe_seconds[part] = self.observe_seconds.get(part, 0.0) + seconds
 
     def latest(self) -> dict[str, float]:
         """Plain numbers of the last step; empty before the first."""

@@ -4,33 +4,45 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 from gradscope.errors import GradscopeWarning
 
 
 class Failures:
-    """Collects errors by the part in which they happened.
+    """Runs the parts of gradscope that may fail, and silences those that do.
 
     Args:
+        note: told of each part that is silenced, with the error in words.
         raises: let errors out instead, for gradscope's own tests.
-
-    Attributes:
-        silent: the parts that have failed and are no longer used.
     """
 
-    def __init__(self, *, raises: bool = False) -> None:
-        self.silent: dict[str, str] = {}
+    def __init__(self, note: Callable[[str, str], None], *, raises: bool = False) -> None:
+        self._note = note
         self._raises = raises
+        self._silent: set[str] = set()
 
-    def take(self, part: str, slug: str, error: Exception) -> str:
-        """Silence ``part``, warn about it the first time, and return the error in words."""
+    def run(self, part: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Return ``function(*args)``; None when it fails, and from then on for this part."""
+        if part in self._silent:
+            return None
+        try:
+            return function(*args)
+        except Exception as error:
+            self.silence(part, "instrument-failed", error)
+            return None
+
+    def silence(self, part: str, slug: str, error: Exception) -> None:
+        """Use ``part`` no more, and say so the first time."""
         if self._raises:
             raise error
+        if part in self._silent:
+            return
+        self._silent.add(part)
         text = f"{type(error).__name__}: {error}"
-        if part not in self.silent:
-            self.silent[part] = text
-            warn(slug, f"{part} failed and is switched off; training goes on ({text})")
-        return text
+        self._note(part, text)
+        warn(slug, f"{part} failed and is switched off; training goes on ({text})")
 
 
 def warn(slug: str, text: str) -> None:

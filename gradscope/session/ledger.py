@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from gradscope.session.gradients import (
     NO_GRADIENT,
     Consumption,
@@ -172,11 +174,10 @@ class Ledger:
             The number of the backward, and which gradients of ``look`` it wrote.
         """
         wrote = self.gradients.look_after_backward(look)
-        written = set(look.params[wrote].tolist())
+        written = np.zeros(self.gradients.n, np.bool_)
+        written[look.params[wrote]] = True
         concerned = [
-            optimizer
-            for optimizer, params in self._params.items()
-            if not written.isdisjoint(params.tolist())
+            optimizer for optimizer, params in self._params.items() if written[params].any()
         ]
         number = self.n_backwards
         self.n_backwards += 1

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from gradscope.run.columns import MISSING
+from gradscope.run.columns import MISSING, Coded
 from gradscope.run.recording import Recording
 from gradscope.run.schema import GROUPS, STATUSES
 from gradscope.session.gradients import NONE, Consumption
 from gradscope.session.ledger import StepRecord, scalar
 
-_STATUS = np.array(STATUSES, dtype=object)
 _GROUP_COLUMNS = {column.name for column in GROUPS.columns}
 _ADAM_DENOMINATOR = ("Adam", "AdamW")
 
@@ -41,7 +40,7 @@ def record_gradients(
         "step": step,
         "param": consumption.params,
         "optimizer": optimizer,
-        "status": _STATUS[consumption.status],
+        "status": Coded(consumption.status, STATUSES),
         "n_writes": consumption.n_writes,
         "carried_from": np.where(consumption.carried_from < 0, MISSING, consumption.carried_from),
         "edited": consumption.edited,
@@ -236,6 +235,7 @@ def record_step(
 def _by_place(reading: Any) -> dict[int, dict[str, Any]]:
     """The state per parameter: numbers as they are, tensors as their least, greatest and norm."""
     statistics = reading.statistics.value()
+    least, greatest, norms = statistics.min, statistics.max, statistics.norm
     found: dict[int, dict[str, Any]] = {}
     tensor = {entry: i for i, entry in enumerate(reading.tensors)}
     for entry, (place, key, late) in enumerate(
@@ -251,9 +251,9 @@ def _by_place(reading: Any) -> dict[int, dict[str, Any]]:
         else:
             i = tensor[entry]
             state[key] = {
-                "min": statistics.min[i],
-                "max": statistics.max[i],
-                "norm": statistics.norm[i],
+                "min": least[i],
+                "max": greatest[i],
+                "norm": norms[i],
             }
     return found
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
+
+import numpy as np
 
 from gradscope.instruments.gradients import GradientReader
 from gradscope.instruments.hyperparameters import GroupReading, read_groups
@@ -13,9 +15,10 @@ from gradscope.instruments.optimizer_state import StateReader, StateReading
 from gradscope.instruments.statistics import Reals, Statistics
 from gradscope.instruments.weight_change import WeightChange
 from gradscope.session.census import Census
-from gradscope.session.gradients import GradientLook
+from gradscope.session.gradients import Flags, GradientLook
 
-T = TypeVar("T")
+_SAMPLE = 8
+"""How many gradients are looked at to see whether an update changes them."""
 
 Attempt = Callable[..., Any]
 """``attempt(part, function, *args)`` runs one instrument; None once that instrument has failed."""
@@ -37,7 +40,7 @@ class StepReading:
         groups: hyper-parameters of each group.
         state_before, state_after: the optimizer's state on both sides of the update.
         weights_before, weights_after, change: float64[n], sums of squares.
-        always, extra: seconds spent on what every step is read for, and on a recorded step's more.
+        seconds: spent on all this reading.
     """
 
     optimizer: int
@@ -54,8 +57,19 @@ class StepReading:
     weights_before: Late[Reals] | None = None
     weights_after: Late[Reals] | None = None
     change: Late[Reals] | None = None
-    always: float = 0.0
-    extra: float = 0.0
+    seconds: float = 0.0
+
+    def zeros(self) -> Flags | None:
+        """bool[n], which gradients are all zeros, once that is known; None if nothing was read."""
+        if self.statistics is not None:
+            return np.asarray(self.statistics.value().sum_of_squares == 0)
+        if self.sums_of_squares is not None:
+            return np.asarray(self.sums_of_squares.value() == 0)
+        return None
+
+    def skips(self) -> bool:
+        """Whether a fused optimizer found infinite gradients under a scaler and does nothing."""
+        return self.found_inf is not None and float(self.found_inf.value()) != 0
 
     def awaited(self) -> list[Any]:
         """Everything that may still be on its way."""
@@ -141,8 +155,20 @@ class StepObserver:
             reading.state_after = self._attempt(
                 "optimizer_state", self._state.read, optimizer, tensors
             )
+        return self._look_after(reading, tensors)
+
+    def _look_after(self, reading: StepReading, tensors: Sequence[Any]) -> GradientLook | None:
+        """Look at the gradients again if the update has changed them, which few optimizers do."""
+        before = reading.look
+        assert before is not None
+        at = self._sample
+        token, version, _ = self._gradients.identities(
+            self._gradients.gradients([tensors[i] for i in at])
+        )
+        if (token == before.token[at]).all() and (version == before.version[at]).all():
+            return None
         token, version, _ = self._gradients.identities(self._gradients.gradients(tensors))
-        return GradientLook(self._census.params_of(self._optimizer), token, version)
+        return GradientLook(before.params, token, version)
 
     def _tensors(self) -> Sequence[Any]:
         return self._census.tensors(self._census.params_of(self._optimizer).tolist())
@@ -155,3 +181,9 @@ class StepObserver:
         self._weights = WeightChange(tensors)
         self._state = StateReader()
         self._generation = self._census.generation
+        # An update treats the gradients of a group alike: a few tell of all.
+        self._sample = (
+            np.unique(np.linspace(0, len(tensors) - 1, _SAMPLE).astype(np.int64))
+            if tensors
+            else (np.zeros(0, np.int64))
+        )

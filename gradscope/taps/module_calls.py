@@ -1,4 +1,4 @@
-"""Every call of every ``nn.Module``, through torch's global module hooks.
+"""Every call of every ``nn.Module``, through torch's global module hooks, for armed steps.
 
 A hook on a module itself would turn off torch's fast paths (a ``TransformerEncoderLayer`` in eval
 mode then computes other bits) and would travel with pickles and deep copies; the global ones do
@@ -19,12 +19,12 @@ from gradscope.taps.tap import Tap
 
 
 class ModuleCallTap(Tap):
-    """Emits ``call_started(module)`` and ``call_ended(module, result)``.
+    """Emits ``module_started(module)`` and ``module_ended(module, result)``.
 
     The latter also comes after a call that raised, with None for a result.
     """
 
-    events = ("call_started", "call_ended")
+    events = ("module_started", "module_ended")
 
     def install(self) -> None:
         """Register the two global hooks."""
@@ -38,21 +38,11 @@ class ModuleCallTap(Tap):
         for handle in self._handles:
             handle.remove()
 
-    # These two run around every module call of the process: the loops of Tap.emit, unrolled.
-
     def _before(self, module: nn.Module, args: Any) -> None:
-        for listener in self.listeners:
-            try:
-                listener.call_started(module)
-            except Exception as error:
-                listener.failed("call_started", error)
+        self.emit("module_started", module)
 
     def _after(self, module: nn.Module, args: Any, result: Any) -> None:
-        for listener in self.listeners:
-            try:
-                listener.call_ended(module, result)
-            except Exception as error:
-                listener.failed("call_ended", error)
+        self.emit("module_ended", module, result)
 
 
 module_calls = ModuleCallTap()

@@ -48,9 +48,13 @@ class TorchFunctionTap(Tap):
 
     events = ("torch_function_called",)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._mode = _CallMode(self)
+        self.suspended = 0
+
     def install(self) -> None:
         """Slip the mode in below the others."""
-        self._mode = _CallMode(self)
         self.suspended = 0
         self._insert()
 
@@ -69,6 +73,15 @@ class TorchFunctionTap(Tap):
         self.suspended -= 1
         if self.suspended == 0:
             self._insert()
+
+    @property
+    def can_be_removed(self) -> bool:
+        """Whether the mode can be taken out now.
+
+        While the mode handles a call, and ``Tensor.backward`` is one, torch has taken it from the
+        stack and will put it back, whatever happens in between.
+        """
+        return bool(self.suspended) or self._mode in _get_current_function_mode_stack()
 
     def _insert(self) -> None:
         modes = _get_current_function_mode_stack()

@@ -112,22 +112,16 @@ class DoesNothing(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("how", ["hooks on modules", "a function mode"])
-def test_looking_in_another_way_would_change_the_bits_of_a_transformer(how: str) -> None:
-    # What makes the tests above worth something: the fast paths and the others do differ.
+def test_a_function_mode_would_change_the_bits_of_a_transformer() -> None:
+    # What makes the tests above worth something: the fast path and the other one do differ.
     seed_everything()
     model = Encoder().eval()
     x, _, _ = sequences()
     with torch.no_grad():
         fast = model(x)
-        if how == "a function mode":
-            with DoesNothing():
-                other = model(x)
-        else:
-            for part in model.modules():
-                part.register_forward_hook(lambda *args: None)
-            other = model(x)
-    assert not torch.equal(fast, other)
+        with DoesNothing():
+            slow = model(x)
+    assert not torch.equal(fast, slow)
 
 
 def test_the_scaler_loops_do_skip_steps() -> None:

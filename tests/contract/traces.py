@@ -96,9 +96,7 @@ def snapshot(models: Iterable[nn.Module] = (), optimizers: Iterable[Any] = ()) -
             if name.startswith("_global_") and hasattr(value, "values"):
                 found[f"{owner.__name__}.{name}"] = (*value.keys(), *value.values())
     found["function modes"] = tuple(torch.overrides._get_current_function_mode_stack())
-    found["dispatch modes"] = tuple(
-        torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-    )
+    found["dispatch modes"] = tuple(torch.utils._python_dispatch._get_current_dispatch_mode_stack())
     found["saved tensor hooks"] = torch._C._autograd._top_saved_tensors_default_hooks(True)
     found["grad mode"] = (torch.is_grad_enabled(), torch.is_anomaly_enabled())
     found["deterministic"] = torch.are_deterministic_algorithms_enabled()

@@ -77,6 +77,14 @@ def _flat(name: str, thing: Any) -> Iterator[tuple[str, bytes]]:
         yield name, repr(thing).encode()
 
 
+def prepared_step(make: Callable[[], Training]) -> Training:
+    """A training after its first step: what torch adds to its own objects by then is there."""
+    seed_everything()
+    training = make()
+    training.step(0)
+    return training
+
+
 # -- models ---------------------------------------------------------------------------------
 
 
@@ -372,7 +380,7 @@ def scheduler_of_the_plateau_and_of_momentum() -> Training:
 
 def lbfgs_closure() -> Training:
     model = perceptron()
-    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3, history_size=4)
 
     def step(number: int) -> list[torch.Tensor]:
         x, y = batch()

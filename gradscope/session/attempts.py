@@ -1,0 +1,222 @@
+"""The attempts of all optimizers to update: read around each, accounted for, written down."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from gradscope.config import WatchOptions
+from gradscope.instruments.late import Late
+from gradscope.run.captured_graph import CapturedGraph
+from gradscope.run.recording import Recording
+from gradscope.session import recorder
+from gradscope.session.census import Census
+from gradscope.session.failures import Failures
+from gradscope.session.gradients import Consumption, GradientLook
+from gradscope.session.in_order import InOrder
+from gradscope.session.ledger import Ledger, StepRecord
+from gradscope.session.schedule import Schedule
+from gradscope.session.step_observer import StepObserver, StepReading
+
+
+class _Follower:
+    """What is kept for one optimizer."""
+
+    def __init__(self, observer: StepObserver, schedule: Schedule) -> None:
+        self.observer = observer
+        self.schedule = schedule
+        self.n_attempts = 0
+        self.open: StepReading | None = None
+        self.consumption: Consumption | None = None
+        # Seconds spent on watching since its last attempt, outside of its step.
+        self.spent = 0.0
+
+
+class Attempts:
+    """Follows every watched optimizer from attempt to attempt.
+
+    Args:
+        recording: where the rows go.
+        census: who is who.
+        ledger: what is inside every gradient.
+        in_order: does things once their values have arrived.
+        failures: runs the instruments.
+        options: what the watch was told.
+
+    Attributes:
+        graphs: captured graphs by the number of their backward, until the step that they belong to
+            is over.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        census: Census,
+        ledger: Ledger,
+        in_order: InOrder,
+        failures: Failures,
+        options: WatchOptions,
+    ) -> None:
+        self._recording = recording
+        self._census = census
+        self._ledger = ledger
+        self._in_order = in_order
+        self._failures = failures
+        self._options = options
+        self._followers: dict[int, _Follower] = {}
+        self.graphs: dict[int, CapturedGraph] = {}
+
+    def follow(self, optimizer: int) -> None:
+        """Follow one more optimizer."""
+        self._followers[optimizer] = _Follower(
+            StepObserver(self._census, optimizer, self._failures.run),
+            Schedule(self._options.budget, self._options.every),
+        )
+
+    @property
+    def optimizers(self) -> list[int]:
+        """Numbers of the optimizers followed."""
+        return list(self._followers)
+
+    @property
+    def someone_is_new(self) -> bool:
+        """Whether an optimizer, if there is any, has not made its first attempt yet."""
+        return not all(f.n_attempts for f in self._followers.values()) or not self._followers
+
+    def spend(self, seconds: float) -> None:
+        """Note time that watching took outside of the optimizers' steps."""
+        for follower in self._followers.values():
+            follower.spent += seconds
+
+    def is_open(self, optimizer: int) -> bool:
+        """Whether a step of an optimizer has begun and not ended."""
+        return self._followers[optimizer].open is not None
+
+    def begin(self, optimizer: int, scale: Late[Any] | None, *, has_closure: bool) -> None:
+        """Read what there is before an update; with a closure, its gradients come later."""
+        began = time.perf_counter()
+        follower = self._followers[optimizer]
+        recorded = follower.schedule.is_recorded(follower.n_attempts)
+        reading = follower.open = follower.observer.begin(recorded=recorded, scale=scale)
+        if not has_closure:
+            self._read_gradients(optimizer, reading)
+        reading.seconds += time.perf_counter() - began
+
+    def closure_ended(self, optimizer: int) -> None:
+        """Read the gradients that a closure has computed, which the update is about to read."""
+        reading = self._followers[optimizer].open
+        if reading is not None:
+            began = time.perf_counter()
+            self._read_gradients(optimizer, reading)
+            reading.seconds += time.perf_counter() - began
+
+    def end(self, optimizer: int, *, outcome: str = "stepped") -> bool:
+        """Read what an update did, and close the attempt; also one that raised on its way.
+
+        Returns:
+            Whether the attempt was recorded in full.
+        """
+        began = time.perf_counter()
+        follower = self._followers[optimizer]
+        reading, follower.open = follower.open, None
+        if reading is None:
+            return False
+        if reading.look is None:  # a closure that was never called
+            self._read_gradients(optimizer, reading)
+        after = follower.observer.end(reading) if outcome == "stepped" else None
+        reading.seconds += time.perf_counter() - began
+        self._account(optimizer, reading, after, outcome)
+        return reading.recorded
+
+    def end_without_step(self, optimizer: int, scale: Late[Any] | None, *, outcome: str) -> None:
+        """Close an attempt in which the optimizer's ``step`` was not called."""
+        observer = self._followers[optimizer].observer
+        reading = observer.begin(recorded=False, scale=scale)
+        observer.read_gradients(reading)
+        self._account(optimizer, reading, None, outcome)
+
+    def _read_gradients(self, optimizer: int, reading: StepReading) -> None:
+        follower = self._followers[optimizer]
+        follower.observer.read_gradients(reading)
+        look = reading.look
+        assert look is not None
+
+        def consume() -> None:
+            look.zero = reading.zeros()
+            # What a skipped update finds, it does not use.
+            account = self._ledger.describe if reading.skips() else self._ledger.consume
+            follower.consumption = account(optimizer, look)
+
+        self._in_order.do(consume, *reading.awaited())
+
+    def _account(
+        self, optimizer: int, reading: StepReading, after: GradientLook | None, outcome: str
+    ) -> None:
+        """Close an attempt and write its rows, once all its values are there."""
+        now = time.perf_counter()
+        follower = self._followers[optimizer]
+        number, follower.n_attempts = follower.n_attempts, follower.n_attempts + 1
+        observed, follower.spent = follower.spent + reading.seconds, 0.0
+        self._recording.spend("recorded_steps" if reading.recorded else "steps", reading.seconds)
+
+        def account() -> None:
+            began = time.perf_counter()
+            look, consumption = reading.look, follower.consumption
+            assert look is not None
+            if consumption is None:
+                look.zero = reading.zeros()
+                consumption = self._ledger.describe(optimizer, look)
+            follower.consumption = None
+            if after is not None:
+                self._ledger.gradients.look_after_step(after)
+            skipped = outcome == "stepped" and reading.skips()
+            record = self._ledger.end_attempt(
+                optimizer, consumption, outcome="skipped" if skipped else outcome, now=now
+            )
+            self._write(record, reading, observed)
+            writing = time.perf_counter() - began
+            self._recording.spend("recording", writing)
+            follower.spent += writing
+            follower.schedule.measured(
+                number,
+                recorded=reading.recorded,
+                cost=reading.seconds + writing,
+                step_time=max(record.seconds - observed, 1e-9),
+            )
+
+        self._in_order.do(account, *reading.awaited())
+
+    def _write(self, record: StepRecord, reading: StepReading, observed: float) -> None:
+        run, step, optimizer = self._recording, record.step, record.optimizer
+        params = record.consumption.params
+        statistics = reading.statistics.value() if reading.statistics is not None else None
+        sums = reading.sums_of_squares.value() if reading.sums_of_squares is not None else None
+        if record.outcome == "stepped":
+            recorder.record_groups(run, step, optimizer, reading.groups)
+        grad_norm = recorder.record_gradients(
+            run, step, optimizer, record.consumption, statistics, sums
+        )
+        weight_norm = update_norm = float("nan")
+        if reading.change is not None:
+            weight_norm, update_norm = recorder.record_updates(
+                run, step, optimizer, params, reading
+            )
+        for when, state in (("before", reading.state_before), ("after", reading.state_after)):
+            if state is not None:
+                recorder.record_state(run, step, optimizer, params, when, state)
+        if reading.state_after is not None:
+            recorder.record_moments(run, step, optimizer, params, reading)
+        recorder.record_step(
+            run,
+            record,
+            grad_norm=grad_norm,
+            weight_norm=weight_norm,
+            update_norm=update_norm,
+            loss_scale=1.0 if reading.scale is None else float(reading.scale.value()),
+            scaled=reading.scaled,
+            recorded=reading.recorded,
+            observe_seconds=observed,
+        )
+        for number in record.attempt.backwards:
+            if number in self.graphs:
+                run.graphs[step] = self.graphs.pop(number)

@@ -1,0 +1,69 @@
+"""When to look for the place where a graph was cut, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gradscope.instruments.graph_cut import Cut, GraphCutFinder
+from gradscope.session.failures import Failures
+
+_MOST_SEARCHES = 8
+"""How many steps are armed at most, in a loop that is suspicious at every step."""
+
+
+class CutSearch:
+    """Arms the cut finder for each optimizer's first step, and after a backward without effect.
+
+    Args:
+        failures: runs the finder.
+        event: adds a row to ``events``.
+    """
+
+    def __init__(self, failures: Failures, event: Callable[..., None]) -> None:
+        self._failures = failures
+        self._event = event
+        self._finder: GraphCutFinder | None = None
+        self._n_searches = 0
+        self._suspicious = False
+
+    def call_started(self, *, someone_is_new: bool) -> None:
+        """Arm at the beginning of a model's call, if there is a reason to."""
+        if self._finder is not None or not (someone_is_new or self._suspicious):
+            return
+        if self._n_searches >= _MOST_SEARCHES:
+            return
+        self._n_searches += 1
+        self._suspicious = False
+        self._finder = self._failures.run("graph_cut", GraphCutFinder, self._failed)
+        if self._finder is not None:
+            self._event("armed", "graph_cut")
+
+    def backward_reached_nothing(self, roots: Sequence[Any]) -> None:
+        """Find where the graph of these roots was cut; if nobody looked, look next time."""
+        if self._finder is None:
+            self._suspicious = True
+            return
+        cut: Cut | None = self._failures.run("graph_cut", self._finder.cut_of, roots)
+        if cut is not None:
+            self._n_searches = _MOST_SEARCHES
+            self._event("cut", cut.function, cut.location)
+
+    def step_ended(self) -> None:
+        """Disarm at the end of a step."""
+        if self._finder is not None:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Disarm now."""
+        if self._finder is not None:
+            finder, self._finder = self._finder, None
+            finder.disarm()
+
+    @property
+    def can_give_up(self) -> bool:
+        """Whether :meth:`give_up` would leave nothing behind right now."""
+        return self._finder is None or self._finder.can_be_disarmed
+
+    def _failed(self, error: Exception) -> None:
+        self._failures.silence("graph_cut", "instrument-failed", error)
