@@ -12,7 +12,7 @@ from gradscope.run.recording import Recording
 from gradscope.session import recorder
 from gradscope.session.census import Census
 from gradscope.session.failures import Failures
-from gradscope.session.gradients import Consumption, GradientLook
+from gradscope.session.gradients import COMPOUNDED, Consumption, GradientLook
 from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger, StepRecord
 from gradscope.session.schedule import Schedule
@@ -167,6 +167,10 @@ class Attempts:
                 look.zero = reading.zeros()
                 consumption = self._ledger.describe(optimizer, look)
             follower.consumption = None
+            if outcome == "open" and (consumption.status == COMPOUNDED).any():
+                # The backward was another optimizer's, as a generator's is in a GAN: it adds onto
+                # what the discriminator has used and will clear. No step of this one is missing.
+                return
             if after is not None:
                 self._ledger.gradients.look_after_step(after)
             skipped = outcome == "stepped" and reading.skips()

@@ -75,20 +75,20 @@ class DetachedLoss(Rule):
             detached & ~backwards["root_requires_grad"] & (backwards["error"] != "")
         ]
         steps = run.frame("steps")
-        own = backwards.loc[backwards["step"].notna()]
-        with_backward = own.groupby("step").size()
-        all_detached = detached.loc[own.index].groupby(own["step"].astype(int)).all()
+        own = backwards["step"].notna()
+        with_backward = set(backwards.loc[own, "step"])
+        with_gradient = set(backwards.loc[own & ~detached, "step"])
         lost = steps.loc[
-            steps["step"].map(all_detached).fillna(False).astype(bool)
+            steps["step"].isin(with_backward - with_gradient)
             & (steps["n_fresh"] + steps["n_accumulated"] + steps["n_compounded"] == 0)
         ]
         if lost.empty and raised.empty:
             return []
         severity = Severity.ERROR
         if raised.empty:
-            attempts = steps.loc[steps["step"].isin(with_backward.index)]
-            per_optimizer = lost.groupby("optimizer").size() / attempts.groupby("optimizer").size()
-            share = float(per_optimizer.max())
+            attempts = steps.loc[steps["step"].isin(with_backward), "optimizer"].value_counts()
+            shares = lost["optimizer"].value_counts() / attempts
+            share = float(shares.max())
             if share < 0.5:
                 return []
             severity = Severity.ERROR if share == 1 else Severity.WARNING
@@ -148,7 +148,7 @@ def _detached(backwards: pd.DataFrame) -> pd.Series[bool]:
     without_graph = backwards["root_grad_fn"] == ""
     # A graph that was walked and does end in parameters, although no gradient was written, is in
     # the hands of something that moves gradients away.
-    graph_reaches_none = (backwards["n_in_graph"] == 0).fillna(False).astype(bool)
+    graph_reaches_none = backwards["n_in_graph"].fillna(-1) == 0
     return (backwards["n_reached"] == 0) & (without_graph | graph_reaches_none)
 
 
