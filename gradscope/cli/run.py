@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from types import CodeType, ModuleType
 from typing import Any
 
 from gradscope.config import WatchOptions, switched_off
 from gradscope.errors import UsageError
+from gradscope.own_code import is_ours
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -57,7 +59,7 @@ def _compiled(script: str) -> CodeType:
 def _execute_as_main(code: CodeType, script: str) -> int:
     main = ModuleType("__main__")
     main.__dict__.update(__file__=script, __builtins__=__builtins__)
-    before = sys.modules["__main__"]
+    # Left in place afterwards: what runs at exit still looks its globals up there.
     sys.modules["__main__"] = main
     try:
         exec(code, main.__dict__)
@@ -66,9 +68,6 @@ def _execute_as_main(code: CodeType, script: str) -> int:
     except BaseException as error:
         _print_traceback(error)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
-    finally:
-        # Whatever runs later, at exit, finds its globals where they were.
-        sys.modules["__main__"] = main if main.__dict__ else before
     return 0
 
 
@@ -83,11 +82,19 @@ def _status(code: Any) -> int:
 
 
 def _print_traceback(error: BaseException) -> None:
-    """Print the exception without the frames of ours that ran the program."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
-        traceback = traceback.tb_next
-    sys.excepthook(type(error), error.with_traceback(traceback), traceback)
+    """Print the exception as Python would, without the frames of gradscope's own."""
+    if sys.excepthook is not sys.__excepthook__:  # the program has its own way to print it
+        sys.excepthook(type(error), error, error.__traceback__)
+        return
+    printed = traceback.TracebackException.from_exception(error)
+    shown: list[traceback.TracebackException | None] = [printed]
+    while shown:
+        part = shown.pop()
+        if part is not None:
+            own = [frame for frame in part.stack if not is_ours(frame.filename)]
+            part.stack = traceback.StackSummary.from_list(own)
+            shown += [part.__cause__, part.__context__]
+    print("".join(printed.format()), end="", file=sys.stderr)
 
 
 def _print_screen(recording: Any) -> None:

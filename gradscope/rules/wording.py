@@ -11,9 +11,14 @@ def some_of(some: int, all_of_them: int) -> str:
 
 
 def shortened(path: str) -> str:
-    """A path as one would type it here: relative to the working directory if that is shorter."""
+    """A path as one would type it here: relative to the working directory if it lies in there."""
     try:
         relative = os.path.relpath(path)
-    except (ValueError, OSError):
+    except (ValueError, OSError):  # another drive, or a working directory that is gone
         return path
-    return relative if len(relative) < len(path) else path
+    return path if relative.startswith(os.pardir) else relative
+
+
+def place(file: str, line: int) -> str:
+    """A line within a sentence; the whole path stands in the finding's own ``file``."""
+    return f"{os.path.basename(file)}:{line}"

@@ -8,11 +8,12 @@ from typing import Any
 from gradscope.config import WatchOptions
 from gradscope.instruments.late import Late
 from gradscope.run.captured_graph import CapturedGraph
+from gradscope.run.columns import MISSING
 from gradscope.run.recording import Recording
 from gradscope.session import recorder
 from gradscope.session.census import Census
 from gradscope.session.failures import Failures
-from gradscope.session.gradients import COMPOUNDED, Consumption, GradientLook
+from gradscope.session.gradients import Consumption, GradientLook
 from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger, StepRecord
 from gradscope.session.schedule import Schedule
@@ -128,6 +129,15 @@ class Attempts:
         self._account(optimizer, reading, after, outcome)
         return reading.recorded
 
+    def awaits_step(self, optimizer: int) -> bool:
+        """Whether a backward has come that no step of any optimizer has answered yet.
+
+        A generator's backward also writes the discriminator's gradients; once the generator has
+        stepped, no step of the discriminator is missing.
+        """
+        answered = self._recording.rows("backwards").array("step") != MISSING
+        return not answered[self._ledger.backwards_of(optimizer)].all()
+
     def end_without_step(self, optimizer: int, scale: Late[Any] | None, *, outcome: str) -> None:
         """Close an attempt in which the optimizer's ``step`` was not called."""
         observer = self._followers[optimizer].observer
@@ -167,10 +177,6 @@ class Attempts:
                 look.zero = reading.zeros()
                 consumption = self._ledger.describe(optimizer, look)
             follower.consumption = None
-            if outcome == "open" and (consumption.status == COMPOUNDED).any():
-                # The backward was another optimizer's, as a generator's is in a GAN: it adds onto
-                # what the discriminator has used and will clear. No step of this one is missing.
-                return
             if after is not None:
                 self._ledger.gradients.look_after_step(after)
             skipped = outcome == "stepped" and reading.skips()

@@ -228,14 +228,9 @@ class Ledger:
         self._attempts[optimizer] = Attempt(began=now)
         return record
 
-    def has_backward(self, optimizer: int) -> bool:
-        """Whether a backward has come since the optimizer's last attempt."""
-        attempt = self._attempts.get(optimizer)
-        return attempt is not None and attempt.n_backward > 0
-
-    def params_of(self, optimizer: int) -> Integers:
-        """Numbers of the parameters that an optimizer holds."""
-        return self._params[optimizer]
+    def backwards_of(self, optimizer: int) -> list[int]:
+        """Numbers of the backwards since the optimizer's last attempt."""
+        return self._attempts[optimizer].backwards
 
     def _of(self, optimizers: Iterable[int]) -> list[Attempt]:
         return [self._attempts[number] for number in optimizers if number in self._attempts]

@@ -352,7 +352,7 @@ class Session:
                 self._abandon(number)
         self._in_order.settle(wait=True)
         for number in self._attempts.optimizers:
-            if self._ledger.has_backward(number):
+            if self._attempts.awaits_step(number):
                 self._attempts.end_without_step(number, None, outcome="open")
         self._in_order.settle(wait=True)
 

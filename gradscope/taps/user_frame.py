@@ -9,10 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_OURS = _PACKAGE + os.sep
-# The demo is a user's program that happens to ship with the package.
-_OUR_PROGRAMS = os.path.join(_PACKAGE, "demo") + os.sep
+from gradscope.own_code import is_ours
+
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _STANDARD = (os.path.dirname(os.path.abspath(os.__file__)) + os.sep, "<frozen ")
 _SITE_PACKAGES = f"{os.sep}site-packages{os.sep}"
@@ -61,9 +59,7 @@ def user_location(start: FrameType | None = None) -> Location | None:
 
 
 def _belongs_to_user(filename: str) -> bool:
-    if filename.startswith(_OUR_PROGRAMS):
-        return True
-    if filename.startswith((_OURS, _TORCH)):
+    if is_ours(filename) or filename.startswith(_TORCH):
         return False
     # Packages installed for the user live below the standard library's folder, and are the
     # user's program here: what they do to the loop has to be told like what the script does.

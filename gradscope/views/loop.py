@@ -161,21 +161,21 @@ def _zero_grad(steps: pd.DataFrame) -> list[str]:
     if later.empty:
         facts.append("one step only: nothing had to be cleared" if len(steps) else "")
     words = {
-        "none": "found cleared to None",
-        "zero": "found cleared to zero",
-        "partly": "cleared only in part",
-        "never": "NOT cleared",
+        "none": "cleared to None before backward",
+        "zero": "cleared to zero before backward",
+        "partly": "cleared only in part before backward",
+        "never": "NOT cleared before backward",
     }
     for how, rows in later.groupby("zeroed"):
         by = sorted(set(rows["zeroed_by"]) - {""})
         facts.append(
-            f"gradients of the step before {words[str(how)]} at {_of(len(rows), len(later))} steps"
+            f"used gradients {words[str(how)]} at {_of(len(rows), len(later))} later steps"
             + (f", by {', '.join(_spelled_by(name) for name in by)}" if by else "")
         )
-    order = steps["order"].mode()
-    if len(order):
-        at = int((steps["order"] == order[0]).sum())
-        facts.append(f"order at {_of(at, len(steps))} steps: {order[0]}")
+    for of, rows in _per_optimizer(steps):
+        usual = rows["order"].mode()[0]
+        at = int((rows["order"] == usual).sum())
+        facts.append(f"{of}order at {_of(at, len(rows))} steps: {usual}")
     return facts
 
 
@@ -200,7 +200,8 @@ def _backward(run: Recording, steps: pd.DataFrame, backwards: pd.DataFrame) -> l
         f"{_usual(steps['n_backward'], 'call')} a step; "
         f"of {total:,} gradients read by steps: {shown}"
     )
-    facts.append(f"gradient norm {_course(steps['grad_norm'])}")
+    for of, rows in _per_optimizer(steps):
+        facts.append(f"{of}gradient norm {_course(rows['grad_norm'])}")
     nonfinite = int((run.rows("grads").array("nonfinite") > 0).sum())
     if nonfinite:
         facts.append(f"{_counted(nonfinite, 'gradient')} with NaN or infinite elements")
@@ -210,43 +211,50 @@ def _backward(run: Recording, steps: pd.DataFrame, backwards: pd.DataFrame) -> l
 def _step(run: Recording, steps: pd.DataFrame) -> list[str]:
     if steps.empty:
         return ["never called"]
-    outcomes = steps["outcome"].value_counts()
-    facts = [", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())]
-    groups = run.frame("groups")
-    if len(groups):
-        facts[0] += f"; lr {_course(groups['lr'])}"
-    moments = run.frame("moments")
-    if len(moments):
-        facts.append(
-            f"state: |exp_avg| {_course(_together(moments, 'exp_avg_norm_after'))}, "
-            f"|exp_avg_sq| {_course(_together(moments, 'exp_avg_sq_norm_after'))}, "
-            f"own step count {_course(moments['step_count'])}"
-        )
-    recorded = steps.loc[steps["weight_norm"] > 0]
-    if len(recorded):
-        ratio = recorded["update_norm"] / recorded["weight_norm"]
-        facts.append(
-            f"size of the update against the weights {_course(ratio)} "
-            f"({len(recorded)} steps recorded in full)"
-        )
+    groups, moments = run.frame("groups"), run.frame("moments")
+    facts = []
+    for of, rows in _per_optimizer(steps):
+        name = rows["optimizer"].iloc[0]
+        outcomes = ", ".join(f"{n} {what}" for what, n in rows["outcome"].value_counts().items())
+        rates = [
+            _course(group["lr"])
+            for _, group in groups.loc[groups["optimizer"] == name].groupby("group")
+        ]
+        facts.append(f"{of}{outcomes}" + (f"; lr {_distinct(rates)}" if rates else ""))
+        own = moments.loc[moments["optimizer"] == name]
+        if len(own):
+            facts.append(
+                f"{of}state: |exp_avg| {_course(_together(own, 'exp_avg_norm_after'))}, "
+                f"|exp_avg_sq| {_course(_together(own, 'exp_avg_sq_norm_after'))}, "
+                f"own step count {_course(own['step_count'])}"
+            )
+        recorded = rows.loc[rows["weight_norm"] > 0]
+        if len(recorded):
+            ratio = recorded["update_norm"] / recorded["weight_norm"]
+            facts.append(
+                f"{of}update / weight {_course(ratio)} ({len(recorded)} steps recorded in full)"
+            )
     return facts
 
 
 def _loss(steps: pd.DataFrame) -> list[str]:
-    known = steps.loc[steps["loss"].notna()]
-    if known.empty:
-        nan = (steps["n_backward"] > 0).sum()
-        return [f"NaN or no scalar at {_of(int(nan), len(steps))} steps" if nan else "none seen"]
-    losses = known["loss"].to_numpy()
-    lowest = int(losses.argmin())
-    facts = [
-        f"{losses[0]:.4g} at the first step → {losses[-1]:.4g} at the last; "
-        f"lowest {losses[lowest]:.4g} at step {int(known['step'].iloc[lowest])}"
-    ]
-    infinite = int((~np.isfinite(losses)).sum())
-    if infinite:
-        facts.append(f"not finite at {_of(infinite, len(losses))} steps")
-    return facts
+    facts = []
+    for of, rows in _per_optimizer(steps.loc[steps["n_backward"] > 0]):
+        known = rows.loc[rows["loss"].notna()]
+        if known.empty:
+            facts.append(f"{of}NaN or no scalar at {_of(len(rows), len(rows))} steps")
+            continue
+        losses = known["loss"].to_numpy()
+        lowest = int(losses.argmin())
+        facts.append(
+            f"{of}{losses[0]:.4g} first → {losses[-1]:.4g} last"
+            + (f" (mean of the last 10: {losses[-10:].mean():.4g})" if len(losses) >= 20 else "")
+            + f"; lowest {losses[lowest]:.4g} at step {int(known['step'].iloc[lowest])}"
+        )
+        infinite = len(rows) - int(np.isfinite(rows["loss"].to_numpy()).sum())
+        if infinite:
+            facts.append(f"{of}not finite at {_of(infinite, len(rows))} steps")
+    return facts or ["none seen"]
 
 
 def _cost(run: Recording, steps: pd.DataFrame) -> str:
@@ -284,7 +292,7 @@ def _counted(n: int, thing: str) -> str:
 
 
 def _of(some: int, everything: int) -> str:
-    return f"all {everything:,}" if some == everything else f"{some:,} of {everything:,}"
+    return f"all {everything:,}" if 1 < some == everything else f"{some:,} of {everything:,}"
 
 
 def _usual(counts: pd.Series[int], thing: str) -> str:
@@ -308,6 +316,19 @@ def _listed(names: list[str], most: int = 3) -> str:
     rest = len(names) - most
     shown = ", ".join(names[:most])
     return f"{len(names)} ({shown}{f' and {rest} more' if rest > 0 else ''})"
+
+
+def _per_optimizer(steps: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each optimizer, with its name for a prefix where there are several."""
+    parts = [(str(name), rows) for name, rows in steps.groupby("optimizer", sort=False)]
+    if len(parts) == 1:
+        return [("", parts[0][1])]
+    return [(f"{name}: ", rows) for name, rows in parts]
+
+
+def _distinct(texts: list[str]) -> str:
+    """Each text once, in order."""
+    return ", ".join(dict.fromkeys(texts))
 
 
 def _together(rows: pd.DataFrame, norm: str) -> pd.Series[float]:

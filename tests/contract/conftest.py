@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from traces import clean_up, snapshot
 
 # Both replace functions of torch's and add warning filters when they are first used (torch 2.13).
-import torch._dynamo  # noqa: F401
+import torch._dynamo
+from traces import clean_up, snapshot
 
 torch.manual_seed(torch.initial_seed())
 

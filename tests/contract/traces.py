@@ -51,6 +51,7 @@ _CLASSES = (
         if isinstance(kind, type)
     ),
 )
+_SPECIAL = {"__init__", "__call__", "__torch_function__", "__getattr__", "__setattr__"}
 # Counters of torch itself, and what it caches as it runs.
 _MOVES = {
     ("RemovableHandle", "next_id"),
@@ -66,7 +67,7 @@ class Snapshot:
     found: dict[str, Any]
 
     def differences_from(self, before: Snapshot) -> list[str]:
-        """What is new, gone or another object than before; lists are compared element by element."""
+        """Names of what is new, gone or another object than before."""
         return sorted(
             name
             for name in self.found.keys() | before.found.keys()
@@ -88,9 +89,8 @@ def snapshot(models: Iterable[nn.Module] = (), optimizers: Iterable[Any] = ()) -
                 found[f"{module.__name__}.{name}"] = value
     for kind in _CLASSES:
         for name, value in vars(kind).items():
-            if (kind.__name__, name) not in _MOVES and not name.startswith("__"):
+            if (kind.__name__, name) not in _MOVES and (name in _SPECIAL or name[:2] != "__"):
                 found[f"class {kind.__name__}.{name}"] = value
-        found[f"class {kind.__name__}.__init__"] = kind.__init__
     for owner in (torch.nn.modules.module, optimizer_module):
         for name, value in vars(owner).items():
             if name.startswith("_global_") and hasattr(value, "values"):
@@ -136,9 +136,11 @@ def clean_up() -> None:
     """Take out whatever a failing test has left, so that the next one fails for itself."""
     session = sys.modules.get("gradscope.session.session")
     if session is not None:
+        from gradscope.taps.module_calls import module_calls
         from gradscope.taps.torch_functions import torch_functions
 
-        for tap in (*session._TAPS, session.optimizer_creation, torch_functions):
+        others = (session.optimizer_creation, module_calls, torch_functions)
+        for tap in (*session._TAPS, *others):
             for listener in tap.listeners:
                 tap.remove(listener)
     while torch.overrides._get_current_function_mode_stack():

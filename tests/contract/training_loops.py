@@ -60,7 +60,9 @@ def everything_of(training: Training, seen: list[torch.Tensor]) -> dict[str, byt
 
 
 def _flat(name: str, thing: Any) -> Iterator[tuple[str, bytes]]:
-    if isinstance(thing, dict):
+    if isinstance(thing, dict | list | tuple) and not thing:
+        yield name, b"empty"
+    elif isinstance(thing, dict):
         for key, value in thing.items():
             yield from _flat(f"{name}.{key}", value)
     elif isinstance(thing, list | tuple):
@@ -225,6 +227,7 @@ def several_groups_and_a_frozen_layer() -> Training:
     groups = [
         {"params": model[0].parameters(), "lr": 1e-2, "weight_decay": 0.0},
         {"params": model[4].parameters(), "betas": (0.8, 0.9)},
+        {"params": model[1].parameters()},
     ]
     return plain(model, AdamW(groups, lr=1e-3))
 

@@ -82,7 +82,9 @@ class NaiveModel:
     def is_spent(self, param: int) -> bool:
         content = self.gradients[param].content
         return bool(content) and any(
-            content[-1] in used for optimizer, used in self.used.items() if param in HOLDERS[optimizer]
+            content[-1] in used
+            for optimizer, used in self.used.items()
+            if param in HOLDERS[optimizer]
         )
 
     def edit(self, params: list[int]) -> None:

@@ -273,8 +273,10 @@ def test_a_step_that_the_scaler_skips_is_skipped_and_uses_nothing() -> None:
         assert scope.steps["outcome"].tolist() == ["stepped", "skipped", "stepped", "stepped"]
         assert scope.steps["loss"].tolist() == pytest.approx(losses)
         assert (scope.grads["status"] == "fresh").all()
-        assert scope.steps["scaled"].tolist() == [fused] * 4 if fused else not any(
-            scope.steps["scaled"]
+        assert (
+            scope.steps["scaled"].tolist() == [fused] * 4
+            if fused
+            else not any(scope.steps["scaled"])
         )
         assert not scope.findings
 

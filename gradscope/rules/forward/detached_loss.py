@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
-from gradscope.rules.wording import shortened, some_of
+from gradscope.rules.wording import place, some_of
 from gradscope.run.recording import Recording
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class DetachedLoss(Rule):
     ) -> Finding:
         first = (raised if not raised.empty else detached).iloc[0]
         cut = _cut(run)
-        called_at = f"{shortened(first['file'])}:{int(first['line'])}" if first["file"] else ""
+        called_at = place(first["file"], int(first["line"])) if first["file"] else ""
         message = "the loss given to backward" + (f" at {called_at}" if called_at else "")
         message += " has no path to any parameter"
         file = str(first["file"]) or None
@@ -113,14 +113,14 @@ class DetachedLoss(Rule):
         if cut is not None:
             function = str(cut["detail"])
             file, line = str(cut["file"]), int(cut["line"])
-            message += f": the graph was cut at {shortened(file)}:{line} by {_spelled(function)}"
+            message += f": the graph was cut at {place(file, line)} by {_spelled(function)}"
         elif not first["root_grad_fn"]:
             message += ": it is a tensor without a graph of its own (grad_fn is None)"
         if not raised.empty:
             message += f"; backward raised {raised['error'].iloc[0]}"
         else:
             message += f"; no gradient was computed at {some_of(len(lost), run.n_steps)} steps"
-        where = f"{shortened(file)}:{line}" if file else "the line that makes the loss"
+        where = place(file, line) if file and line else "the line that makes the loss"
         return self.finding(
             message=message,
             fix=_fix(function, where),

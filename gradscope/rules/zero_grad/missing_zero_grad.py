@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
-from gradscope.rules.wording import shortened, some_of
+from gradscope.rules.wording import place, some_of
 from gradscope.run.recording import Recording
 
 
@@ -79,7 +79,7 @@ class MissingZeroGrad(Rule):
             at = backwards.loc[(backwards["step"] == first).fillna(False)].head(1)
             file = str(at["file"].iloc[0]) if len(at) and at["file"].iloc[0] else None
             line = int(at["line"].iloc[0]) if file is not None else None
-            where = f" ({shortened(file)}:{line})" if file is not None else ""
+            where = f" ({place(file, line)})" if file is not None and line is not None else ""
             calls = int((own["zeroed_by"] != "").sum())
             although = (
                 f"; the gradients were cleared before {calls} of its steps, but not these"
