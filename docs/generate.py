@@ -1,7 +1,7 @@
 """Writes the pages of the documentation that are made from the program itself.
 
-    python docs/generate.py           # write them
-    python docs/generate.py --check   # exit with 1 if one is out of date
+python docs/generate.py           # write them
+python docs/generate.py --check   # exit with 1 if one is out of date
 """
 
 from __future__ import annotations

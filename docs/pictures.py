@@ -1,6 +1,6 @@
 """Draws the pictures of the documentation into docs/images.
 
-    python docs/pictures.py
+python docs/pictures.py
 """
 
 from __future__ import annotations

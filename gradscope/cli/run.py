@@ -29,10 +29,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Run the script; its exit status is ours, its exceptions are printed as Python prints them."""
-    code = _compiled(arguments.script)
+    # Python, too, makes the path of the script absolute, and leaves sys.argv as it was typed.
+    script = os.path.abspath(arguments.script)
+    code = _compiled(script)
     sys.argv = [arguments.script, *arguments.args]
     # As Python does for a script: its own folder is the first to import from.
-    sys.path[0] = os.path.dirname(os.path.abspath(arguments.script))
+    sys.path[0] = os.path.dirname(script)
     session = None
     if not switched_off():
         from gradscope.session.session import Session
@@ -40,7 +42,7 @@ def execute(arguments: argparse.Namespace) -> int:
         session = Session(WatchOptions(), discovers=True)
         session.start()
     try:
-        return _execute_as_main(code, arguments.script)
+        return _execute_as_main(code, script)
     finally:
         if session is not None:
             session.stop()

@@ -119,8 +119,10 @@ class StatisticsReader:
         present, others = self._flatten(tensors)
         if len(self._small):
             np.copyto(self._double, self._flat)
-            np.multiply(self._double, self._double, out=self._double)
-            result[self._small[present]] = np.add.reduceat(self._double, self._starts)[present]
+            with np.errstate(invalid="ignore"):  # infinities of both signs, in the gradients
+                np.multiply(self._double, self._double, out=self._double)
+                squares = np.add.reduceat(self._double, self._starts)
+            result[self._small[present]] = squares[present]
         readings = [_sum_of_squares(plain) for _, plain in others]
         return _Filled(
             result,
@@ -134,7 +136,8 @@ class StatisticsReader:
         result = Statistics.empty(self.n)
         present, others = self._flatten(tensors)
         if len(self._small):
-            self._reduce_flat(result, present)
+            with np.errstate(invalid="ignore"):
+                self._reduce_flat(result, present)
         readings = [_all_statistics(plain) for _, plain in others]
         return _Filled(result, [i for i, _ in others], readings, _put_statistics)
 

@@ -47,6 +47,8 @@ class Attempts:
     Attributes:
         graphs: captured graphs by the number of their backward, until the step that they belong to
             is over.
+        n_ended: how many attempts have ended, of all optimizers together. The rows of the latest
+            may not have been written yet.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Attempts:
         self._options = options
         self._followers: dict[int, _Follower] = {}
         self.graphs: dict[int, CapturedGraph] = {}
+        self.n_ended = 0
 
     def follow(self, optimizer: int) -> None:
         """Follow one more optimizer."""
@@ -166,6 +169,7 @@ class Attempts:
         now = time.perf_counter()
         follower = self._followers[optimizer]
         number, follower.n_attempts = follower.n_attempts, follower.n_attempts + 1
+        self.n_ended += 1
         observed, follower.spent = follower.spent + reading.seconds, 0.0
         self._recording.spend("recorded_steps" if reading.recorded else "steps", reading.seconds)
 

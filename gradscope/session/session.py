@@ -137,7 +137,7 @@ class Session:
         self.recording.rows("events").append(
             {
                 "time": self.recording.seconds + clock,
-                "step": self._ledger.n_steps,
+                "step": self._attempts.n_ended,
                 "event": event,
                 "detail": detail,
                 **_place(location),
@@ -387,7 +387,7 @@ class Session:
         """See whether models have changed, or parameters been frozen, since the last look."""
         if self._census.refresh_models():
             self.event("parameters_changed", "a model has other parameters than before")
-        for param in self._census.refresh_requires_grad(self._ledger.n_steps):
+        for param in self._census.refresh_requires_grad(self._attempts.n_ended - 1):
             entry = self.recording.parameters[param]
             self.event("parameters_changed", f"{entry.name} requires_grad={entry.requires_grad}")
 
@@ -416,7 +416,7 @@ class Session:
 
     def _note_failure(self, part: str, text: str) -> None:
         self.recording.notes.append(
-            f"{part} failed at step {self._ledger.n_steps} and was switched off ({text})"
+            f"{part} failed at step {self._attempts.n_ended} and was switched off ({text})"
         )
         self.event("instrument_failed", f"{part}: {text}")
 

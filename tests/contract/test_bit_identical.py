@@ -30,6 +30,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensor
 
 Make = Callable[[], Training]
 
+EVERY = [
+    pytest.param(1, id="every step"),
+    pytest.param(None, id="by budget", marks=pytest.mark.slow),
+]
+
 
 def run(training: Training, n_steps: int) -> list[torch.Tensor]:
     return [seen for number in range(n_steps) for seen in training.step(number)]
@@ -59,7 +64,7 @@ def differing(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
-@pytest.mark.parametrize("every", [1, None], ids=["every step", "by budget"])
+@pytest.mark.parametrize("every", EVERY)
 @pytest.mark.parametrize("make", LOOPS, ids=lambda make: make.__name__)
 def test_fifty_steps_leave_the_same_bits(make: Make, every: int | None) -> None:
     result, scope, training = watched(make, 50, every)

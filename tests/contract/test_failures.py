@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import SGD, AdamW, lr_scheduler
 from torch.optim.optimizer import (
@@ -241,7 +241,7 @@ def test_an_inner_watch_that_fails_leaves_the_outer_one_alone(
         with outer, inner:
             for number in range(N_STEPS):
                 training.step(number)
-    assert failing.n_calls == 1
+    assert failing.has_raised
     assert [type(warning.message) for warning in told] == [GradscopeWarning]
     assert len(outer.steps) == 2 * N_STEPS
     assert outer._recording.notes == []
@@ -296,17 +296,18 @@ def test_a_failing_handler_does_not_hide_the_programs_own_exception(
     break_function(monkeypatch, owner, event)
     # Another tool's hook, registered after the watch began: torch walks over all of them.
     handles = []
+
+    @gradscope.watch(model, optimizer)
+    def forward() -> None:
+        handles.append(register_module_forward_hook(_nothing, always_call=True))
+        with torch.no_grad():
+            model(torch.zeros(1, 2))
+
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         try:
-            with (
-                pytest.raises(KeyError, match="of the program"),
-                gradscope.watch(model, optimizer),
-                torch.no_grad(),
-            ):
-                for _ in range(2):
-                    handles.append(register_module_forward_hook(_nothing, always_call=True))
-                    model(torch.zeros(1, 2))
+            with pytest.raises(KeyError, match="of the program"):
+                forward()
         finally:
             for handle in handles:
                 handle.remove()
@@ -439,7 +440,6 @@ INNER_PARTS = [
     (Recording, "rows"),
     (session, "scalar_of"),
     (session, "user_location"),
-    (Session, "event"),
     (graph_cut, "user_location"),
 ]
 

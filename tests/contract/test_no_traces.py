@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 from torch.optim import SGD, AdamW, lr_scheduler
 from traces import Snapshot, snapshot
 from training_loops import (
@@ -597,30 +597,66 @@ def test_a_watch_in_a_thread_leaves_nothing_in_any_thread() -> None:
 
 
 def test_watches_in_two_threads_keep_apart() -> None:
+    # Both are in the middle of their first, armed step, and the one that began first ends first.
     meet = threading.Barrier(2, timeout=30)
     modes, steps = {}, {}
 
-    def training_in(name: str, x: torch.Tensor) -> None:
+    def training_in(name: str, n_before_forward: int, n_before_backward: int) -> None:
         model = nn.Linear(6, 3)
         optimizer = SGD(model.parameters(), lr=0.1)
         with gradscope.watch(model, optimizer, on_error="raise") as scope:
-            loss = model(x).sum()
-            meet.wait()
-            if name == "second":
+            for _ in range(n_before_forward):
+                meet.wait()
+            loss = model(torch.ones(2, 6)).sum()
+            for _ in range(n_before_backward):
                 meet.wait()
             loss.backward()
             optimizer.step()
-            if name == "first":
-                meet.wait()
         modes[name] = function_modes()
-        steps[name] = len(scope.steps)
+        if name == "first":
+            meet.wait()
+        steps[name] = list(scope.steps["order"])
 
-    in_threads(
-        lambda: training_in("first", torch.ones(2, 6)),
-        lambda: training_in("second", torch.zeros(2, 6)),
-    )
+    in_threads(lambda: training_in("first", 0, 2), lambda: training_in("second", 1, 2))
     assert modes == {"first": [], "second": []}
-    assert steps == {"first": 1, "second": 1}
+    assert steps == {name: ["forward, backward, step"] for name in ("first", "second")}
+
+
+def test_forwards_that_overlap_in_two_threads_are_both_seen() -> None:
+    meet = threading.Barrier(2, timeout=30)
+    n_forward = {}
+
+    class Waits(nn.Linear):
+        n_before, n_inside = 0, 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(self.n_inside):
+                meet.wait()
+            self.n_inside = 0
+            return super().forward(x)
+
+    def training_in(name: str, n_before: int, n_inside: int, n_after: int) -> None:
+        model = Waits(6, 3)
+        model.n_inside = n_inside
+        optimizer = SGD(model.parameters(), lr=0.1)
+        with gradscope.watch(model, optimizer, on_error="raise") as scope:
+            for _ in range(n_before):
+                meet.wait()
+            model(torch.ones(2, 6))
+            for _ in range(n_after):
+                meet.wait()
+            for _ in range(2):
+                with torch.no_grad():
+                    model(torch.ones(2, 6))
+                model(torch.ones(2, 6)).sum().backward()
+                optimizer.step()
+            meet.wait()
+        stepped = scope.steps[scope.steps["outcome"] == "stepped"]
+        n_forward[name] = list(stepped["n_forward"])
+
+    # first goes in, second goes in, first comes out, second comes out
+    in_threads(lambda: training_in("first", 0, 2, 1), lambda: training_in("second", 1, 2, 0))
+    assert n_forward == {"first": [2, 1], "second": [2, 1]}
 
 
 def test_a_watch_stopped_from_another_thread_leaves_nothing() -> None:

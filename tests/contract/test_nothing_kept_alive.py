@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 from torch.optim import AdamW
 from training_loops import (
     Residual,
@@ -70,8 +70,13 @@ LOOPS = (
     scaler_with_skipped_steps,
 )
 
+EVERY = [
+    pytest.param(1, id="every step"),
+    pytest.param(None, id="by budget", marks=pytest.mark.slow),
+]
 
-@pytest.mark.parametrize("every", [1, None], ids=["every step", "by budget"])
+
+@pytest.mark.parametrize("every", EVERY)
 @pytest.mark.parametrize("make", LOOPS, ids=lambda make: make.__name__)
 def test_as_many_tensors_live_at_step_200_as_at_step_20(
     make: Callable[[], Any], every: int | None

@@ -1,0 +1,62 @@
+"""The documentation agrees with the program."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gradscope
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_generated_pages_are_up_to_date() -> None:
+    result = subprocess.run(
+        [sys.executable, "docs/generate.py", "--check"],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_link_inside_the_repository_leads_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text("utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_warning_slug_is_documented() -> None:
+    documented = (ROOT / "docs" / "warnings.md").read_text("utf-8")
+    sources = "".join(path.read_text("utf-8") for path in ROOT.glob("gradscope/**/*.py"))
+    slugs = set(re.findall(r'"([a-z]+(?:-[a-z]+)*-failed)"', sources))
+    assert slugs
+    for slug in slugs:
+        assert f"`{slug}`" in documented
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(gradscope.__all__) == [
+        "GradscopeError",
+        "GradscopeWarning",
+        "Scope",
+        "__version__",
+        "watch",
+    ]
+    for name in gradscope.__all__:
+        assert getattr(gradscope, name) is not None
+
+
+def test_the_table_of_the_readme_names_only_what_a_scope_has() -> None:
+    from gradscope.scope import Scope
+
+    readme = (ROOT / "README.md").read_text("utf-8")
+    table = readme.partition("## Use it")[2].partition("##")[0]
+    named = set(re.findall(r"`(?:scope)?\.(\w+)", table)) - {"to_pandas", "render"}
+    assert named
+    assert named <= set(dir(Scope))

@@ -1,0 +1,89 @@
+"""Storage of rows, and the DataFrames made of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from gradscope.run.columns import Coded, Columns
+from gradscope.run.recording import ParameterEntry, Recording
+from gradscope.run.schema import TABLES, Column, Kind, Table
+
+EXAMPLE = Table(
+    "example",
+    "test",
+    tuple(
+        Column(name, kind, "")
+        for name, kind in [
+            ("n", Kind.COUNT),
+            ("maybe", Kind.OPTIONAL_COUNT),
+            ("x", Kind.REAL),
+            ("yes", Kind.FLAG),
+            ("word", Kind.TEXT),
+            ("param", Kind.PARAM),
+        ]
+    ),
+)
+
+
+def test_rows_come_back_as_they_were_put_in_however_many() -> None:
+    columns = Columns(EXAMPLE)
+    for i in range(300):
+        columns.append({"n": i, "maybe": [None] if i % 2 else i, "x": i / 2, "word": f"w{i % 3}"})
+    columns.extend(3, {"n": np.array([7, 8, 9]), "word": Coded(np.array([0, 1, 0]), ("u", "v")),
+                       "yes": True, "param": [0, 1, 0]})  # fmt: skip
+    frame = columns.frame(["a", "b"], [])
+    assert frame["n"].tolist() == [*range(300), 7, 8, 9]
+    assert frame["x"].iloc[:4].tolist() == [0, 0.5, 1, 1.5]
+    assert frame["maybe"].isna().sum() == 153
+    assert frame["maybe"].dtype == "Int64"
+    assert frame["word"].iloc[-4:].tolist() == ["w2", "u", "v", "u"]
+    assert frame["param"].iloc[-3:].tolist() == ["a", "b", "a"]
+    assert frame["param"].iloc[0] == ""
+    assert frame["yes"].iloc[-1]
+
+
+def test_an_unknown_column_is_refused() -> None:
+    with pytest.raises(KeyError, match="table 'example' has no column 'nope'"):
+        Columns(EXAMPLE).append({"nope": 1})
+
+
+def test_an_empty_table_has_its_columns_and_types() -> None:
+    run = Recording()
+    for name, table in TABLES.items():
+        frame = run.frame(name)
+        assert frame.columns.tolist() == [column.name for column in table.columns]
+        assert len(frame) == 0
+    assert run.latest() == {}
+
+
+def test_a_frame_is_the_readers_own() -> None:
+    run = Recording()
+    run.rows("events").append({"event": "zero_grad"})
+    frame = run.frame("events")
+    frame["event"] = "spoilt"
+    assert run.frame("events")["event"].tolist() == ["zero_grad"]
+
+
+def test_a_name_learnt_late_holds_for_earlier_rows() -> None:
+    run = Recording()
+    run.parameters.append(ParameterEntry(name="optimizer.param_groups[0]['params'][0]"))
+    run.rows("grads").append({"param": 0})
+    assert run.frame("grads")["param"].tolist() == ["optimizer.param_groups[0]['params'][0]"]
+    run.parameters[0].name = "head.weight"
+    assert run.frame("grads")["param"].tolist() == ["head.weight"]
+
+
+def test_every_column_says_what_it_means() -> None:
+    for table in TABLES.values():
+        names = [column.name for column in table.columns]
+        assert len(set(names)) == len(names)
+        for column in table.columns:
+            assert column.meaning, f"{table.name}.{column.name}"
+
+
+def test_text_columns_are_text_in_pandas() -> None:
+    run = Recording()
+    run.rows("events").append({"event": "zero_grad"})
+    assert pd.api.types.is_string_dtype(run.frame("events")["event"])
