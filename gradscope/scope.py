@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from gradscope.config import OnError, WatchOptions, switched_off
+from gradscope.config import OnError, WatchOptions, as_patterns, switched_off
 from gradscope.errors import ScopeStateError, UsageError
 from gradscope.run.recording import Recording
 
@@ -57,7 +57,11 @@ class Scope:
         return self
 
     def stop(self) -> Scope:
-        """Stop watching; torch is left as it was found."""
+        """Stop watching; torch is left as it was found.
+
+        To be called in the thread that trains: during an armed step something of ours lies on that
+        thread's own stack of function modes, which no other thread can reach.
+        """
         if self._session is not None and self._session.running:
             self._session.stop()
             self._session.event("watch_stopped")
@@ -268,8 +272,8 @@ def watch(
     options = WatchOptions(
         budget=budget,
         every=every,
-        include=(params,) if isinstance(params, str) else tuple(params),
-        exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
+        include=as_patterns("params", params),
+        exclude=as_patterns("exclude", exclude),
         on_error=on_error,
     )
     if switched_off():
@@ -352,5 +356,10 @@ def _names(
 
 
 def _short(thing: Any) -> str:
-    text = repr(thing)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    """A thing in one line: what it is rather than what it holds, where that would be long."""
+    is_empty = isinstance(thing, list | tuple | dict) and not thing
+    if thing is None or is_empty or isinstance(thing, str | int | float):
+        return repr(thing)[:60]
+    if isinstance(thing, type):
+        return f"the class {thing.__name__}"
+    return type(thing).__name__

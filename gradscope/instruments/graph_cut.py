@@ -8,6 +8,7 @@ latest cut among the root's ancestors is the one that severed it.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from gradscope.taps.module_calls import module_calls
-from gradscope.taps.torch_functions import torch_functions
+from gradscope.taps.torch_functions import TorchFunctionTap
 from gradscope.taps.user_frame import Location, user_location
 
 # Modules that take other kernels, with other bits, while a function mode is active: in eval mode
@@ -82,7 +83,9 @@ class GraphCutFinder:
         self._without_grad: nn.Module | None = None
         self._without_grad_at: Location | None = None
         self._suspended_by: nn.Module | None = None
-        torch_functions.add(self)
+        self._thread = threading.get_ident()
+        self._torch_functions = TorchFunctionTap()
+        self._torch_functions.add(self)
         module_calls.add(self)
 
     def failed(self, where: str, error: Exception) -> None:
@@ -94,20 +97,20 @@ class GraphCutFinder:
     @property
     def can_be_disarmed(self) -> bool:
         """Whether :meth:`disarm` would leave nothing behind: not in the middle of a call."""
-        return torch_functions.can_be_removed
+        return self._torch_functions.can_be_removed
 
     def disarm(self) -> None:
         """See no more calls, and drop what was seen."""
         if self._suspended_by is not None:
             self._suspended_by = None
-            torch_functions.resume()
-        torch_functions.remove(self)
+            self._torch_functions.resume()
+        self._torch_functions.remove(self)
         module_calls.remove(self)
         self._origins.clear()
 
     def module_started(self, module: nn.Module) -> None:
         """Note a module call, and look away during one without gradients or with other bits."""
-        if self._suspended_by is not None:
+        if self._suspended_by is not None or threading.get_ident() != self._thread:
             return
         if not torch.is_grad_enabled():
             self._without_grad = module
@@ -115,14 +118,14 @@ class GraphCutFinder:
         elif module.training or not isinstance(module, _HAVE_FAST_PATHS):
             return
         self._suspended_by = module
-        torch_functions.suspend()
+        self._torch_functions.suspend()
 
     def module_ended(self, module: nn.Module, result: Any) -> None:
         """Note the end of a module call."""
         if module is not self._suspended_by:
             return
         self._suspended_by = None
-        torch_functions.resume()
+        self._torch_functions.resume()
         if module is self._without_grad:
             self._without_grad = None
             if any(parameter.requires_grad for parameter in module.parameters()):

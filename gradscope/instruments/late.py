@@ -59,7 +59,7 @@ class Numbers(Late[npt.NDArray[np.float64]]):
             return
         # Pinned memory comes from torch's caching allocator; only into it can a copy go without
         # the host waiting.
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         self._host.copy_(tensor, non_blocking=True)
         self._arrived = torch.Event(tensor.device.type)
         self._arrived.record()

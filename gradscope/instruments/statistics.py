@@ -96,8 +96,11 @@ class StatisticsReader:
         self.n = len(like)
         shapes = {i: t.shape for i, t in enumerate(like) if t is not None and _is_small(t)}
         sizes = [shape.numel() for shape in shapes.values()]
-        flat = torch.zeros(sum(sizes), dtype=torch.float32)
+        # Where the program has set a default device, it is not meant for us.
+        flat = torch.zeros(sum(sizes), dtype=torch.float32, device="cpu")
         self._small = np.array(list(shapes), np.int64)
+        self._small_list = list(shapes)
+        self._all_present = np.ones(len(shapes), np.bool_)
         self._rest = [i for i in range(self.n) if i not in shapes]
         self._sizes = np.array(sizes, np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
@@ -149,26 +152,34 @@ class StatisticsReader:
         Returns:
             Which of them there are, and the tensors that have to be read one by one.
         """
-        sources = [tensors[i] for i in self._small.tolist()]
-        regular = [t is not None and t.layout is torch.strided for t in sources]
         rest = self._rest
-        with torch.no_grad():
-            if all(regular):
-                if sources:
-                    torch._foreach_copy_(self._views, sources)
-            else:
-                pairs = list(zip(self._views, sources, regular, strict=True))
-                if any(regular):
-                    torch._foreach_copy_(
-                        [view for view, _, use in pairs if use], [t for _, t, use in pairs if use]
-                    )
-                rest = rest + [
-                    int(i)
-                    for i, t, use in zip(self._small, sources, regular, strict=True)
-                    if t is not None and not use
-                ]
+        sources = [tensors[i] for i in self._small_list] if rest else tensors
+        present = self._all_present
+        if self._views:
+            try:
+                with torch.no_grad():
+                    torch._foreach_copy_(self._views, sources)  # type: ignore[arg-type]
+            except (TypeError, RuntimeError):  # one is absent, or sparse
+                present, irregular = self._flatten_those_there_are(sources)
+                rest = rest + irregular
         others = [(i, _plain(t)) for i in rest if (t := tensors[i]) is not None]
-        return np.array(regular, np.bool_), [(i, t) for i, t in others if t is not None]
+        return present, [(i, t) for i, t in others if t is not None]
+
+    def _flatten_those_there_are(
+        self, sources: Sequence[torch.Tensor | None]
+    ) -> tuple[npt.NDArray[np.bool_], list[int]]:
+        regular = [t is not None and t.layout is torch.strided for t in sources]
+        views = [view for view, use in zip(self._views, regular, strict=True) if use]
+        dense = [t for t, use in zip(sources, regular, strict=True) if t is not None and use]
+        if dense:
+            with torch.no_grad():
+                torch._foreach_copy_(views, dense)
+        irregular = [
+            i
+            for i, t, use in zip(self._small_list, sources, regular, strict=True)
+            if t is not None and not use
+        ]
+        return np.array(regular, np.bool_), irregular
 
     def _reduce_flat(self, result: Statistics, present: npt.NDArray[np.bool_]) -> None:
         at, starts = self._small[present], self._starts

@@ -19,10 +19,19 @@ RULES: tuple[type[Rule], ...] = (MissingZeroGrad, DetachedLoss)
 
 
 def diagnose(run: Recording) -> Findings:
-    """Judge a recording by every rule; errors come first, then what began first."""
-    found = [finding for rule in RULES for finding in rule().check(run)]
+    """Judge a recording by every rule; errors come first, then what began first.
+
+    A rule that raises takes nothing but itself out; ``Findings.unchecked`` names it.
+    """
+    found: list[Finding] = []
+    unchecked: dict[str, str] = {}
+    for rule in RULES:
+        try:
+            found += rule().check(run)
+        except Exception as error:
+            unchecked[rule.code] = f"{type(error).__name__}: {error}"
     found.sort(key=lambda f: (-f.severity, -1 if f.step_first is None else f.step_first, f.code))
-    return Findings(found)
+    return Findings(found, unchecked)
 
 
 def find_rule(code_or_name: str) -> type[Rule]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, overload
@@ -77,10 +77,17 @@ class Finding:
 
 
 class Findings(Sequence[Finding]):
-    """The findings of a run, the likeliest cause first."""
+    """The findings of a run, the likeliest cause first.
 
-    def __init__(self, findings: Sequence[Finding]) -> None:
+    Attributes:
+        unchecked: rules that could not be applied, by code, and why.
+    """
+
+    def __init__(
+        self, findings: Sequence[Finding], unchecked: Mapping[str, str] | None = None
+    ) -> None:
         self._findings = tuple(findings)
+        self.unchecked = dict(unchecked or {})
 
     def __len__(self) -> int:
         return len(self._findings)

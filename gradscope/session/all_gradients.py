@@ -8,7 +8,7 @@ from gradscope.instruments.gradients import GradientReader
 from gradscope.instruments.late import Known, Late
 from gradscope.instruments.statistics import Reals
 from gradscope.session.census import Census
-from gradscope.session.gradients import GradientLook
+from gradscope.session.gradients import GradientLook, as_slice
 
 
 class _LookWithZeros(Late[GradientLook]):
@@ -47,26 +47,27 @@ class AllGradients:
     def prepare(self) -> None:
         """Take over the list of parameters from the census."""
         self.params = self._census.all_params()
-        self._numbers = self.params.tolist()
-        self._reader = GradientReader(self._census.tensors(self._numbers))
+        self._references = self._census.references(self.params.tolist())
+        self._at = as_slice(self.params)
+        self._reader = GradientReader([reference() for reference in self._references])
         self._generation = self._census.generation
         self._last = (self.params, self.params)
 
     def look(self) -> Late[GradientLook]:
         """Look at every gradient, and read those that are there for whether they are zero."""
-        gradients = self._reader.gradients(self._census.tensors(self._numbers))
+        gradients = self._reader.gradients([reference() for reference in self._references])
         token, version, any_there = self._reader.identities(gradients)
         self._last = (token, version)
-        look = GradientLook(self.params, token, version)
+        look = GradientLook(self._at, token, version)
         if not any_there:
             return Known(look)
         return _LookWithZeros(look, self._reader.sums_of_squares(gradients))
 
     def look_at_identities(self) -> GradientLook:
         """Look at every gradient without reading any."""
-        gradients = self._reader.gradients(self._census.tensors(self._numbers))
+        gradients = self._reader.gradients([reference() for reference in self._references])
         token, version, _ = self._reader.identities(gradients)
         self.changed = not (
             np.array_equal(token, self._last[0]) and np.array_equal(version, self._last[1])
         )
-        return GradientLook(self.params, token, version)
+        return GradientLook(self._at, token, version)

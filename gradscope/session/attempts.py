@@ -202,13 +202,13 @@ class Attempts:
 
     def _write(self, record: StepRecord, reading: StepReading, observed: float) -> None:
         run, step, optimizer = self._recording, record.step, record.optimizer
-        params = record.consumption.params
+        params = reading.params
         statistics = reading.statistics.value() if reading.statistics is not None else None
         sums = reading.sums_of_squares.value() if reading.sums_of_squares is not None else None
         if record.outcome == "stepped":
             recorder.record_groups(run, step, optimizer, reading.groups)
         grad_norm = recorder.record_gradients(
-            run, step, optimizer, record.consumption, statistics, sums
+            run, step, optimizer, params, record.consumption, statistics, sums
         )
         weight_norm = update_norm = float("nan")
         if reading.change is not None:

@@ -177,9 +177,9 @@ class Census:
             np.int64,
         )
 
-    def tensors(self, params: Iterable[int]) -> list[torch.Tensor | None]:
-        """Return parameters by number; None for one that is gone."""
-        return [self._parameters[number]() for number in params]
+    def references(self, params: Iterable[int]) -> list[weakref.ref[torch.Tensor]]:
+        """Return weak references to parameters by number."""
+        return [self._parameters[number] for number in params]
 
     def optimizers_of(self, parts: nn.Module) -> list[int]:
         """Return numbers of the optimizers that hold a parameter of a module."""
@@ -195,7 +195,8 @@ class Census:
         """Return numbers of the optimizers that hold a parameter with one of these gradients."""
         wanted = {id(gradient) for gradient in gradients}
         holders: set[int] = set()
-        for number, parameter in enumerate(self.tensors(range(len(self._parameters)))):
+        for number, reference in enumerate(self._parameters):
+            parameter = reference()
             if parameter is not None and parameter.is_leaf and id(parameter.grad) in wanted:
                 holders.update(h for h, _ in self._recording.parameters[number].holders)
         return sorted(holders)

@@ -26,9 +26,12 @@ class CutSearch:
         self._finder: GraphCutFinder | None = None
         self._n_searches = 0
         self._suspicious = False
+        self._is_over = False
 
     def call_started(self, *, someone_is_new: bool) -> None:
         """Arm at the beginning of a model's call, if there is a reason to."""
+        if self._is_over:
+            self.step_ended()
         if self._finder is not None or not (someone_is_new or self._suspicious):
             return
         if self._n_searches >= _MOST_SEARCHES:
@@ -39,10 +42,16 @@ class CutSearch:
         if self._finder is not None:
             self._event("armed", "graph_cut")
 
-    def backward_reached_nothing(self, roots: Sequence[Any]) -> None:
-        """Find where the graph of these roots was cut; if nobody looked, look next time."""
+    def backward_reached_nothing(self, roots: Sequence[Any], *, is_foreign: bool) -> None:
+        """Find where the graph of these roots was cut; if nobody looked, look next time.
+
+        Args:
+            roots: where the backward started.
+            is_foreign: whether it went to other parameters than the watched ones, which it may
+                well have been meant to.
+        """
         if self._finder is None:
-            self._suspicious = True
+            self._suspicious |= not is_foreign
             return
         cut: Cut | None = self._failures.run("graph_cut", self._finder.cut_of, roots)
         if cut is not None:
@@ -50,8 +59,9 @@ class CutSearch:
             self._event("cut", cut.function, cut.location)
 
     def step_ended(self) -> None:
-        """Disarm at the end of a step."""
-        if self._finder is not None:
+        """Disarm at the end of a step, or later if that is in the middle of a backward."""
+        self._is_over = not self.can_give_up
+        if not self._is_over:
             self.give_up()
 
     def give_up(self) -> None:

@@ -26,17 +26,17 @@ NONE, FRESH, ACCUMULATED, COMPOUNDED, STALE, ASSIGNED, ZEROED = range(7)
 
 @dataclass(slots=True)
 class GradientLook:
-    """Every gradient at one moment, aligned with ``params``.
+    """Gradients at one moment.
 
     Attributes:
-        params: int64[n], numbers of the parameters looked at.
+        at: numbers of the parameters looked at: int64[n], or a slice where they are consecutive.
         token: int64[n], identity of the ``.grad`` object, ``NO_GRADIENT`` for None.
         version: int64[n], autograd's version counter of it (0 for None).
         zero: bool[n], whether all its elements are zero, or None if nobody looked. A version
             counter cannot tell: ``p.grad.data.zero_()`` does not move it.
     """
 
-    params: Integers
+    at: Integers | slice
     token: Integers
     version: Integers
     zero: Flags | None = None
@@ -47,7 +47,6 @@ class Consumption:
     """What an optimizer's step reads, one entry per parameter it holds.
 
     Attributes:
-        params: int64[n], numbers of the parameters.
         status: int64[n], as numbered in this module.
         n_writes: int64[n], writes since the optimizer's last step.
         carried_from: int64[n], the earliest step whose used gradient is still in it, or -1.
@@ -55,7 +54,6 @@ class Consumption:
         edited_after_use: bool[n], changed in place after the last use.
     """
 
-    params: Integers
     status: Integers
     n_writes: Integers
     carried_from: Integers
@@ -95,7 +93,7 @@ class GradientHistory:
 
     def adopt(self, look: GradientLook) -> None:
         """Take gradients that came while nobody was looking as one write each, used by no step."""
-        at = look.params
+        at = look.at
         token, version, written, cleared = self._at(at, "token", "version", "written", "cleared")
         unknown = (look.token != token) | (look.version != version)
         present = look.token != NO_GRADIENT
@@ -114,7 +112,7 @@ class GradientHistory:
         self._account(look, before_backward=True)
 
     def _account(self, look: GradientLook, *, before_backward: bool) -> None:
-        at = look.params
+        at = look.at
         token, version, written, cleared, used = self._at(
             at, "token", "version", "written", "cleared", "used"
         )
@@ -133,18 +131,19 @@ class GradientHistory:
                 empty |= look.zero
         assigned = replaced & ~empty
         edited = touched & held & ~empty
-        self._integers["cleared"][at] = np.where(empty | assigned, written, cleared)
-        self._integers["written"][at] = written + assigned
-        self._note("assigned", at, assigned, written + 1)
         if before_backward:
             self._edited_after_use[at] |= edited & spent
         else:
             self._note("edited", at, edited, written)
+        self._note("assigned", at, assigned, written + 1)
+        self._integers["cleared"][at] = np.where(empty | assigned, written, cleared)
+        # Last, because where ``at`` is a slice the arrays above are views of what is changed.
+        self._integers["written"][at] = written + assigned
         self._remember(look)
 
     def look_after_backward(self, look: GradientLook) -> Flags:
         """Account for one backward; returns bool[n], which gradients it wrote."""
-        at = look.params
+        at = look.at
         token, version, written = self._at(at, "token", "version", "written")
         gone = look.token == NO_GRADIENT
         wrote = ~gone & ((look.token != token) | (look.version != version))
@@ -159,7 +158,7 @@ class GradientHistory:
         """Note the gradients as a step leaves them: what it did to them is its own affair."""
         # SGD with nesterov and foreach changes .grad in place (torch 2.13); an optimizer may also
         # clear it.
-        at = look.params
+        at = look.at
         self._note("cleared", at, look.token == NO_GRADIENT, self._integers["written"][at])
         self._remember(look)
 
@@ -172,7 +171,7 @@ class GradientHistory:
             look: its parameters' gradients right before the update.
         """
         consumption = self.describe(optimizer, look)
-        at = look.params
+        at = look.at
         self._used[optimizer][at] = self._integers["written"][at]
         self._integers["used"][at] = self._integers["written"][at]
         self._first_use[optimizer][at] = np.where(
@@ -189,7 +188,7 @@ class GradientHistory:
         if optimizer not in self._used:
             self._used[optimizer] = _nothing(self.n)
             self._first_use[optimizer] = np.full(self.n, -1)
-        at = look.params
+        at = look.at
         written, cleared, assigned, edited = self._at(
             at, "written", "cleared", "assigned", "edited"
         )
@@ -212,7 +211,6 @@ class GradientHistory:
             ACCUMULATED,
         )
         return Consumption(
-            params=at,
             status=status,
             n_writes=n_writes,
             carried_from=np.where(carried, self._first_use[optimizer][at], -1),
@@ -220,28 +218,33 @@ class GradientHistory:
             edited_after_use=carried & self._edited_after_use[at],
         )
 
-    def token(self, params: Integers) -> Integers:
+    def token(self, at: Integers | slice) -> Integers:
         """Identity of each ``.grad`` at its last look."""
-        return self._integers["token"][params]
+        return self._integers["token"][at]
 
-    def contents(self, optimizer: int, params: Integers) -> tuple[Flags, Flags]:
+    def contents(self, optimizer: int, at: Integers | slice) -> tuple[Flags, Flags]:
         """Return bool[n] twice: what holds gradient that ``optimizer`` has used, and has not."""
-        written, cleared = self._at(params, "written", "cleared")
-        used = (
-            self._used[optimizer][params] if optimizer in self._used else np.full_like(written, -1)
-        )
+        written, cleared = self._at(at, "written", "cleared")
+        used = self._used[optimizer][at] if optimizer in self._used else np.full_like(written, -1)
         held = written > cleared
         return held & (used > cleared), held & (written > used)
 
-    def _at(self, at: Integers, *names: str) -> Any:
+    def _at(self, at: Integers | slice, *names: str) -> Any:
         return tuple(self._integers[name][at] for name in names)
 
-    def _note(self, name: str, at: Integers, where: Flags, value: Integers) -> None:
+    def _note(self, name: str, at: Integers | slice, where: Flags, value: Integers) -> None:
         self._integers[name][at] = np.where(where, value, self._integers[name][at])
 
     def _remember(self, look: GradientLook) -> None:
-        self._integers["token"][look.params] = look.token
-        self._integers["version"][look.params] = look.version
+        self._integers["token"][look.at] = look.token
+        self._integers["version"][look.at] = look.version
+
+
+def as_slice(params: Integers) -> Integers | slice:
+    """Consecutive numbers as a slice, which numpy indexes several times faster."""
+    if len(params) and (np.diff(params) == 1).all():
+        return slice(int(params[0]), int(params[-1]) + 1)
+    return params
 
 
 def _nothing(n: int) -> Integers:

@@ -20,9 +20,25 @@ from gradscope.session.gradients import (
     GradientHistory,
     GradientLook,
     Integers,
+    as_slice,
 )
 
 _LONGEST_ORDER = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """One backward.
+
+    Attributes:
+        number: counted from 0.
+        root: value of the loss, NaN if it is no scalar.
+        seconds: how long it took.
+    """
+
+    number: int
+    root: float
+    seconds: float
 
 
 @dataclass(slots=True)
@@ -40,6 +56,7 @@ class Attempt:
         graph_nodes: nodes created from there to the last backward.
         forward_seconds, backward_seconds: time in each.
         backwards: numbers of the backwards that belong here.
+        foreign: backwards that wrote to strangers only.
     """
 
     began: float
@@ -55,6 +72,15 @@ class Attempt:
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
     backwards: list[int] = field(default_factory=list)
+    foreign: list[Backward] = field(default_factory=list)
+
+    def take(self, backward: Backward) -> None:
+        """Count a backward as one of this attempt."""
+        self.note("backward")
+        self.n_backward += 1
+        self.backwards.append(backward.number)
+        self.backward_seconds += backward.seconds
+        self.loss = backward.root if self.loss is None else self.loss + backward.root
 
     def note(self, word: str) -> None:
         """Add an event to the order; the same word again only counts up."""
@@ -88,14 +114,14 @@ class Ledger:
         self.gradients = GradientHistory()
         self.n_steps = 0
         self.n_backwards = 0
-        self._params: dict[int, Integers] = {}
+        self._at: dict[int, Integers | slice] = {}
         self._attempts: dict[int, Attempt] = {}
         self._n_attempts: dict[int, int] = {}
         self._has_used: dict[int, bool] = {}
 
     def holds(self, optimizer: int, params: Integers, now: float) -> None:
         """Note which parameters an optimizer holds; told anew whenever that changes."""
-        self._params[optimizer] = params
+        self._at[optimizer] = as_slice(params)
         self.gradients.grow(int(params.max(initial=-1)) + 1)
         if optimizer not in self._attempts:
             self._attempts[optimizer] = Attempt(began=now)
@@ -146,21 +172,27 @@ class Ledger:
     def backward_started(self, look: GradientLook) -> None:
         """Account for the gradients as a backward finds them."""
         self.gradients.look_before_backward(look)
-        for optimizer, params in self._params.items():
-            used, unused = self.gradients.contents(optimizer, params)
+        for optimizer, at in self._at.items():
+            used, unused = self.gradients.contents(optimizer, at)
             if unused.any():
                 continue  # a further backward of the same attempt
             attempt = self._attempts[optimizer]
             if used.all():
-                attempt.zeroed = "never" if len(params) else "none"
+                attempt.zeroed = "never" if used.size else "none"
             elif used.any():
                 attempt.zeroed = "partly"
             else:
-                token = self.gradients.token(params)
+                token = self.gradients.token(at)
                 attempt.zeroed = "none" if (token == NO_GRADIENT).all() else "zero"
 
     def backward_ended(
-        self, look: GradientLook, *, root: float, last_node: int, seconds: float
+        self,
+        look: GradientLook,
+        *,
+        root: float,
+        last_node: int,
+        seconds: float,
+        is_foreign: bool = False,
     ) -> tuple[int, Flags]:
         """Account for what a backward wrote.
 
@@ -169,25 +201,25 @@ class Ledger:
             root: value of the loss, NaN if it is no scalar.
             last_node: autograd's sequence number when it began.
             seconds: how long it took.
+            is_foreign: whether its graph ends in tensors that are all strangers to the watch. It
+                belongs to a step only if no other backward does.
 
         Returns:
             The number of the backward, and which gradients of ``look`` it wrote.
         """
         wrote = self.gradients.look_after_backward(look)
         written = np.zeros(self.gradients.n, np.bool_)
-        written[look.params[wrote]] = True
-        concerned = [
-            optimizer for optimizer, params in self._params.items() if written[params].any()
-        ]
+        written[look.at] = wrote
+        concerned = [optimizer for optimizer, at in self._at.items() if written[at].any()]
         number = self.n_backwards
         self.n_backwards += 1
         # A backward that reaches nobody's parameters is everybody's affair.
-        for attempt in self._of(concerned or self._params):
-            attempt.note("backward")
-            attempt.n_backward += 1
-            attempt.backwards.append(number)
-            attempt.backward_seconds += seconds
-            attempt.loss = root if attempt.loss is None else attempt.loss + root
+        for attempt in self._of(concerned or self._at):
+            backward = Backward(number, root, seconds)
+            if is_foreign:
+                attempt.foreign.append(backward)
+                continue
+            attempt.take(backward)
             if attempt.first_node is not None:
                 attempt.graph_nodes = max(attempt.graph_nodes, last_node - attempt.first_node)
         return number, wrote
@@ -210,6 +242,9 @@ class Ledger:
     ) -> StepRecord:
         """Close the current attempt of an optimizer and begin its next."""
         attempt = self._attempts[optimizer]
+        if not attempt.backwards:
+            for backward in attempt.foreign:
+                attempt.take(backward)
         attempt.note("step" if outcome == "stepped" else f"step {outcome}")
         if attempt.zeroed_by == "" and attempt.zeroed in ("none", "zero"):
             attempt.zeroed_by = "hand" if self._has_used[optimizer] else ""

@@ -21,6 +21,7 @@ def record_gradients(
     recording: Recording,
     step: int,
     optimizer: int,
+    params: Any,
     consumption: Consumption,
     statistics: Any,
     sums_of_squares: Any,
@@ -31,14 +32,15 @@ def record_gradients(
         recording: where the rows go.
         step: number of the step.
         optimizer: number of the optimizer.
+        params: int64[n], numbers of the parameters, aligned with what follows.
         consumption: what the step reads.
         statistics: Statistics of the gradients, or None if the step was not recorded in full.
         sums_of_squares: float64[n] where there are no statistics, or None.
     """
-    n = len(consumption.params)
+    n = len(params)
     values: dict[str, Any] = {
         "step": step,
-        "param": consumption.params,
+        "param": params,
         "optimizer": optimizer,
         "status": Coded(consumption.status, STATUSES),
         "n_writes": consumption.n_writes,

@@ -132,7 +132,10 @@ class Session:
         self._guarded("ledger", lambda: self._in_order.settle(wait=True))
 
     def event(self, event: str, detail: str = "", location: Location | None = None) -> None:
-        """Add a row to ``events``."""
+        """Add a row to ``events``; an error in doing so goes where all errors of ours go."""
+        self._guarded("events", lambda: self._record_event(event, detail, location))
+
+    def _record_event(self, event: str, detail: str, location: Location | None) -> None:
         clock = time.perf_counter() - self._began if self._began else 0.0
         self.recording.rows("events").append(
             {
@@ -146,13 +149,14 @@ class Session:
 
     def failed(self, where: str, error: Exception) -> None:
         """Stop watching after an error in a handler: what follows could not be trusted."""
-        self._broken = True
-        self._failures.silence(where, "watch-failed", error)
+        if not self._broken:
+            self._broken = True
+            self._failures.silence(where, "watch-failed", error)
         self._retire()
 
     def _retire(self) -> bool:
         """Stop a broken watch once that leaves nothing behind; returns whether it is broken."""
-        if self._broken and self._cuts.can_give_up:
+        if self._broken and self._cuts.can_give_up and not optimizer_steps.inside_hook:
             self.stop()
         return self._broken
 
@@ -270,19 +274,30 @@ class Session:
         look = self._all.look_at_identities()
         if not self._all.changed:
             captured = captured or self._capture(call)
-            self._cuts.backward_reached_nothing(call.roots)
+        n_known = n_leaves = 0
         if captured is not None:
-            row["n_in_graph"] = sum(bool(names) for names in captured.params)
+            n_leaves = len(captured.params)
+            row["n_in_graph"] = n_known = sum(bool(names) for names in captured.params)
+        # Another model's, or an input's: its leaves are all strangers.
+        is_foreign = not self._all.changed and n_leaves > 0 and n_known == 0
+        if not self._all.changed:
+            self._cuts.backward_reached_nothing(call.roots, is_foreign=is_foreign)
+
+        params = self._all.params
 
         def account() -> None:
             number, wrote = self._ledger.backward_ended(
-                look, root=float(value.value()), last_node=last_node, seconds=began - started
+                look,
+                root=float(value.value()),
+                last_node=last_node,
+                seconds=began - started,
+                is_foreign=is_foreign,
             )
             if captured is not None:
                 self._attempts.graphs[number] = captured
             row["n_reached"] = int(wrote.sum())
             self._record_backward(number, value, row)
-            self.recording.reached(look.params[wrote])
+            self.recording.reached(params[wrote])
 
         self._in_order.do(account, value)
         if error is not None:
@@ -333,13 +348,15 @@ class Session:
     def _listen(self) -> None:
         self._began = time.perf_counter()
         self._guarded("census", self._adopt_gradients)
+        if self._broken:
+            return
         for tap in _TAPS:
             tap.add(self)
         if self._discovers:
             optimizer_creation.add(self)
 
     def _hush(self) -> None:
-        self._cuts.give_up()
+        self._guarded("graph_cut", self._cuts.give_up)
         for tap in (*_TAPS, optimizer_creation):
             tap.remove(self)
         self.recording.seconds += time.perf_counter() - self._began
@@ -418,7 +435,8 @@ class Session:
         self.recording.notes.append(
             f"{part} failed at step {self._attempts.n_ended} and was switched off ({text})"
         )
-        self.event("instrument_failed", f"{part}: {text}")
+        if part != "events":
+            self.event("instrument_failed", f"{part}: {text}")
 
     def _guarded(self, part: str, function: Callable[[], Any]) -> None:
         try:

@@ -15,7 +15,7 @@ from gradscope.instruments.optimizer_state import StateReader, StateReading
 from gradscope.instruments.statistics import Reals, Statistics
 from gradscope.instruments.weight_change import WeightChange
 from gradscope.session.census import Census
-from gradscope.session.gradients import Flags, GradientLook
+from gradscope.session.gradients import Flags, GradientLook, Integers, as_slice
 
 _SAMPLE = 8
 """How many gradients are looked at to see whether an update changes them."""
@@ -31,6 +31,7 @@ class StepReading:
     Attributes:
         optimizer: number of the optimizer.
         recorded: whether this step is recorded in full.
+        params: int64[n], numbers of the optimizer's parameters; what follows is aligned with it.
         look: gradients right before the update, without their zeros.
         sums_of_squares: of those gradients; on a recorded step ``statistics`` has them.
         statistics: of those gradients, on a recorded step.
@@ -45,6 +46,7 @@ class StepReading:
 
     optimizer: int
     recorded: bool
+    params: Integers
     look: GradientLook | None = None
     sums_of_squares: Late[Reals] | None = None
     statistics: Late[Statistics] | None = None
@@ -105,7 +107,8 @@ class StepObserver:
 
     def begin(self, *, recorded: bool, scale: Late[Any] | None) -> StepReading:
         """Read what there is before the update, the gradients left out."""
-        reading = StepReading(self._optimizer, recorded, scale=scale)
+        params = self._census.params_of(self._optimizer)
+        reading = StepReading(self._optimizer, recorded, params, scale=scale)
         optimizer = self._census.optimizer(self._optimizer)
         if optimizer is None:
             return reading
@@ -128,7 +131,7 @@ class StepObserver:
         self._prepare()
         gradients = self._gradients.gradients(self._tensors())
         token, version, any_there = self._gradients.identities(gradients)
-        reading.look = GradientLook(self._census.params_of(self._optimizer), token, version)
+        reading.look = GradientLook(self._at, token, version)
         reading.sums_of_squares = reading.statistics = None
         if not any_there:
             return
@@ -168,14 +171,17 @@ class StepObserver:
         if (token == before.token[at]).all() and (version == before.version[at]).all():
             return None
         token, version, _ = self._gradients.identities(self._gradients.gradients(tensors))
-        return GradientLook(before.params, token, version)
+        return GradientLook(self._at, token, version)
 
-    def _tensors(self) -> Sequence[Any]:
-        return self._census.tensors(self._census.params_of(self._optimizer).tolist())
+    def _tensors(self) -> list[Any]:
+        return [reference() for reference in self._references]
 
     def _prepare(self) -> None:
         if self._generation == self._census.generation:
             return
+        params = self._census.params_of(self._optimizer)
+        self._at = as_slice(params)
+        self._references = self._census.references(params.tolist())
         tensors = self._tensors()
         self._gradients = GradientReader(tensors)
         self._weights = WeightChange(tensors)

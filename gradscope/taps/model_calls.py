@@ -8,6 +8,7 @@ put on the model itself, where they travel with its pickles and copies and can t
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ class ModelCallTap(Tap):
 
     def install(self) -> None:
         """Replace ``nn.Module.__call__``."""
-        self._inside: tuple[Any, ...] = ()
+        self._here = threading.local()
         self._patch = Patch(nn.Module, "__call__", self._wrap)
 
     def uninstall(self) -> None:
@@ -38,17 +39,17 @@ class ModelCallTap(Tap):
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def __call__(module: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-            if len(self._inside) == len(self.listeners):
+            inside = getattr(self._here, "inside", ())
+            if len(inside) == len(self.listeners):
                 return original(module, *args, **kwargs)
-            takers = self._takers(module)
+            takers = self._takers(module, inside)
             if not takers:
                 return original(module, *args, **kwargs)
-            before = self._inside
-            self._inside = (*before, *takers)
+            self._here.inside = (*inside, *takers)
             try:
                 return original(module, *args, **kwargs)
             finally:
-                self._inside = before
+                self._here.inside = inside
                 for listener in takers:
                     try:
                         listener.call_ended(module)
@@ -57,10 +58,10 @@ class ModelCallTap(Tap):
 
         return __call__
 
-    def _takers(self, module: nn.Module) -> tuple[Any, ...]:
+    def _takers(self, module: nn.Module, inside: tuple[Any, ...]) -> tuple[Any, ...]:
         takers = []
         for listener in self.listeners:
-            if listener in self._inside:
+            if listener in inside:
                 continue
             try:
                 if listener.takes_call(module):

@@ -44,9 +44,21 @@ class OptimizerStepTap(Tap):
 
     events = ("step_started", "closure_ended", "step_ended")
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._here = threading.local()
+
+    @property
+    def inside_hook(self) -> bool:
+        """Whether this thread is inside one of the two hooks, which then must not be removed.
+
+        torch is iterating over the hooks of everybody at that moment (torch 2.13).
+        """
+        return bool(getattr(self._here, "inside_hook", False))
+
     def install(self) -> None:
         """Register the two global hooks."""
-        self._open = threading.local()
+        self._here = threading.local()
         self._handles = [
             register_optimizer_step_pre_hook(self._before),
             register_optimizer_step_post_hook(self._after),
@@ -60,15 +72,11 @@ class OptimizerStepTap(Tap):
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        try:
-            nested = self._enter(optimizer)
-        except Exception:
-            return None
-        if nested:
+        if self._enter(optimizer):
             return None
         # In the hook's args the optimizer itself stands first (torch 2.13).
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        self.emit("step_started", optimizer, callable(closure))
+        self._emit_inside_hook("step_started", optimizer, callable(closure))
         if not callable(closure):
             return None
         watched = self._watch_closure(optimizer, closure)
@@ -77,18 +85,25 @@ class OptimizerStepTap(Tap):
         return (args[0], watched, *args[2:]), kwargs
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        steps = getattr(self._open, "steps", None)
+        steps = getattr(self._here, "steps", None)
         if not steps or steps[-1]() is not optimizer:
             return
         steps.pop()
         if not any(step() is optimizer for step in steps):
-            self.emit("step_ended", optimizer)
+            self._emit_inside_hook("step_ended", optimizer)
+
+    def _emit_inside_hook(self, event: str, *arguments: Any) -> None:
+        self._here.inside_hook = True
+        try:
+            self.emit(event, *arguments)
+        finally:
+            self._here.inside_hook = False
 
     def _enter(self, optimizer: Optimizer) -> bool:
         """Note that a step begins; returns whether it runs inside a step of the same optimizer."""
-        steps = getattr(self._open, "steps", None)
+        steps = getattr(self._here, "steps", None)
         if steps is None:
-            steps = self._open.steps = []
+            steps = self._here.steps = []
         if steps:
             # A step that raised has left its entry behind; the true depth is on the stack.
             del steps[max(0, _steps_on_stack() - 1) :]

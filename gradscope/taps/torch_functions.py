@@ -15,7 +15,6 @@ from torch.overrides import (
     _pop_mode,
     _push_mode,
 )
-from torch.utils._device import DeviceContext
 
 from gradscope.taps.tap import Tap
 
@@ -39,7 +38,10 @@ class _CallMode(TorchFunctionMode):
 
 
 class TorchFunctionTap(Tap):
-    """Emits ``torch_function_called(function, args, kwargs, result)`` in the arming thread.
+    """Emits ``torch_function_called(function, args, kwargs, result)`` in one thread.
+
+    Function modes belong to a thread, and so does a tap of this kind: it is made for the thread
+    that adds its listener, and has to be left there.
 
     The mode is slipped in *below* the modes a program has entered itself. Those are left in the
     order in which they were entered, each by taking whatever is on top: a mode on top of the
@@ -85,8 +87,10 @@ class TorchFunctionTap(Tap):
 
     def _insert(self) -> None:
         modes = _get_current_function_mode_stack()
-        # A device context insists on lying at the very bottom (torch/utils/_device.py).
-        bottom = 1 if modes and isinstance(modes[0], DeviceContext) else 0
+        # The context of torch.set_default_device, entered in Python, insists on lying at the very
+        # bottom (torch/utils/_device.py). That of "with torch.device(...)", entered in C++, is
+        # left by taking whatever lies on top, and has to stay above us (torch 2.13).
+        bottom = int(bool(modes) and hasattr(modes[0], "old_device"))
         _rebuild([*modes[:bottom], self._mode, *modes[bottom:]])
 
     def _take_out(self) -> None:
@@ -100,6 +104,3 @@ def _rebuild(modes: list[Any]) -> None:
         _pop_mode()
     for mode in modes:
         _push_mode(mode)
-
-
-torch_functions = TorchFunctionTap()

@@ -83,7 +83,7 @@ def summarize(run: Recording) -> LoopSummary:
             for name, purpose, measured in lines
         ),
         cost=_cost(run, steps),
-        checked=_checked(run),
+        checked=_checked(run, findings),
     )
 
 
@@ -270,9 +270,13 @@ def _cost(run: Recording, steps: pd.DataFrame) -> str:
     return text
 
 
-def _checked(run: Recording) -> tuple[str, ...]:
-    rules = ", ".join(f"{rule.code} {rule.name}" for rule in RULES)
-    return (f"checked: {rules}", *(f"not observed: {note}" for note in run.notes))
+def _checked(run: Recording, findings: Findings) -> tuple[str, ...]:
+    applied = [rule for rule in RULES if rule.code not in findings.unchecked]
+    return (
+        f"checked: {', '.join(f'{rule.code} {rule.name}' for rule in applied)}",
+        *(f"not checked: {code}, which failed ({why})" for code, why in findings.unchecked.items()),
+        *(f"not observed: {note}" for note in run.notes),
+    )
 
 
 # -- words ----------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ OPTIMIZER = SGD(MODEL.parameters(), lr=0.1)
         (MODEL.state_dict(), OPTIMIZER, ["model", "OrderedDict", "torch.nn.Module"]),
         (nn.Sequential, OPTIMIZER, ["model", "Sequential", "torch.nn.Module"]),
         (MODEL, AdamW, ["optimizer", "AdamW", "torch.optim.Optimizer"]),
-        (torch.zeros(3), OPTIMIZER, ["model", "tensor", "torch.nn.Module"]),
+        (torch.zeros(3), OPTIMIZER, ["model", "Tensor", "torch.nn.Module"]),
         ("model", OPTIMIZER, ["model='model'", "torch.nn.Module"]),
         (7, OPTIMIZER, ["model=7", "torch.nn.Module"]),
         (nn.ReLU(), OPTIMIZER, ["ReLU", "no parameters"]),

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import SGD, AdamW, lr_scheduler
 from torch.optim.optimizer import (
@@ -51,7 +51,7 @@ from gradscope.session.schedule import Schedule
 from gradscope.session.session import Session
 from gradscope.session.step_observer import StepObserver
 from gradscope.taps.module_calls import module_calls
-from gradscope.taps.torch_functions import torch_functions
+from gradscope.taps.torch_functions import TorchFunctionTap
 
 N_STEPS = 6
 
@@ -210,7 +210,7 @@ def test_a_failing_handler_of_a_new_optimizer_is_told_once(
 
 
 @pytest.mark.parametrize("first", [0, 5], ids=["first call", "sixth call"])
-@pytest.mark.parametrize("event", [*torch_functions.events, *module_calls.events])
+@pytest.mark.parametrize("event", [*TorchFunctionTap.events, *module_calls.events])
 def test_a_failing_handler_of_an_armed_step_is_told_once_and_watching_goes_on(
     event: str, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,9 +137,8 @@ def clean_up() -> None:
     session = sys.modules.get("gradscope.session.session")
     if session is not None:
         from gradscope.taps.module_calls import module_calls
-        from gradscope.taps.torch_functions import torch_functions
 
-        others = (session.optimizer_creation, module_calls, torch_functions)
+        others = (session.optimizer_creation, module_calls)
         for tap in (*session._TAPS, *others):
             for listener in tap.listeners:
                 tap.remove(listener)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_ as clip_norm_imported_by_name
 from torch.nn.utils import clip_grad_value_ as clip_value_imported_by_name
 from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler

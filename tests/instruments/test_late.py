@@ -60,7 +60,9 @@ def test_numbers_are_those_of_the_moment_they_were_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "tensor", [torch.randn(2), torch.zeros((), device="meta"), torch.tensor(1j)], ids=str
+    "tensor",
+    [torch.ones(2), torch.zeros((), device="meta"), torch.tensor(1j)],
+    ids=["two", "meta", "complex"],
 )
 def test_only_one_real_number_is_a_scalar(tensor: torch.Tensor) -> None:
     value = late.scalar_of(tensor).value()
@@ -70,7 +72,7 @@ def test_only_one_real_number_is_a_scalar(tensor: torch.Tensor) -> None:
 def test_a_run_whose_values_all_arrive_late_has_the_same_tables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What happens on an accelerator, acted out on the CPU: nothing is there before it is asked for."""
+    """An accelerator, acted out on the CPU: nothing is there before it is waited for."""
 
     def recorded(delayed: bool) -> dict[str, object]:
         with monkeypatch.context() as patch:

@@ -122,7 +122,7 @@ class NaiveModel:
     def look(self, params: list[int]) -> GradientLook:
         seen = [self.gradients[param].look() for param in params]
         return GradientLook(
-            params=np.array(params),
+            at=np.array(params),
             token=np.array([token for token, _, _ in seen]),
             version=np.array([version for _, version, _ in seen]),
             zero=np.array([zero for _, _, zero in seen]),
