@@ -292,7 +292,8 @@ EVENTS = Table(
             T,
             "`watch_started`, `watch_stopped`, `paused`, `resumed`, `zero_grad`, `clip`, "
             "`unscale`, `scale_update`, `scheduler`, `armed`, `cut`, `exception`, "
-            "`optimizer_found`, `model_found`, `parameters_changed`, `instrument_failed`",
+            "`optimizer_found`, `model_found`, `parameters_changed`, `instrument_failed`, "
+            "`unobserved`",
         ),
         ("detail", T, "what exactly"),
         ("file", T, "the line of the program, where one is behind it"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,9 @@ from torch.nn.parameter import UninitializedParameter
 
 from gradscope.run.recording import ModelEntry, OptimizerEntry, ParameterEntry, Recording
 from gradscope.session.gradients import Integers
+
+_WRAPPER = "_orig_mod."
+"""What ``torch.compile(model)`` puts in front of every name inside."""
 
 
 @dataclass(slots=True)
@@ -94,7 +97,7 @@ class Census:
                 continue
             self.members.update(id(part) for part in module.modules())
             signature = tuple(
-                (id(parameter), path)
+                (id(parameter), path.replace(_WRAPPER, ""))
                 for path, parameter in module.named_parameters(remove_duplicate=False)
             )
             if signature != model.signature:
@@ -209,16 +212,16 @@ class Census:
         entry = self._recording.parameters[number]
         return (entry.name, *entry.aliases)
 
+    def is_member(self, module: nn.Module) -> bool:
+        """Whether a module is a watched model, a part of one, or its compiled wrapper."""
+        if id(module) in self.members:
+            return True
+        inner = module.__dict__.get("_modules", {}).get("_orig_mod")
+        return inner is not None and id(inner) in self.members
+
     def knows(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is a parameter of a watched model or optimizer."""
         return self._number(tensor) is not None
-
-    def models(self) -> Iterator[nn.Module]:
-        """Yield the watched models that are still there."""
-        for known in self._models:
-            module = known.module()
-            if module is not None:
-                yield module
 
     # -- inside -----------------------------------------------------------------------------
 
@@ -247,8 +250,12 @@ class Census:
             if module is None:
                 continue
             prefix = f"{model.name}." if several else ""
-            kinds = {path: type(part).__name__ for path, part in module.named_modules()}
+            kinds = {
+                path.replace(_WRAPPER, ""): type(part).__name__
+                for path, part in module.named_modules()
+            }
             for path, parameter in module.named_parameters(remove_duplicate=False):
+                path = path.replace(_WRAPPER, "")
                 number = self._number(parameter)
                 if number is None:
                     number = self._enter(parameter)
@@ -271,6 +278,14 @@ class Census:
             fnmatch.fnmatchcase(name, pattern) for pattern in patterns
         )
         return (not self._include or matches(self._include)) and not matches(self._exclude)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any part of a model is compiled, by ``torch.compile(part)`` or ``part.compile()``."""
+    return any(
+        part._compiled_call_impl is not None or type(part).__name__ == "OptimizedModule"
+        for part in model.modules()
+    )
 
 
 def _describe(parameter: torch.Tensor, entry: ParameterEntry) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import nn
+
 from gradscope.instruments.graph_cut import Cut, GraphCutFinder
+from gradscope.session.census import is_compiled
 from gradscope.session.failures import Failures
 
 _MOST_SEARCHES = 8
@@ -28,13 +31,20 @@ class CutSearch:
         self._suspicious = False
         self._is_over = False
 
-    def call_started(self, *, someone_is_new: bool) -> None:
+    def call_started(self, module: nn.Module, *, someone_is_new: bool) -> None:
         """Arm at the beginning of a model's call, if there is a reason to."""
         if self._is_over:
             self.step_ended()
         if self._finder is not None or not (someone_is_new or self._suspicious):
             return
         if self._n_searches >= _MOST_SEARCHES:
+            return
+        if is_compiled(module):
+            # Hooks and function modes would make the compiler compile it again, to other code.
+            self._n_searches = _MOST_SEARCHES
+            self._event(
+                "unobserved", f"{type(module).__name__} is compiled: its inside is not seen"
+            )
             return
         self._n_searches += 1
         self._suspicious = False

@@ -146,6 +146,8 @@ class Session:
                 **_place(location),
             }
         )
+        if event == "unobserved":
+            self.recording.notes.append(detail)
 
     def failed(self, where: str, error: Exception) -> None:
         """Stop watching after an error in a handler: what follows could not be trusted."""
@@ -166,11 +168,11 @@ class Session:
         """Take the outermost call of a watched model."""
         if self._broken and self._retire():
             return False
-        if id(module) not in self._census.members and not self._discover_model(module):
+        if not self._census.is_member(module) and not self._discover_model(module):
             return False
         if inside_backward():  # a checkpoint computes its forward again
             return False
-        self._cuts.call_started(someone_is_new=self._attempts.someone_is_new)
+        self._cuts.call_started(module, someone_is_new=self._attempts.someone_is_new)
         self._call = (time.perf_counter(), _sequence_nr())
         return True
 

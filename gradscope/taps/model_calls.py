@@ -7,12 +7,14 @@ put on the model itself, where they travel with its pickles and copies and can t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from gradscope.taps.patch import Patch
 from gradscope.taps.tap import Tap
@@ -39,6 +41,8 @@ class ModelCallTap(Tap):
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def __call__(module: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+            if is_dynamo_compiling():  # a constant to the compiler, which so sees nothing of us
+                return original(module, *args, **kwargs)
             inside = getattr(self._here, "inside", ())
             if len(inside) == len(self.listeners):
                 return original(module, *args, **kwargs)
@@ -56,6 +60,7 @@ class ModelCallTap(Tap):
                     except Exception as error:
                         listener.failed("call_ended", error)
 
+        _keep_from_compiling(__call__)
         return __call__
 
     def _takers(self, module: nn.Module, inside: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -69,6 +74,21 @@ class ModelCallTap(Tap):
             except Exception as error:
                 listener.failed("takes_call", error)
         return tuple(takers)
+
+
+def _keep_from_compiling(function: Callable[..., Any]) -> None:
+    """Let the compiler pass over a function's frame, as it does over those of torch.nn itself.
+
+    Without this, a module compiled in place (``module.compile()``) would have our frame compiled
+    for each of its children (torch 2.13). Private; without it nothing but that is lost.
+    """
+    with contextlib.suppress(ImportError, AttributeError, TypeError):
+        from torch._C._dynamo import eval_frame
+
+        strategy = eval_frame._FrameExecStrategy(
+            eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+        )
+        eval_frame.set_code_exec_strategy(function.__code__, strategy)
 
 
 model_calls = ModelCallTap()
