@@ -116,7 +116,15 @@ class GradientHistory:
         token, version, written, cleared, used = self._at(
             at, "token", "version", "written", "cleared", "used"
         )
+        if (look.zero is None or not look.zero.any()) and (
+            np.array_equal(look.token, token) and np.array_equal(look.version, version)
+        ):
+            return  # the usual case between backward and step: nothing happened
         gone = look.token == NO_GRADIENT
+        if gone.all():  # the usual case after zero_grad: nothing is left
+            self._integers["cleared"][at] = written
+            self._remember(look)
+            return
         replaced = ~gone & (look.token != token)
         touched = ~gone & ~replaced & (look.version != version)
         held = written > cleared
@@ -198,18 +206,11 @@ class GradientHistory:
         carried = held & (used > cleared)
         n_writes = np.where(held, written - np.maximum(used, cleared), 0)
         newly_assigned = held & (assigned > np.maximum(used, cleared))
-        status = np.select(
-            [
-                gone,
-                ~held,
-                carried & (n_writes > 0),
-                carried,
-                newly_assigned,
-                n_writes == 1,
-            ],
-            [NONE, ZEROED, COMPOUNDED, STALE, ASSIGNED, FRESH],
-            ACCUMULATED,
-        )
+        status = np.where(n_writes == 1, FRESH, ACCUMULATED)
+        status[newly_assigned] = ASSIGNED
+        status[carried] = np.where(n_writes[carried] > 0, COMPOUNDED, STALE)
+        status[~held] = ZEROED
+        status[gone] = NONE
         return Consumption(
             status=status,
             n_writes=n_writes,

@@ -31,7 +31,7 @@ def html(run: Recording) -> str:
             f"{escape(str(finding.severity))}{escape(steps)}{escape(where)}<br>"
             f"{escape(finding.message)}<br><b>fix:</b> {escape(finding.fix)}</div>"
         )
-    parts.append("<table style='border-collapse:collapse;margin:.5em 0'>")
+    parts.append("<table style='border-collapse:collapse;margin:.5em 0;font-size:inherit'>")
     for line in summary.lines:
         about = (
             f" <b style='color:{_BAD}'>← {', '.join(line.findings)}</b>" if line.findings else ""
@@ -39,7 +39,7 @@ def html(run: Recording) -> str:
         facts = "<br>".join(escape(fact) for fact in line.measured)
         parts.append(
             "<tr style='background:none'>"
-            f"<td style='vertical-align:top;text-align:left'><b>{escape(line.name)}</b></td>"
+            f"<td style='vertical-align:top;text-align:left;padding-right:1em'><b>{escape(line.name)}</b></td>"
             f"<td style='text-align:left'><i style='opacity:.7'>{escape(line.purpose)}</i>{about}"
             f"<br>{facts}</td></tr>"
         )
