@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradscope.taps.module_calls import module_calls
 from gradscope.taps.torch_functions import TorchFunctionTap
@@ -48,13 +49,15 @@ class _Origin:
 
     Attributes:
         tensor: the tensor, held weakly: an id recurs once its owner is gone.
-        address: of its memory, which a tensor made behind our back may share.
+        memory: what it lies in, held weakly, which a tensor made behind our back may share.
+        address: where in it.
         cuts: the calls that ended a graph among its ancestors.
         made: the calls among its ancestors that made tensors of plain numbers.
         is_made: whether it came directly out of such a call.
     """
 
     tensor: weakref.ref[torch.Tensor]
+    memory: StorageWeakRef | None
     address: int
     cuts: frozenset[Cut]
     made: frozenset[Cut]
@@ -65,6 +68,10 @@ _NOTHING: frozenset[Cut] = frozenset()
 
 # Calls that give a tensor's values away as numbers, which torch cannot follow.
 _EXITS = frozenset({"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__bool__"})
+
+
+_MOST_CALLS = 100_000
+"""How many calls are followed at most: a loop may go on without ever ending its first step."""
 
 
 class GraphCutFinder:
@@ -141,6 +148,10 @@ class GraphCutFinder:
         if self._blind:
             return
         self._n_calls += 1
+        if self._n_calls > _MOST_CALLS:
+            self._blind = True
+            self._origins.clear()
+            return
         name = _spelled(function)
         outputs = [tensor for tensor in _tensors(result) if tensor.grad_fn is None]
         if not outputs and name not in _EXITS:
@@ -162,18 +173,28 @@ class GraphCutFinder:
             if id(output) not in known:
                 self._remember(output, cuts, made, is_made=not inputs)
 
-    def cut_of(self, roots: Iterable[torch.Tensor]) -> Cut | None:
-        """Return the cut that severed the roots of a backward, or None if it was not seen.
+    def cut_of(self, ends: Iterable[torch.Tensor]) -> Cut | None:
+        """Return the cut that severed the ends of a graph, or None if it was not seen.
 
-        That is the latest cut among the ancestors of a root. Where there is none, a root that was
-        made of plain numbers was cut where it was made; for one whose values went through numbers
-        further up, it is the last call that gave values of a graph away.
+        That is the latest cut among the ancestors of an end.
+
+        Args:
+            ends: the leaves of the graph that backward walked that are no parameters; of a root
+                without a graph, the root itself.
         """
-        origins = [origin for root in roots if (origin := self._origin_of(root, by_memory=True))]
+        origins = [origin for end in ends if (origin := self._origin_of(end, by_memory=True))]
         cuts = _NOTHING.union(*(origin.cuts for origin in origins))
-        if not cuts and any(origin.is_made for origin in origins):
-            cuts = _NOTHING.union(*(origin.made for origin in origins))
-        return max(cuts or self._last_exit, key=lambda cut: cut.order, default=None)
+        return max(cuts, key=lambda cut: cut.order, default=None)
+
+    def rebuilding_of(self, roots: Iterable[torch.Tensor]) -> Cut | None:
+        """Return where a root without a graph was made of plain numbers, or None if not seen.
+
+        For a root whose values went through numbers further up, that is the last call that gave
+        values of a graph away.
+        """
+        origins = [origin for root in roots if (origin := self._origin_of(root))]
+        made = _NOTHING.union(*(origin.made for origin in origins if origin.is_made))
+        return max(made or self._last_exit, key=lambda cut: cut.order, default=None)
 
     def _cut(self, name: str) -> Cut:
         return Cut(name if torch.is_grad_enabled() else "no_grad", user_location(), self._n_calls)
@@ -187,27 +208,30 @@ class GraphCutFinder:
         is_made: bool = False,
     ) -> None:
         self._origins[id(tensor)] = _Origin(
-            weakref.ref(tensor), _address(tensor), cuts, made, is_made
+            weakref.ref(tensor), *_memory_of(tensor), cuts, made, is_made
         )
 
     def _origin_of(self, tensor: torch.Tensor, *, by_memory: bool = False) -> _Origin | None:
         known = self._origins.get(id(tensor))
         if known is not None and known.tensor() is tensor:
             return known
-        if by_memory and (address := _address(tensor)):
+        if by_memory:
             # Variable(loss.data) wraps the memory of a tensor without a call that can be seen.
+            memory, address = _memory_of(tensor)
             for origin in reversed(self._origins.values()):
-                if origin.address == address:
+                if origin.memory is None or origin.memory.expired():
+                    continue  # what lies there now may be anybody's
+                if origin.memory == memory and origin.address == address:
                     return origin
         return None
 
 
-def _address(tensor: torch.Tensor) -> int:
-    """Where a tensor's values lie; 0 for one without memory of its own."""
+def _memory_of(tensor: torch.Tensor) -> tuple[StorageWeakRef | None, int]:
+    """What a tensor's values lie in, and where; nothing for one without memory of its own."""
     try:
-        return tensor.data_ptr()
+        return StorageWeakRef(tensor.untyped_storage()), tensor.data_ptr()
     except (RuntimeError, NotImplementedError):  # sparse, fake, or inside a functional transform
-        return 0
+        return None, 0
 
 
 def _spelled(function: Callable[..., Any]) -> str:

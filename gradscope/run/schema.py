@@ -127,7 +127,12 @@ STEPS = Table(
             "that it descends. NaN where a root is no scalar. Unscaled under a gradient scaler",
         ),
         ("n_forward", C, "outermost calls of watched models since this optimizer's last attempt"),
-        ("n_backward", C, "backwards since then that wrote to its parameters, or to none at all"),
+        (
+            "n_backward",
+            C,
+            "backwards since then that wrote to its parameters, or to none at all, and were not "
+            "cleared again before the next",
+        ),
         ("order", T, "what happened since then, in order; repetitions as `×n`"),
         (
             "zeroed",
@@ -273,6 +278,7 @@ BACKWARDS = Table(
             "watched parameters among the leaves of its graph; missing where the graph was not "
             "walked, which it is at the first step and when a backward reaches nothing",
         ),
+        ("ends_in_cut", F, "whether its graph was seen to end in a tensor cut from another graph"),
         ("retain_graph", F, "as passed"),
         ("create_graph", F, "as passed"),
         ("error", T, "class of the exception it raised, if any"),

@@ -22,7 +22,7 @@ class _LookWithZeros(Late[GradientLook]):
         return self._sums_of_squares.ready()
 
     def value(self) -> GradientLook:
-        self._look.zero = self._sums_of_squares.value() == 0
+        self._look.squares = self._sums_of_squares.value()
         return self._look
 
 

@@ -103,7 +103,7 @@ class Attempts:
         recorded = follower.schedule.is_recorded(follower.n_attempts)
         reading = follower.open = follower.observer.begin(recorded=recorded, scale=scale)
         if not has_closure:
-            self._read_gradients(optimizer, reading)
+            follower.observer.read_gradients(reading)
         reading.seconds += time.perf_counter() - began
 
     def closure_ended(self, optimizer: int) -> None:
@@ -111,8 +111,18 @@ class Attempts:
         reading = self._followers[optimizer].open
         if reading is not None:
             began = time.perf_counter()
-            self._read_gradients(optimizer, reading)
+            self._followers[optimizer].observer.read_gradients(reading)
+            self._consume(optimizer, reading)
             reading.seconds += time.perf_counter() - began
+
+    def backward_ended(self) -> None:
+        """Note a backward; one inside a step makes what was read before it out of date.
+
+        A program may pass its optimizer any object that computes gradients, not only a closure.
+        """
+        for follower in self._followers.values():
+            if follower.open is not None and not follower.open.is_consumed:
+                follower.open.look = None
 
     def end(self, optimizer: int, *, outcome: str = "stepped") -> bool:
         """Read what an update did, and close the attempt; also one that raised on its way.
@@ -125,8 +135,10 @@ class Attempts:
         reading, follower.open = follower.open, None
         if reading is None:
             return False
-        if reading.look is None:  # a closure that was never called
-            self._read_gradients(optimizer, reading)
+        if reading.look is None:
+            follower.observer.read_gradients(reading)
+        if not reading.is_consumed:
+            self._consume(optimizer, reading)
         after = follower.observer.end(reading) if outcome == "stepped" else None
         reading.seconds += time.perf_counter() - began
         self._account(optimizer, reading, after, outcome)
@@ -148,14 +160,15 @@ class Attempts:
         observer.read_gradients(reading)
         self._account(optimizer, reading, None, outcome)
 
-    def _read_gradients(self, optimizer: int, reading: StepReading) -> None:
+    def _consume(self, optimizer: int, reading: StepReading) -> None:
+        """Account for the gradients read as used by the update."""
         follower = self._followers[optimizer]
-        follower.observer.read_gradients(reading)
+        reading.is_consumed = True
         look = reading.look
         assert look is not None
 
         def consume() -> None:
-            look.zero = reading.zeros()
+            look.squares = reading.squares()
             # What a skipped update finds, it does not use.
             account = self._ledger.describe if reading.skips() else self._ledger.consume
             follower.consumption = account(optimizer, look)
@@ -178,11 +191,14 @@ class Attempts:
             look, consumption = reading.look, follower.consumption
             assert look is not None
             if consumption is None:
-                look.zero = reading.zeros()
+                look.squares = reading.squares()
                 consumption = self._ledger.describe(optimizer, look)
             follower.consumption = None
             if after is not None:
                 self._ledger.gradients.look_after_step(after)
+            elif reading.scaled:
+                # The fused kernel writes unscaled gradients back, and moves no version.
+                self._ledger.gradients.look_after_step(look)
             skipped = outcome == "stepped" and reading.skips()
             record = self._ledger.end_attempt(
                 optimizer, consumption, outcome="skipped" if skipped else outcome, now=now
@@ -204,7 +220,7 @@ class Attempts:
         run, step, optimizer = self._recording, record.step, record.optimizer
         params = reading.params
         statistics = reading.statistics.value() if reading.statistics is not None else None
-        sums = reading.sums_of_squares.value() if reading.sums_of_squares is not None else None
+        sums = reading.squares()
         if record.outcome == "stepped":
             recorder.record_groups(run, step, optimizer, reading.groups)
         grad_norm = recorder.record_gradients(

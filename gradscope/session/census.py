@@ -184,6 +184,11 @@ class Census:
         """Return weak references to parameters by number."""
         return [self._parameters[number] for number in params]
 
+    def params_in(self, part: nn.Module) -> Integers:
+        """Return int64[n], numbers of the known parameters of a module."""
+        numbers = (self._number(parameter) for parameter in part.parameters())
+        return np.array([number for number in numbers if number is not None], np.int64)
+
     def optimizers_of(self, parts: nn.Module) -> list[int]:
         """Return numbers of the optimizers that hold a parameter of a module."""
         holders = {
@@ -216,8 +221,7 @@ class Census:
         """Whether a module is a watched model, a part of one, or its compiled wrapper."""
         if id(module) in self.members:
             return True
-        inner = module.__dict__.get("_modules", {}).get("_orig_mod")
-        return inner is not None and id(inner) in self.members
+        return is_wrapper(module) and id(module._orig_mod) in self.members
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is a parameter of a watched model or optimizer."""
@@ -283,9 +287,14 @@ class Census:
 def is_compiled(model: nn.Module) -> bool:
     """Whether any part of a model is compiled, by ``torch.compile(part)`` or ``part.compile()``."""
     return any(
-        part._compiled_call_impl is not None or type(part).__name__ == "OptimizedModule"
+        getattr(part, "_compiled_call_impl", None) is not None or is_wrapper(part)
         for part in model.modules()
     )
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether a module is what ``torch.compile(model)`` returns."""
+    return type(module).__name__ == "OptimizedModule"
 
 
 def _describe(parameter: torch.Tensor, entry: ParameterEntry) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
+import torch
 from torch import nn
 
 from gradscope.instruments.graph_cut import Cut, GraphCutFinder
@@ -52,21 +52,31 @@ class CutSearch:
         if self._finder is not None:
             self._event("armed", "graph_cut")
 
-    def backward_reached_nothing(self, roots: Sequence[Any], *, is_foreign: bool) -> None:
-        """Find where the graph of these roots was cut; if nobody looked, look next time.
+    def backward_reached_nothing(
+        self, roots: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]
+    ) -> bool:
+        """Find where the graph of a backward that wrote no gradient was cut.
+
+        If nobody looked, look next time.
 
         Args:
             roots: where the backward started.
-            is_foreign: whether it went to other parameters than the watched ones, which it may
-                well have been meant to.
+            leaves: where its graph ends; nothing for roots without a graph.
+
+        Returns:
+            Whether a leaf was seen to be cut from another graph.
         """
         if self._finder is None:
-            self._suspicious |= not is_foreign
-            return
-        cut: Cut | None = self._failures.run("graph_cut", self._finder.cut_of, roots)
+            self._suspicious = True
+            return False
+        cut: Cut | None = self._failures.run("graph_cut", self._finder.cut_of, leaves or roots)
+        ends_in_cut = bool(leaves) and cut is not None
+        if cut is None and not leaves:
+            cut = self._failures.run("graph_cut", self._finder.rebuilding_of, roots)
         if cut is not None:
             self._n_searches = _MOST_SEARCHES
             self._event("cut", cut.function, cut.location)
+        return ends_in_cut
 
     def step_ended(self) -> None:
         """Disarm at the end of a step, or later if that is in the middle of a backward."""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
+Reals = npt.NDArray[np.float64]
 
 NO_GRADIENT = 0
 """The token of a ``.grad`` that is None."""
@@ -32,14 +33,20 @@ class GradientLook:
         at: numbers of the parameters looked at: int64[n], or a slice where they are consecutive.
         token: int64[n], identity of the ``.grad`` object, ``NO_GRADIENT`` for None.
         version: int64[n], autograd's version counter of it (0 for None).
-        zero: bool[n], whether all its elements are zero, or None if nobody looked. A version
-            counter cannot tell: ``p.grad.data.zero_()`` does not move it.
+        squares: float64[n], sum of the squares of its elements (NaN for None), or None if nobody
+            read them. A version counter cannot tell everything: ``p.grad.data.zero_()`` does not
+            move it.
     """
 
     at: Integers | slice
     token: Integers
     version: Integers
-    zero: Flags | None = None
+    squares: Reals | None = None
+
+    @property
+    def zero(self) -> Flags | None:
+        """bool[n], whether all its elements are zero; None if nobody read them."""
+        return None if self.squares is None else np.asarray(self.squares == 0)
 
 
 @dataclass(slots=True)
@@ -61,6 +68,10 @@ class Consumption:
     edited_after_use: Flags
 
 
+_SAME = 1e-6
+"""Two readings of one gradient agree to rounding; what differs by more has been changed."""
+
+
 class GradientHistory:
     """The histories of all gradients, and what each optimizer has used of them."""
 
@@ -71,6 +82,8 @@ class GradientHistory:
             for name in ("token", "version", "written", "cleared", "used", "assigned", "edited")
         }
         self._edited_after_use = np.zeros(0, np.bool_)
+        # The sums of squares that the last step read; NaN where the step may have changed them.
+        self._squares_used = np.zeros(0, np.float64)
         # Per optimizer: where the line stood at its last step, and the earliest step of its
         # whose gradient is still inside.
         self._used: dict[int, Integers] = {}
@@ -84,6 +97,7 @@ class GradientHistory:
         for name, array in self._integers.items():
             self._integers[name] = np.concatenate([array, np.zeros(more, np.int64)])
         self._edited_after_use = np.concatenate([self._edited_after_use, np.zeros(more, np.bool_)])
+        self._squares_used = np.concatenate([self._squares_used, np.full(more, np.nan)])
         for optimizer in self._used:
             self._used[optimizer] = np.concatenate([self._used[optimizer], _nothing(more)])
             self._first_use[optimizer] = np.concatenate(
@@ -116,9 +130,8 @@ class GradientHistory:
         token, version, written, cleared, used = self._at(
             at, "token", "version", "written", "cleared", "used"
         )
-        if (look.zero is None or not look.zero.any()) and (
-            np.array_equal(look.token, token) and np.array_equal(look.version, version)
-        ):
+        untouched = (look.token == token) & (look.version == version)
+        if not before_backward and untouched.all() and (look.zero is None or not look.zero.any()):
             return  # the usual case between backward and step: nothing happened
         gone = look.token == NO_GRADIENT
         if gone.all():  # the usual case after zero_grad: nothing is left
@@ -130,15 +143,18 @@ class GradientHistory:
         held = written > cleared
         spent = held & (written == used)
         empty = gone.copy()
-        if look.zero is not None:
-            # Zeros in a gradient that nobody touched since backward wrote them are what backward
-            # computed; zeros in one that a step has used are nothing carried, however they came.
-            empty |= look.zero & (replaced | touched | spent)
-            if before_backward and look.zero[~gone].all():
-                # Every gradient at once: cleared behind the version counter's back.
-                empty |= look.zero
+        zero = look.zero
+        if zero is not None:
+            # Onto zeros is onto nothing, however they came. Right before a step, though, zeros
+            # that nobody touched since backward wrote them are what backward computed.
+            empty |= zero if before_backward else zero & (replaced | touched | spent)
         assigned = replaced & ~empty
         edited = touched & held & ~empty
+        if before_backward and look.squares is not None:
+            # Through .data a program can change a gradient without moving its version.
+            with np.errstate(invalid="ignore", divide="ignore"):
+                other = np.abs(look.squares / self._squares_used[at] - 1) > _SAME
+            edited |= untouched & spent & ~empty & other
         if before_backward:
             self._edited_after_use[at] |= edited & spent
         else:
@@ -168,7 +184,15 @@ class GradientHistory:
         # clear it.
         at = look.at
         self._note("cleared", at, look.token == NO_GRADIENT, self._integers["written"][at])
+        self._squares_used[at] = np.nan
         self._remember(look)
+
+    def forget(self, at: Integers | slice) -> None:
+        """Take whatever is there at the next look for another object than what was there before.
+
+        After a clearing that was told of: an id and a version may recur.
+        """
+        self._integers["token"][at] = -1
 
     def consume(self, optimizer: int, step: int, look: GradientLook) -> Consumption:
         """Account for a step of ``optimizer`` that reads the gradients of ``look``.
@@ -188,6 +212,7 @@ class GradientHistory:
             np.where(consumption.n_writes > 0, step, -1),
         )
         self._edited_after_use[at] = False
+        self._squares_used[at] = np.nan if look.squares is None else look.squares
         return consumption
 
     def describe(self, optimizer: int, look: GradientLook) -> Consumption:

@@ -33,12 +33,12 @@ class Backward:
     Attributes:
         number: counted from 0.
         root: value of the loss, NaN if it is no scalar.
-        seconds: how long it took.
+        reached: whether it wrote the gradient of a watched parameter.
     """
 
     number: int
     root: float
-    seconds: float
+    reached: bool
 
 
 @dataclass(slots=True)
@@ -48,22 +48,19 @@ class Attempt:
     Attributes:
         began: when the previous attempt ended, in seconds of the process clock.
         order: what happened, as (word, how often in a row).
-        n_forward, n_backward: counts; see the table ``steps``.
-        loss: sum of the roots so far, NaN once a root was no scalar, None before any backward.
+        n_forward: how many forwards with gradients there were.
         zeroed, zeroed_by: see the table ``steps``.
         train_mode: whether every forward so far was in training mode.
         first_node: the autograd sequence number at the first forward, or None.
         graph_nodes: nodes created from there to the last backward.
         forward_seconds, backward_seconds: time in each.
-        backwards: numbers of the backwards that belong here.
+        taken: the backwards that belong here.
         foreign: backwards that wrote to strangers only.
     """
 
     began: float
     order: list[tuple[str, int]] = field(default_factory=list)
     n_forward: int = 0
-    n_backward: int = 0
-    loss: float | None = None
     zeroed: str = ""
     zeroed_by: str = ""
     train_mode: bool = True
@@ -71,16 +68,24 @@ class Attempt:
     graph_nodes: int = 0
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
-    backwards: list[int] = field(default_factory=list)
+    taken: list[Backward] = field(default_factory=list)
     foreign: list[Backward] = field(default_factory=list)
 
-    def take(self, backward: Backward) -> None:
-        """Count a backward as one of this attempt."""
-        self.note("backward")
-        self.n_backward += 1
-        self.backwards.append(backward.number)
-        self.backward_seconds += backward.seconds
-        self.loss = backward.root if self.loss is None else self.loss + backward.root
+    @property
+    def backwards(self) -> list[int]:
+        """Numbers of the backwards whose gradients this attempt is about."""
+        return [backward.number for backward in self.taken]
+
+    @property
+    def loss(self) -> float:
+        """Sum of their roots; NaN if there are none, or one was no scalar."""
+        return sum(backward.root for backward in self.taken) if self.taken else math.nan
+
+    def drop_cleared(self) -> None:
+        """Count no backward whose gradients have been cleared before any step used them."""
+        kept = [backward for backward in self.taken if not backward.reached]
+        if len(kept) < len(self.taken):
+            self.taken = kept
 
     def note(self, word: str) -> None:
         """Add an event to the order; the same word again only counts up."""
@@ -158,8 +163,9 @@ class Ledger:
             if attempt.first_node is None:
                 attempt.first_node = first_node
 
-    def zero_grad(self, optimizers: Iterable[int], by: str) -> None:
-        """Account for a call of ``zero_grad``; ``by`` names the method."""
+    def zero_grad(self, optimizers: Iterable[int], params: Integers, by: str) -> None:
+        """Account for a call of ``zero_grad`` that cleared ``params``; ``by`` names the method."""
+        self.gradients.forget(params)
         for attempt in self._of(optimizers):
             attempt.note("zero_grad")
             attempt.zeroed_by = by
@@ -177,6 +183,7 @@ class Ledger:
             if unused.any():
                 continue  # a further backward of the same attempt
             attempt = self._attempts[optimizer]
+            attempt.drop_cleared()
             if used.all():
                 attempt.zeroed = "never" if used.size else "none"
             elif used.any():
@@ -215,11 +222,13 @@ class Ledger:
         self.n_backwards += 1
         # A backward that reaches nobody's parameters is everybody's affair.
         for attempt in self._of(concerned or self._at):
-            backward = Backward(number, root, seconds)
+            backward = Backward(number, root, bool(concerned))
             if is_foreign:
                 attempt.foreign.append(backward)
                 continue
-            attempt.take(backward)
+            attempt.note("backward")
+            attempt.taken.append(backward)
+            attempt.backward_seconds += seconds
             if attempt.first_node is not None:
                 attempt.graph_nodes = max(attempt.graph_nodes, last_node - attempt.first_node)
         return number, wrote
@@ -242,9 +251,8 @@ class Ledger:
     ) -> StepRecord:
         """Close the current attempt of an optimizer and begin its next."""
         attempt = self._attempts[optimizer]
-        if not attempt.backwards:
-            for backward in attempt.foreign:
-                attempt.take(backward)
+        if not attempt.taken:
+            attempt.taken = attempt.foreign
         attempt.note("step" if outcome == "stepped" else f"step {outcome}")
         if attempt.zeroed_by == "" and attempt.zeroed in ("none", "zero"):
             attempt.zeroed_by = "hand" if self._has_used[optimizer] else ""
@@ -305,8 +313,3 @@ def _repetition(words: list[str], position: int) -> tuple[int, int]:
         if times > 1 and length * times > best[0] * best[1]:
             best = (length, times)
     return best
-
-
-def scalar(value: float | None) -> float:
-    """A value for a column of reals: NaN for none."""
-    return math.nan if value is None else value

@@ -11,7 +11,7 @@ from gradscope.run.columns import MISSING, Coded
 from gradscope.run.recording import Recording
 from gradscope.run.schema import GROUPS, STATUSES
 from gradscope.session.gradients import NONE, Consumption
-from gradscope.session.ledger import StepRecord, scalar
+from gradscope.session.ledger import StepRecord
 
 _GROUP_COLUMNS = {column.name for column in GROUPS.columns}
 _ADAM_DENOMINATOR = ("Adam", "AdamW")
@@ -209,9 +209,9 @@ def record_step(
             "optimizer": record.optimizer,
             "optimizer_step": record.optimizer_step,
             "outcome": record.outcome,
-            "loss": scalar(attempt.loss) / loss_scale,
+            "loss": attempt.loss / loss_scale,
             "n_forward": attempt.n_forward,
-            "n_backward": attempt.n_backward,
+            "n_backward": len(attempt.taken),
             "order": attempt.spelled_order(),
             "zeroed": attempt.zeroed,
             "zeroed_by": attempt.zeroed_by,
@@ -231,7 +231,10 @@ def record_step(
     )
     backwards = recording.rows("backwards")
     for number in attempt.backwards:
-        backwards.set("step", number, record.step)
+        # A generator's backward also writes the discriminator's gradients, but belongs to the step
+        # that it was made for: the first one after it.
+        if backwards.array("step")[number] == MISSING:
+            backwards.set("step", number, record.step)
 
 
 def _by_place(reading: Any) -> dict[int, dict[str, Any]]:

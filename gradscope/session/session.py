@@ -6,10 +6,13 @@ happens, and hand what they read to the ledger in order, once all values are the
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,7 +30,7 @@ from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger
 from gradscope.session.source_names import assigned_name, called_name
 from gradscope.taps.clipping import clipping
-from gradscope.taps.engine import BackwardCall, engine, inside_backward
+from gradscope.taps.engine import BackwardCall, engine, inside_backward, inside_transform
 from gradscope.taps.grad_scaler import grad_scaler
 from gradscope.taps.model_calls import model_calls
 from gradscope.taps.optimizer_creation import optimizer_creation
@@ -51,6 +54,21 @@ _MOST_GRAPHS_WAITING = 8
 """How many captured graphs wait for the step they belong to; a loop may never step."""
 
 _sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
+
+
+def _exclusive(handle: Callable[..., None]) -> Callable[..., None]:
+    """Let a handler that reads gradients exclude :meth:`Session._is_here` in other threads."""
+
+    @functools.wraps(handle)
+    def exclusive(self: Session, *arguments: Any) -> None:
+        if threading.get_ident() == self._thread:
+            with self._lock:
+                if not self._broken:
+                    handle(self, *arguments)
+                    return
+        handle(self, *arguments)
+
+    return exclusive
 
 
 class Session:
@@ -87,6 +105,9 @@ class Session:
         self._scaler_stepped = False
         self._broken = False
         self._began = 0.0
+        self._started_in = 0
+        self._thread: int | None = None
+        self._lock = threading.RLock()
 
     # -- beginning and end ------------------------------------------------------------------
 
@@ -168,9 +189,14 @@ class Session:
         """Take the outermost call of a watched model."""
         if self._broken and self._retire():
             return False
-        if not self._census.is_member(module) and not self._discover_model(module):
+        if not self._discovers and not self._census.is_member(module):
             return False
-        if inside_backward():  # a checkpoint computes its forward again
+        # A checkpoint that computes its forward again, and calls that only trace the model.
+        if inside_backward() or inside_transform() or torch._C._get_tracing_state():
+            return False
+        if not self._is_here():
+            return False
+        if not self._census.is_member(module) and not self._discover_model(module):
             return False
         self._cuts.call_started(module, someone_is_new=self._attempts.someone_is_new)
         self._call = (time.perf_counter(), _sequence_nr())
@@ -195,13 +221,17 @@ class Session:
 
     def zero_grad_called(self, owner: Any, location: Location | None) -> None:
         """Account for ``zero_grad`` of an optimizer or module."""
+        if self._thread not in (None, threading.get_ident()):
+            return
         if isinstance(owner, nn.Module):
             optimizers, by = self._census.optimizers_of(owner), "module.zero_grad"
+            params = self._census.params_in(owner)
         else:
             number = self._census.number_of_optimizer(owner)
             optimizers, by = [] if number is None else [number], "optimizer.zero_grad"
+            params = np.zeros(0, np.int64) if number is None else self._census.params_of(number)
         if optimizers:
-            self._in_order.do(lambda: self._ledger.zero_grad(optimizers, by))
+            self._in_order.do(lambda: self._ledger.zero_grad(optimizers, params, by))
             self.event("zero_grad", by, location)
 
     def gradients_clipped(
@@ -245,9 +275,10 @@ class Session:
             self._attempts.end_without_step(number, self._scale, outcome="skipped")
         self._scale = None
 
+    @_exclusive
     def backward_started(self, call: BackwardCall) -> None:
         """Look at the gradients as a backward finds them, and at the graph it walks."""
-        if self._broken:
+        if self._broken or not self._is_here(binding=True):
             return
         began = time.perf_counter()
         captured = None
@@ -260,10 +291,11 @@ class Session:
         self._spend("structure", began)
         self._backward = (time.perf_counter(), _sequence_nr(), captured)
 
+    @_exclusive
     def backward_ended(self, call: BackwardCall, error: BaseException | None) -> None:
         """Look at what a backward wrote."""
         began = time.perf_counter()
-        if self._backward is None:
+        if self._broken or self._backward is None:
             return
         (started, last_node, captured), self._backward = self._backward, None
         value: Late[Any] = scalar_of(call.roots[0]) if len(call.roots) == 1 else Known(float("nan"))
@@ -274,16 +306,19 @@ class Session:
             )
             return
         look = self._all.look_at_identities()
+        is_foreign = False
         if not self._all.changed:
-            captured = captured or self._capture(call)
-        n_known = n_leaves = 0
+            leaves: list[torch.Tensor] = []
+            captured = self._capture(call, leaves)
+            if all(root.grad_fn is None for root in call.roots):
+                leaves.clear()  # a root that is a leaf itself has no graph behind it
+            row["ends_in_cut"] = self._cuts.backward_reached_nothing(call.roots, leaves)
+            # Another model's graph, or an input's: its leaves are all strangers, and none was cut.
+            known = [leaf for leaf in leaves if self._census.knows(leaf)]
+            is_foreign = bool(leaves) and not known and not row["ends_in_cut"]
+            del leaves, known
         if captured is not None:
-            n_leaves = len(captured.params)
-            row["n_in_graph"] = n_known = sum(bool(names) for names in captured.params)
-        # Another model's, or an input's: its leaves are all strangers.
-        is_foreign = not self._all.changed and n_leaves > 0 and n_known == 0
-        if not self._all.changed:
-            self._cuts.backward_reached_nothing(call.roots, is_foreign=is_foreign)
+            row["n_in_graph"] = sum(bool(names) for names in captured.params)
 
         params = self._all.params
 
@@ -302,13 +337,17 @@ class Session:
             self.recording.reached(params[wrote])
 
         self._in_order.do(account, value)
+        self._attempts.backward_ended()
         if error is not None:
             self.event("exception", f"backward: {type(error).__name__}: {error}", call.location)
         self._spend("structure", began)
 
+    @_exclusive
     def step_started(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
         """Begin to read around an update."""
         if self._broken and self._retire():
+            return
+        if not self._is_here(binding=True):
             return
         number = self._census.number_of_optimizer(optimizer)
         if number is None and self._discovers:
@@ -324,16 +363,18 @@ class Session:
             self.event("parameters_changed", self.recording.optimizers[number].name)
         self._attempts.begin(number, self._scale, has_closure=has_closure)
 
+    @_exclusive
     def closure_ended(self, optimizer: torch.optim.Optimizer) -> None:
         """Read the gradients that a closure has computed."""
         number = self._census.number_of_optimizer(optimizer)
-        if number is not None:
+        if number is not None and not self._broken:
             self._attempts.closure_ended(number)
 
+    @_exclusive
     def step_ended(self, optimizer: torch.optim.Optimizer) -> None:
         """Read what an update did."""
         number = self._census.number_of_optimizer(optimizer)
-        if number is None:
+        if number is None or self._broken or not self._is_here():
             return
         recorded = self._attempts.end(number)
         self._cuts.step_ended()
@@ -347,8 +388,33 @@ class Session:
 
     # -- inside -----------------------------------------------------------------------------
 
+    def _is_here(self, *, binding: bool = False) -> bool:
+        """Whether this is the thread that is watched.
+
+        That is the one that began the watch; where models are discovered, the first one to call
+        backward or step. Another thread's backward writes gradients without holding Python's lock;
+        whoever reads a ``.grad`` at that moment crashes.
+        """
+        here = threading.get_ident()
+        if self._thread is None:
+            if binding:
+                self._thread = here
+            return binding or here == self._started_in
+        if here != self._thread and binding and self._discovers and not self._broken:
+            # Whose parameters it trains cannot be told. While the lock is held nobody reads a
+            # gradient, and from here on nobody will.
+            with self._lock:
+                self._broken = True
+                self.recording.notes.append(
+                    "watching ended when a second thread began to train: threads are watched one "
+                    "at a time, with a watch() of its own in each"
+                )
+        return here == self._thread
+
     def _listen(self) -> None:
         self._began = time.perf_counter()
+        self._started_in = threading.get_ident()
+        self._thread = None if self._discovers else self._started_in
         self._guarded("census", self._adopt_gradients)
         if self._broken:
             return
@@ -422,9 +488,18 @@ class Session:
         optimizers = self._attempts.optimizers
         return optimizers if len(optimizers) == 1 else self._census.optimizers_of(module)
 
-    def _capture(self, call: BackwardCall) -> CapturedGraph | None:
+    def _capture(
+        self, call: BackwardCall, leaves: list[torch.Tensor] | None = None
+    ) -> CapturedGraph | None:
+        """Capture the graph of a backward; its leaves are added to ``leaves``."""
+
+        def names_of(leaf: torch.Tensor) -> tuple[str, ...]:
+            if leaves is not None:
+                leaves.append(leaf)
+            return self._census.names_of(leaf)
+
         graph: CapturedGraph | None = self._failures.run(
-            "autograd_graph", capture_graph, call.roots, self._census.names_of
+            "autograd_graph", capture_graph, call.roots, names_of
         )
         return graph
 

@@ -15,7 +15,7 @@ from gradscope.instruments.optimizer_state import StateReader, StateReading
 from gradscope.instruments.statistics import Reals, Statistics
 from gradscope.instruments.weight_change import WeightChange
 from gradscope.session.census import Census
-from gradscope.session.gradients import Flags, GradientLook, Integers, as_slice
+from gradscope.session.gradients import GradientLook, Integers, as_slice
 
 _SAMPLE = 8
 """How many gradients are looked at to see whether an update changes them."""
@@ -41,6 +41,7 @@ class StepReading:
         groups: hyper-parameters of each group.
         state_before, state_after: the optimizer's state on both sides of the update.
         weights_before, weights_after, change: float64[n], sums of squares.
+        is_consumed: whether the ledger has been told that the update uses these gradients.
         seconds: spent on all this reading.
     """
 
@@ -59,15 +60,15 @@ class StepReading:
     weights_before: Late[Reals] | None = None
     weights_after: Late[Reals] | None = None
     change: Late[Reals] | None = None
+    is_consumed: bool = False
     seconds: float = 0.0
 
-    def zeros(self) -> Flags | None:
-        """bool[n], which gradients are all zeros, once that is known; None if nothing was read."""
+    def squares(self) -> Reals | None:
+        """float64[n], sums of squares of the gradients, once known; None if nothing was read."""
         if self.statistics is not None:
-            return np.asarray(self.statistics.value().sum_of_squares == 0)
-        if self.sums_of_squares is not None:
-            return np.asarray(self.sums_of_squares.value() == 0)
-        return None
+            sums: Reals = self.statistics.value().sum_of_squares
+            return sums
+        return None if self.sums_of_squares is None else self.sums_of_squares.value()
 
     def skips(self) -> bool:
         """Whether a fused optimizer found infinite gradients under a scaler and does nothing."""

@@ -27,6 +27,11 @@ def inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def inside_transform() -> bool:
+    """Tell whether a transform of ``torch.func`` is at work, whose tensors hold no values."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 @dataclass(slots=True)
 class BackwardCall:
     """One call into the engine. Holds the roots, so no listener may keep it.
@@ -72,7 +77,7 @@ class EngineTap(Tap):
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def _engine_run_backward(t_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self.listeners or inside_backward():
+            if not self.listeners or inside_backward() or inside_transform():
                 return original(t_outputs, *args, **kwargs)
             call = _describe(t_outputs, args, kwargs)
             self.emit("backward_started", call)

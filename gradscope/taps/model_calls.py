@@ -17,7 +17,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from gradscope.taps.patch import Patch
-from gradscope.taps.tap import Tap
+from gradscope.taps.tap import Tap, out_of_sight
 
 
 class ModelCallTap(Tap):
@@ -56,7 +56,7 @@ class ModelCallTap(Tap):
                 self._here.inside = inside
                 for listener in takers:
                     try:
-                        listener.call_ended(module)
+                        out_of_sight(listener.call_ended, module)
                     except Exception as error:
                         listener.failed("call_ended", error)
 
@@ -69,7 +69,7 @@ class ModelCallTap(Tap):
             if listener in inside:
                 continue
             try:
-                if listener.takes_call(module):
+                if out_of_sight(listener.takes_call, module):
                     takers.append(listener)
             except Exception as error:
                 listener.failed("takes_call", error)

@@ -10,9 +10,10 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any
 
+from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -28,6 +29,11 @@ _STEP_WRAPPER: CodeType = next(
     for constant in Optimizer.profile_hook_step.__code__.co_consts
     if isinstance(constant, CodeType) and constant.co_name == "wrapper"
 )
+
+
+# What can be wrapped without a difference. An optimizer may be passed something else that can be
+# called: an object whose other methods it uses, or the model itself.
+_FUNCTIONS = (FunctionType, MethodType, functools.partial)
 
 
 class OptimizerStepTap(Tap):
@@ -72,19 +78,22 @@ class OptimizerStepTap(Tap):
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._enter(optimizer):
+        if is_dynamo_compiling() or self._enter(optimizer):
             return None
         # In the hook's args the optimizer itself stands first (torch 2.13).
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        self._emit_inside_hook("step_started", optimizer, callable(closure))
-        if not callable(closure):
+        if not isinstance(closure, _FUNCTIONS):
+            self._emit_inside_hook("step_started", optimizer, False)
             return None
+        self._emit_inside_hook("step_started", optimizer, True)
         watched = self._watch_closure(optimizer, closure)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": watched}
         return (args[0], watched, *args[2:]), kwargs
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_dynamo_compiling():
+            return
         steps = getattr(self._here, "steps", None)
         if not steps or steps[-1]() is not optimizer:
             return
@@ -111,10 +120,12 @@ class OptimizerStepTap(Tap):
         steps.append(weakref.ref(optimizer))
         return nested
 
-    def _watch_closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _watch_closure(
+        self, optimizer: Optimizer, closure: Callable[..., Any]
+    ) -> Callable[..., Any]:
         @functools.wraps(closure)
-        def watched() -> Any:
-            result = closure()
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = closure(*args, **kwargs)
             self.emit("closure_ended", optimizer)
             return result
 

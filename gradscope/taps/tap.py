@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ClassVar, Protocol
+
+import torch
+from torch._C import _len_torch_dispatch_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Listener(Protocol):
@@ -11,6 +17,17 @@ class Listener(Protocol):
 
     def failed(self, where: str, error: Exception) -> None:
         """Take note that handling the event ``where`` raised ``error``; must not raise."""
+
+
+def out_of_sight(handle: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a listener such that what it does with tensors is not seen by the program's own modes.
+
+    A mode of the program's that counts operations, forbids them or draws random numbers for each
+    would behave differently otherwise.
+    """
+    hidden = _disable_current_modes() if _len_torch_dispatch_stack() else nullcontext()
+    with torch._C.DisableTorchFunction(), hidden:
+        return handle(*arguments)
 
 
 class Tap:
@@ -60,6 +77,6 @@ class Tap:
             if handle is None:
                 continue
             try:
-                handle(*arguments)
+                out_of_sight(handle, *arguments)
             except Exception as error:
                 listener.failed(event, error)

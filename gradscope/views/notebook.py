@@ -39,7 +39,8 @@ def html(run: Recording) -> str:
         facts = "<br>".join(escape(fact) for fact in line.measured)
         parts.append(
             "<tr style='background:none'>"
-            f"<td style='vertical-align:top;text-align:left;padding-right:1em'><b>{escape(line.name)}</b></td>"
+            "<td style='vertical-align:top;text-align:left;padding-right:1em'>"
+            f"<b>{escape(line.name)}</b></td>"
             f"<td style='text-align:left'><i style='opacity:.7'>{escape(line.purpose)}</i>{about}"
             f"<br>{facts}</td></tr>"
         )

@@ -173,6 +173,7 @@ def test_a_step_that_raised_keeps_nothing_alive() -> None:
 
 
 def captured_graphs() -> int:
+    gc.collect()
     return sum(type(thing) is CapturedGraph for thing in gc.get_objects())
 
 

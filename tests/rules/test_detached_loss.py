@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,13 +126,28 @@ def test_backward_raises_as_without_us_and_the_cut_is_named() -> None:
     assert scope.events["event"].tolist().count("exception") == 1
 
 
-def test_a_graph_that_ends_in_no_parameter_is_detached_too() -> None:
-    def loss_of_a_stranger(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        scale = torch.ones((), requires_grad=True)
-        return scale * F.cross_entropy(model(x).detach(), y)
+def prediction_cut_and_made_a_leaf(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    out = model(x).detach().requires_grad_()  # cut
+    return F.cross_entropy(out, y)
 
-    findings = watched(loss_of_a_stranger).findings
+
+def data_made_a_leaf(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    out = model(x)
+    print("spread", float(out.detach().std()))
+    out = out.data  # cut
+    return F.cross_entropy(out.requires_grad_(), y)
+
+
+@pytest.mark.parametrize(
+    "make_loss", [prediction_cut_and_made_a_leaf, data_made_a_leaf], ids=lambda f: f.__name__
+)
+def test_a_graph_that_ends_in_a_cut_tensor_is_detached_too(make_loss: MakeLoss) -> None:
+    findings = watched(make_loss).findings
     assert [finding.code for finding in findings] == ["GS301"]
+    assert findings[0].line == line_of_the_cut(make_loss)
+    assert findings[0].count == 4
 
 
 def test_after_the_armed_steps_the_line_of_backward_is_named() -> None:
@@ -216,3 +233,43 @@ def test_a_policy_gradient_with_detached_advantages_is_silent() -> None:
         return -(chosen.log_prob(action) * advantage.detach()).mean()
 
     assert not watched(reinforce).findings
+
+
+def test_gradients_of_a_copy_assigned_by_hand_are_silent() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(4):
+            replica = copy.deepcopy(model)
+            F.cross_entropy(replica(torch.randn(5, 6)), torch.zeros(5, dtype=torch.long)).backward()
+            for p, q in zip(model.parameters(), replica.parameters(), strict=True):
+                p.grad = q.grad
+            optimizer.step()
+    assert scope.steps["n_assigned"].tolist() == [2] * 4
+    assert not scope.findings
+
+
+def test_one_batch_whose_error_is_caught_is_silent() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for i in range(6):
+            optimizer.zero_grad()
+            loss = model(torch.randn(2, 6)).sum() if i != 2 else torch.zeros(())
+            with contextlib.suppress(RuntimeError):
+                loss.backward()
+                optimizer.step()
+    assert not scope.findings
+
+
+def test_losses_that_become_constant_when_all_is_learnt_are_silent() -> None:
+    calls = iter(range(100))
+
+    def satisfied(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if next(calls) >= 4:
+            return torch.zeros((), requires_grad=True)
+        return F.cross_entropy(model(x), y)
+
+    assert not watched(satisfied, steps=12).findings

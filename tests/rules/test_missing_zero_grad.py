@@ -151,6 +151,16 @@ def used_gradients_are_decayed_on_purpose(
     optimizer.step()
 
 
+def used_gradients_are_decayed_through_data(
+    model: nn.Module, optimizer: torch.optim.Optimizer, i: int
+) -> None:
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.data.mul_(0.9)
+    loss_of(model).backward()
+    optimizer.step()
+
+
 def attack_between_step_and_clearing(
     model: nn.Module, optimizer: torch.optim.Optimizer, i: int
 ) -> None:
@@ -193,6 +203,7 @@ HEALTHY: list[Loop] = [
     cleared_by_hand_in_a_helper,
     several_steps_on_one_gradient,
     used_gradients_are_decayed_on_purpose,
+    used_gradients_are_decayed_through_data,
     attack_between_step_and_clearing,
     sharpness_aware,
     a_layer_is_skipped_at_random,
@@ -239,3 +250,31 @@ def test_a_watch_that_begins_in_the_middle_of_a_healthy_run_is_silent() -> None:
         iteration()
     assert len(scope.steps) == 4
     assert not scope.findings
+
+
+@pytest.mark.parametrize("clear_d", [True, False])
+def test_a_gan_that_clears_through_data(clear_d: bool) -> None:
+    torch.manual_seed(0)
+    g, d = nn.Linear(4, 6), nn.Linear(6, 1)
+    opt_g, opt_d = torch.optim.SGD(g.parameters(), lr=0.1), torch.optim.SGD(d.parameters(), lr=0.1)
+    with gradscope.watch([g, d], [opt_g, opt_d], on_error="raise") as scope:
+        for _ in range(4):
+            if clear_d:
+                for p in d.parameters():
+                    if p.grad is not None:
+                        p.grad.data.zero_()
+            d_loss = (d(torch.randn(3, 6)) - d(g(torch.randn(3, 4)).detach())).mean()
+            d_loss.backward()  # D
+            opt_d.step()
+            opt_g.zero_grad()
+            d(g(torch.randn(3, 4))).mean().backward()  # G
+            opt_g.step()
+            losses = scope.steps.set_index("optimizer")["loss"]
+            if clear_d:
+                assert losses.loc[["opt_d"]].iloc[-1] == pytest.approx(d_loss.item())
+    if clear_d:
+        assert not scope.findings
+        return
+    assert [finding.optimizer for finding in scope.findings] == ["opt_d"]
+    source = Path(__file__).read_text("utf-8").splitlines()
+    assert source[scope.findings[0].line - 1].endswith("# D")

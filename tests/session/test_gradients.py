@@ -125,7 +125,7 @@ class NaiveModel:
             at=np.array(params),
             token=np.array([token for token, _, _ in seen]),
             version=np.array([version for _, version, _ in seen]),
-            zero=np.array([zero for _, _, zero in seen]),
+            squares=np.array([0.0 if zero else 1.0 for _, _, zero in seen]),
         )
 
 
@@ -180,7 +180,8 @@ def test_every_status_is_that_of_the_naive_model(actions: list[tuple[str, object
 
 def looks(*gradients: tuple[int, int, bool]) -> GradientLook:
     token, version, zero = zip(*gradients, strict=True)
-    return GradientLook(np.arange(len(token)), np.array(token), np.array(version), np.array(zero))
+    squares = np.where(zero, 0.0, 1.0)
+    return GradientLook(np.arange(len(token)), np.array(token), np.array(version), squares)
 
 
 def test_an_edit_between_backward_and_step_is_told_apart_from_one_after_use() -> None:

@@ -12,7 +12,17 @@ from gradscope.run.recording import Recording
 if TYPE_CHECKING:
     import pandas as pd
 
-_REBUILT = ("tensor", "as_tensor", "item", "tolist", "numpy", "from_numpy", "float")
+_REBUILT = (
+    "tensor",
+    "as_tensor",
+    "full",
+    "scalar_tensor",
+    "item",
+    "tolist",
+    "numpy",
+    "from_numpy",
+    "float",
+)
 
 
 class DetachedLoss(Rule):
@@ -33,14 +43,15 @@ class DetachedLoss(Rule):
     ## How it is found
 
     At every backward gradscope notes which parameters' gradients it wrote. One that wrote none,
-    from a root without a graph or whose graph, walked on the spot, ends in no parameter, has a
-    detached root. In the first step (and in the step after one that reached nothing) every torch
-    function is followed from its inputs to its outputs, so that the call that cut the graph can be
-    named by file and line; later, or when the cut was not seen, the line of `backward` is named.
+    from a root without a graph, has a detached root; so has one whose graph ends in a tensor that
+    was cut from the model's. In the first step (and in the step after one that reached nothing)
+    every torch function is followed from its inputs to its outputs, so that the call that cut the
+    graph can be named by file and line; later, or when the cut was not seen, the line of `backward`
+    is named.
 
-    The finding is an error when `backward` raised for it, or when it holds for every step of an
-    optimizer; when it holds for half of them or more it is a warning. Fewer are silent: a batch
-    without a single valid example may well have a constant loss.
+    The finding is raised when no backward of the run ever reached a parameter, or when the last one
+    raised. A loop that trains otherwise is silent: a batch without a single valid example may well
+    have a constant loss.
 
     ## Example
 
@@ -55,8 +66,8 @@ class DetachedLoss(Rule):
 
     ## When it is wrong
 
-    A framework that computes gradients by itself, without autograd, and calls `backward` on a
-    dummy tensor would be taken for a detached loss.
+    A framework that computes gradients by itself, without autograd and without assigning `.grad`,
+    and calls `backward` on a dummy tensor would be taken for a detached loss.
     """
 
     code = "GS301"
@@ -71,28 +82,26 @@ class DetachedLoss(Rule):
         if not any(parameter.requires_grad for parameter in run.parameters):
             return []  # everything is frozen, which is a cause of its own
         detached = _detached(backwards)
+        if detached.empty or not detached.any() or (~detached & (backwards["n_reached"] > 0)).any():
+            # A loop that trains has batches without a valid example, whose loss is a constant, and
+            # may catch what backward raises for them.
+            last = detached.iloc[-1:]
+            if not (last.any() and (backwards["error"].iloc[-1:] != "").any()):
+                return []
         raised = backwards.loc[
             detached & ~backwards["root_requires_grad"] & (backwards["error"] != "")
         ]
         steps = run.frame("steps")
         own = backwards["step"].notna()
-        with_backward = set(backwards.loc[own, "step"])
         with_gradient = set(backwards.loc[own & ~detached, "step"])
+        used = ["n_fresh", "n_accumulated", "n_compounded", "n_assigned"]
         lost = steps.loc[
-            steps["step"].isin(with_backward - with_gradient)
-            & (steps["n_fresh"] + steps["n_accumulated"] + steps["n_compounded"] == 0)
+            steps["step"].isin(set(backwards.loc[own & detached, "step"]) - with_gradient)
+            & (steps[used].sum(axis=1) == 0)
         ]
         if lost.empty and raised.empty:
             return []
-        severity = Severity.ERROR
-        if raised.empty:
-            attempts = steps.loc[steps["step"].isin(with_backward), "optimizer"].value_counts()
-            shares = lost["optimizer"].value_counts() / attempts
-            share = float(shares.max())
-            if share < 0.5:
-                return []
-            severity = Severity.ERROR if share == 1 else Severity.WARNING
-        return [self._finding_for(run, backwards.loc[detached], raised, lost, severity)]
+        return [self._finding_for(run, backwards.loc[detached], raised, lost)]
 
     def _finding_for(
         self,
@@ -100,7 +109,6 @@ class DetachedLoss(Rule):
         detached: pd.DataFrame,
         raised: pd.DataFrame,
         lost: pd.DataFrame,
-        severity: Severity,
     ) -> Finding:
         first = (raised if not raised.empty else detached).iloc[0]
         cut = _cut(run)
@@ -124,7 +132,6 @@ class DetachedLoss(Rule):
         return self.finding(
             message=message,
             fix=_fix(function, where),
-            severity=severity,
             params=tuple(p.name for p in run.parameters if p.requires_grad),
             optimizer=str(lost["optimizer"].iloc[0]) if len(lost) else None,
             step_first=int(lost["step"].min()) if len(lost) else None,
@@ -146,10 +153,11 @@ class DetachedLoss(Rule):
 def _detached(backwards: pd.DataFrame) -> pd.Series[bool]:
     """Which backwards had a root without a path to a parameter: bool, one per row."""
     without_graph = backwards["root_grad_fn"] == ""
-    # A graph that was walked and does end in parameters, although no gradient was written, is in
-    # the hands of something that moves gradients away.
-    graph_reaches_none = backwards["n_in_graph"].fillna(-1) == 0
-    return (backwards["n_reached"] == 0) & (without_graph | graph_reaches_none)
+    # A graph that ends in strangers may be another model's; in a cut tensor, it is this one's. A
+    # cut is looked for at some steps only, and holds for every backward of the same line.
+    cut_at = set(backwards.loc[backwards["ends_in_cut"], "line"].dropna())
+    ends_in_cut = backwards["line"].isin(cut_at) & (backwards["n_in_graph"].fillna(0) == 0)
+    return (backwards["n_reached"] == 0) & (without_graph | ends_in_cut)
 
 
 def _cut(run: Recording) -> pd.Series | None:

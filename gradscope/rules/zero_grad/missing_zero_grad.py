@@ -76,7 +76,9 @@ class MissingZeroGrad(Rule):
             first, last = int(rows["step"].min()), int(rows["step"].max())
             count = int(rows["step"].nunique())
             backwards = run.frame("backwards")
-            at = backwards.loc[(backwards["step"] == first).fillna(False)].head(1)
+            # Of a step of several backwards, the last: when micro-batches are accumulated they
+            # all stand in one line, and when not, an earlier one may be another optimizer's.
+            at = backwards.loc[(backwards["step"] == first).fillna(False)].tail(1)
             file = str(at["file"].iloc[0]) if len(at) and at["file"].iloc[0] else None
             line = int(at["line"].iloc[0]) if file is not None else None
             where = f" ({place(file, line)})" if file is not None and line is not None else ""
