@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import traceback
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from gradscope.config import WatchOptions, switched_off
@@ -31,7 +31,7 @@ def execute(arguments: argparse.Namespace) -> int:
     """Run the script; its exit status is ours, its exceptions are printed as Python prints them."""
     # Python, too, makes the path of the script absolute, and leaves sys.argv as it was typed.
     script = os.path.abspath(arguments.script)
-    code = _compiled(script)
+    source = _read(script)
     sys.argv = [arguments.script, *arguments.args]
     # As Python does for a script: its own folder is the first to import from.
     sys.path[0] = os.path.dirname(script)
@@ -42,29 +42,28 @@ def execute(arguments: argparse.Namespace) -> int:
         session = Session(WatchOptions(), discovers=True)
         session.start()
     try:
-        return _execute_as_main(code, script)
+        return _execute_as_main(source, script)
     finally:
         if session is not None:
             session.stop()
             _print_screen(session.recording)
 
 
-def _compiled(script: str) -> CodeType:
+def _read(script: str) -> bytes:
     try:
         with open(script, "rb") as file:
-            source = file.read()
+            return file.read()
     except OSError as error:
         raise UsageError(f"cannot read {script}: {error.strerror}") from error
-    return compile(source, script, "exec", dont_inherit=True)
 
 
-def _execute_as_main(code: CodeType, script: str) -> int:
+def _execute_as_main(source: bytes, script: str) -> int:
     main = ModuleType("__main__")
     main.__dict__.update(__file__=script, __builtins__=__builtins__)
     # Left in place afterwards: what runs at exit still looks its globals up there.
     sys.modules["__main__"] = main
     try:
-        exec(code, main.__dict__)
+        exec(compile(source, script, "exec", dont_inherit=True), main.__dict__)
     except SystemExit as exit_:
         return _status(exit_.code)
     except BaseException as error:

@@ -74,6 +74,10 @@ _MOST_CALLS = 100_000
 """How many calls are followed at most: a loop may go on without ever ending its first step."""
 
 
+_MOST_CUTS = 16
+"""How many cuts a tensor is remembered to descend from; the latest is what matters."""
+
+
 class GraphCutFinder:
     """Follows cuts through the calls of an armed step, up to the root of a backward.
 
@@ -207,6 +211,8 @@ class GraphCutFinder:
         *,
         is_made: bool = False,
     ) -> None:
+        if len(cuts) > _MOST_CUTS:  # a running mean descends from those of all steps
+            cuts = frozenset(sorted(cuts, key=lambda cut: cut.order)[-_MOST_CUTS:])
         self._origins[id(tensor)] = _Origin(
             weakref.ref(tensor), *_memory_of(tensor), cuts, made, is_made
         )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.parameter import UninitializedParameter
 
 from gradscope.instruments.late import Known, Late, Numbers
 
@@ -228,7 +229,8 @@ def _put_statistics(result: Statistics, at: int, values: Reals) -> None:
 
 def _is_small(tensor: torch.Tensor) -> bool:
     return (
-        tensor.device.type == "cpu"
+        not isinstance(tensor, UninitializedParameter)
+        and tensor.device.type == "cpu"
         and tensor.dtype in _FLOATS
         and tensor.layout is torch.strided
         and 0 < tensor.numel() <= _SMALL
@@ -238,6 +240,8 @@ def _is_small(tensor: torch.Tensor) -> bool:
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor | None:
     """The numbers of a tensor as a dense one without graph; None if they cannot be read."""
+    if isinstance(tensor, UninitializedParameter):
+        return None
     tensor = tensor.detach()
     if hasattr(tensor, "to_local"):  # a DTensor: this rank's part
         tensor = tensor.to_local()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.nn.parameter import UninitializedParameter
 
 from gradscope.instruments.late import Known, Late
 from gradscope.instruments.statistics import Reals, StatisticsReader
@@ -73,6 +74,7 @@ class WeightChange:
 def _room_for(parameter: torch.Tensor | None) -> torch.Tensor | None:
     if (
         parameter is None
+        or isinstance(parameter, UninitializedParameter)
         or parameter.is_meta
         or parameter.layout is not torch.strided
         or hasattr(parameter, "to_local")

@@ -16,8 +16,11 @@ from gradscope.session.failures import Failures
 from gradscope.session.gradients import Consumption, GradientLook
 from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger, StepRecord
-from gradscope.session.schedule import Schedule
+from gradscope.session.schedule import DENSE, Schedule
 from gradscope.session.step_observer import StepObserver, StepReading
+
+_LOOKED_AT_CLOSELY = 8
+"""How many optimizers have their first steps looked at closely; a program may make one per task."""
 
 
 class _Follower:
@@ -69,23 +72,29 @@ class Attempts:
         self._followers: dict[int, _Follower] = {}
         self.graphs: dict[int, CapturedGraph] = {}
         self.n_ended = 0
+        self._n_new = 0
 
     def follow(self, optimizer: int) -> None:
         """Follow one more optimizer."""
+        self._n_new += optimizer < _LOOKED_AT_CLOSELY
+        dense = DENSE if optimizer < _LOOKED_AT_CLOSELY else 0
         self._followers[optimizer] = _Follower(
             StepObserver(self._census, optimizer, self._failures.run),
-            Schedule(self._options.budget, self._options.every),
+            Schedule(self._options.budget, self._options.every, dense),
         )
 
     @property
     def optimizers(self) -> list[int]:
-        """Numbers of the optimizers followed."""
+        """Numbers of the optimizers followed that are still there."""
+        gone = [n for n in self._followers if self._census.optimizer(n) is None]
+        for number in gone:
+            del self._followers[number]
         return list(self._followers)
 
     @property
     def someone_is_new(self) -> bool:
-        """Whether an optimizer, if there is any, has not made its first attempt yet."""
-        return not all(f.n_attempts for f in self._followers.values()) or not self._followers
+        """Whether one of the first optimizers, if there is any, has made no attempt yet."""
+        return self._n_new > 0 or not self._followers
 
     def spend(self, seconds: float) -> None:
         """Note time that watching took outside of the optimizers' steps."""
@@ -182,6 +191,7 @@ class Attempts:
         now = time.perf_counter()
         follower = self._followers[optimizer]
         number, follower.n_attempts = follower.n_attempts, follower.n_attempts + 1
+        self._n_new -= number == 0 and optimizer < _LOOKED_AT_CLOSELY
         self.n_ended += 1
         observed, follower.spent = follower.spent + reading.seconds, 0.0
         self._recording.spend("recorded_steps" if reading.recorded else "steps", reading.seconds)

@@ -63,6 +63,7 @@ class Census:
         self._optimizers: list[_Optimizer] = []
         self._parameters: list[weakref.ref[torch.Tensor]] = []
         self._number_of: dict[int, int] = {}
+        self._lazy: set[int] = set()
 
     # -- meeting people ---------------------------------------------------------------------
 
@@ -108,6 +109,16 @@ class Census:
             self.generation += 1
         return changed
 
+    def refresh_lazy(self) -> None:
+        """See whether lazy parameters have got their shapes, which they do in the first forward."""
+        for number in list(self._lazy):
+            parameter = self._parameters[number]()
+            if not isinstance(parameter, UninitializedParameter):
+                self._lazy.discard(number)
+                self.generation += 1
+                if parameter is not None:
+                    _describe(parameter, self._recording.parameters[number])
+
     def refresh_groups(self, number: int) -> bool:
         """Look again which parameters an optimizer holds; returns whether that has changed."""
         known = self._optimizers[number]
@@ -148,8 +159,6 @@ class Census:
                 entry.requires_grad = parameter.requires_grad
                 entry.requires_grad_changed = step
                 flipped.append(number)
-            if parameter is not None and not entry.shape:
-                _describe(parameter, entry)  # a lazy parameter gets its shape late
         return flipped
 
     # -- asking -----------------------------------------------------------------------------
@@ -175,7 +184,7 @@ class Census:
             [
                 number
                 for number, entry in enumerate(self._recording.parameters)
-                if self._is_watched(entry.name)
+                if self._is_watched(entry.name) and self._parameters[number]() is not None
             ],
             np.int64,
         )
@@ -242,6 +251,8 @@ class Census:
         self._number_of[id(parameter)] = number
         entry = ParameterEntry(name="")
         _describe(parameter, entry)
+        if isinstance(parameter, UninitializedParameter):
+            self._lazy.add(number)
         self._recording.parameters.append(entry)
         return number
 

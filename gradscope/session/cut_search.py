@@ -78,6 +78,10 @@ class CutSearch:
             self._event("cut", cut.function, cut.location)
         return ends_in_cut
 
+    def backward_ended(self) -> None:
+        """Let the search end: what it was for is known now, one way or the other."""
+        self._is_over = self._finder is not None
+
     def step_ended(self) -> None:
         """Disarm at the end of a step, or later if that is in the middle of a backward."""
         self._is_over = not self.can_give_up

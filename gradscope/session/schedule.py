@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-_DENSE = 3
+DENSE = 3
 """How many first steps are recorded whatever they cost: most defects show in the first step."""
 
 _SMOOTHING = 0.3
@@ -17,12 +17,14 @@ class Schedule:
     Args:
         budget: the share of the step time that recording may take.
         every: record every n-th step, whatever it costs; None for the budget.
+        dense: how many first steps are recorded whatever they cost.
     """
 
-    def __init__(self, budget: float, every: int | None) -> None:
+    def __init__(self, budget: float, every: int | None, dense: int = DENSE) -> None:
         self._budget = budget
         self._every = every
-        self._next = _DENSE
+        self._dense = dense
+        self._next = dense
         self._cost: float | None = None
         self._step_time: float | None = None
 
@@ -30,7 +32,7 @@ class Schedule:
         """Tell whether a step, counted from 0 for its optimizer, is to be recorded in full."""
         if self._every is not None:
             return step % self._every == 0
-        return step < _DENSE or step >= self._next
+        return step < self._dense or step >= self._next
 
     def measured(self, step: int, *, recorded: bool, cost: float, step_time: float) -> None:
         """Take note of what a step cost.

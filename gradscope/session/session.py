@@ -53,6 +53,9 @@ _TAPS: tuple[Tap, ...] = (
 _MOST_GRAPHS_WAITING = 8
 """How many captured graphs wait for the step they belong to; a loop may never step."""
 
+_MOST_GRAPHS = 64
+"""How many graphs are captured at first steps; some optimizer may never make its own."""
+
 _sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 
@@ -105,6 +108,7 @@ class Session:
         self._scaler_stepped = False
         self._broken = False
         self._began = 0.0
+        self._n_captured = 0
         self._started_in = 0
         self._thread: int | None = None
         self._lock = threading.RLock()
@@ -286,7 +290,12 @@ class Session:
             self._tell_holdings()
             look = self._all.look()
             self._in_order.do(lambda: self._ledger.backward_started(look.value()), look)
-            if self._attempts.someone_is_new and len(self._attempts.graphs) < _MOST_GRAPHS_WAITING:
+            if (
+                self._attempts.someone_is_new
+                and self._n_captured < _MOST_GRAPHS
+                and len(self._attempts.graphs) < _MOST_GRAPHS_WAITING
+            ):
+                self._n_captured += 1
                 captured = self._capture(call)
         self._spend("structure", began)
         self._backward = (time.perf_counter(), _sequence_nr(), captured)
@@ -317,6 +326,7 @@ class Session:
             known = [leaf for leaf in leaves if self._census.knows(leaf)]
             is_foreign = bool(leaves) and not known and not row["ends_in_cut"]
             del leaves, known
+        self._cuts.backward_ended()
         if captured is not None:
             row["n_in_graph"] = sum(bool(names) for names in captured.params)
 
@@ -454,6 +464,7 @@ class Session:
 
     def _tell_holdings(self) -> None:
         """Tell the ledger who holds what, if that has changed."""
+        self._census.refresh_lazy()
         if self._all.up_to_date():
             return
         self._all.prepare()

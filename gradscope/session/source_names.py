@@ -59,6 +59,10 @@ def assigned_name(frame: FrameType | None) -> str | None:
     first = _first_line_in_progress(frame)
     if first is not None:
         line = linecache.getline(frame.f_code.co_filename, first)
+    position = _position(frame)
+    if position is not None and position[0] == frame.f_lineno:
+        # Of several statements on one line, the one that the call stands in.
+        line = line.encode()[: position[2]].decode(errors="replace").rpartition(";")[2]
     target, equals, _ = line.partition("=")
     target = target.split(":")[0].strip()
     if not equals or not target.replace(".", "").replace("_", "").isalnum():

@@ -92,6 +92,14 @@ def test_an_exception_is_shown_without_our_frames_and_the_screen_follows(tmp_pat
     assert "train.py:12" in screen
 
 
+def test_a_syntax_error_is_the_scripts_own(tmp_path: Path) -> None:
+    watched, bare = (run(tmp_path, "x = = 1\n", watched=w) for w in (True, False))
+    assert watched.returncode == bare.returncode == 1
+    # The screen that follows is ours.
+    assert bare.stderr.splitlines()[-1] in watched.stderr
+    assert "gradscope/" not in watched.stderr.replace(str(ROOT), "").split("SyntaxError")[0]
+
+
 def test_a_chained_exception_keeps_its_cause(tmp_path: Path) -> None:
     source = "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise ValueError('no') from e\n"
     watched, bare = (run(tmp_path, source, watched=w) for w in (True, False))
@@ -143,12 +151,12 @@ def loop():
 import gradscope, sys
 from gradscope.config import WatchOptions
 from gradscope.session.session import Session
-from gradscope.cli.run import _compiled, _execute_as_main
+from gradscope.cli.run import _read, _execute_as_main
 with gradscope.watch(model, optimizer, every=1) as scope:
     loop()
 session = Session(WatchOptions(every=1), discovers=True)
 session.start()
-_execute_as_main(_compiled("discovered.py"), "discovered.py")
+_execute_as_main(_read("discovered.py"), "discovered.py")
 session.stop()
 found = session.recording.tables
 for name, table in scope.tables.items():

@@ -53,3 +53,5 @@ def test_an_assignment_names_its_variable() -> None:
     )
     assert self.optimizer == "optimizer"
     assert [assigned(1)] == [None]
+    a = 1; b = assigned(a)  # fmt: skip  # noqa: E702
+    assert b == "b"
