@@ -304,7 +304,7 @@ class Session:
     def backward_ended(self, call: BackwardCall, error: BaseException | None) -> None:
         """Look at what a backward wrote."""
         began = time.perf_counter()
-        if self._broken or self._backward is None:
+        if self._broken or self._backward is None or not self._is_here():
             return
         (started, last_node, captured), self._backward = self._backward, None
         value: Late[Any] = scalar_of(call.roots[0]) if len(call.roots) == 1 else Known(float("nan"))
@@ -377,7 +377,7 @@ class Session:
     def closure_ended(self, optimizer: torch.optim.Optimizer) -> None:
         """Read the gradients that a closure has computed."""
         number = self._census.number_of_optimizer(optimizer)
-        if number is not None and not self._broken:
+        if number is not None and not self._broken and self._is_here():
             self._attempts.closure_ended(number)
 
     @_exclusive

@@ -1,0 +1,221 @@
+"""Programs that use torch in less usual ways: they run as without us, and are told truly."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gradscope
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def small_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
+def loss_of(model: nn.Module) -> torch.Tensor:
+    return F.cross_entropy(model(torch.randn(3, 4)), torch.tensor([0, 1, 0]))
+
+
+def test_a_lazy_module_is_watched_from_its_first_forward_on() -> None:
+    model = nn.Sequential(nn.LazyLinear(5), nn.LazyLinear(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+    assert scope.params["shape"].tolist() == ["(5, 4)", "(5,)", "(2, 5)", "(2,)"]
+    assert (scope.grads["status"] == "fresh").all()
+    assert (scope.grads["norm"] > 0).all()
+
+
+def test_a_closure_with_arguments_is_called_with_them() -> None:
+    class Twice(torch.optim.SGD):
+        def step(self, closure: Callable[..., torch.Tensor]) -> None:  # type: ignore[override]
+            with torch.enable_grad():
+                closure(backward=True)
+            super().step()
+
+    model = small_model()
+    optimizer = Twice(model.parameters(), lr=0.1)
+
+    def closure(*, backward: bool) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        if backward:
+            loss.backward()
+        return loss
+
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(3):
+            optimizer.step(closure)
+    assert scope.steps["n_fresh"].tolist() == [4, 4, 4]
+
+
+def test_an_object_passed_to_step_stays_what_it_is() -> None:
+    class Objective:
+        def __init__(self, model: nn.Module) -> None:
+            self.model = model
+
+        def __call__(self) -> torch.Tensor:
+            return self.value()
+
+        def value(self) -> torch.Tensor:
+            return loss_of(self.model)
+
+    class OfObjective(torch.optim.SGD):
+        def step(self, objective: Objective) -> None:  # type: ignore[override]
+            self.zero_grad()
+            with torch.enable_grad():
+                objective.value().backward()
+            super().step()
+
+    model = small_model()
+    optimizer = OfObjective(model.parameters(), lr=0.1)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(3):
+            optimizer.step(Objective(model))
+    assert scope.steps["n_fresh"].tolist() == [4, 4, 4]
+    assert not scope.findings
+
+
+def test_tracing_scripting_and_transforms_inside_a_watch() -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(3, 4)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        torch.fx.symbolic_trace(model)
+        parameters = dict(model.named_parameters())
+
+        def loss(parameters: dict[str, torch.Tensor], row: torch.Tensor) -> torch.Tensor:
+            return torch.func.functional_call(model, parameters, (row,)).sum()
+
+        per_sample = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+        for name, p in model.named_parameters():
+            p.grad = per_sample[name].mean(0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+    assert scope.steps["n_assigned"].tolist() == [4, 0]
+    assert scope.steps["n_fresh"].tolist() == [0, 4]
+    assert not scope.findings
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_trace_passes_its_own_check_while_watched() -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradscope.watch(model, optimizer, on_error="raise"):
+        traced = torch.jit.trace(model, torch.randn(3, 4))
+        assert torch.equal(traced(torch.ones(1, 4)), model(torch.ones(1, 4)))
+
+
+def test_modes_of_the_program_see_only_the_program() -> None:
+    class Functions(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.seen.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    class Operations(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    for kind in (Functions, Operations):
+        seen = []
+        for watched in (False, True):
+            model = small_model()
+            optimizer = torch.optim.AdamW(model.parameters())
+            scope = gradscope.watch(model, optimizer, every=1, on_error="raise")
+            if watched:
+                scope.start()
+            with kind() as mode:
+                for _ in range(3):
+                    optimizer.zero_grad(set_to_none=False)
+                    loss_of(model).backward()
+                    optimizer.step()
+            scope.stop()
+            seen.append(mode.seen)
+        assert seen[0] == seen[1]
+
+
+def test_each_thread_has_its_own_watch() -> None:
+    found: dict[int, Any] = {}
+
+    def train(number: int) -> None:
+        model = nn.Linear(4, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with gradscope.watch(model, optimizer, on_error="raise") as scope:
+            for _ in range(50):
+                optimizer.zero_grad()
+                F.cross_entropy(model(torch.ones(3, 4)), torch.tensor([0, 1, 0])).backward()
+                optimizer.step()
+        found[number] = scope
+
+    threads = [threading.Thread(target=train, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for scope in found.values():
+        assert scope.steps["n_fresh"].tolist() == [2] * 50
+
+
+def test_run_says_when_two_threads_train_and_watches_no_further(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        """
+import threading, torch
+from torch import nn
+def train():
+    net = nn.Sequential(*[nn.Linear(32, 32) for _ in range(20)])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        net(torch.randn(8, 32)).pow(2).mean().backward()
+        optimizer.step()
+threads = [threading.Thread(target=train) for _ in range(2)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print("done")
+""",
+        "utf-8",
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "gradscope", "run", "train.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "done\n"
+    assert "a second thread began to train" in " ".join(result.stderr.split())
