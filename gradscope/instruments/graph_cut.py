@@ -70,6 +70,9 @@ _NOTHING: frozenset[Cut] = frozenset()
 _EXITS = frozenset({"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__bool__"})
 
 
+# Calls that make a tensor of numbers a program already has, and not of chance or of ones.
+_REBUILD = frozenset({"tensor", "as_tensor", "asarray", "full", "scalar_tensor", "from_numpy"})
+
 _MOST_CALLS = 100_000
 """How many calls are followed at most: a loop may go on without ever ending its first step."""
 
@@ -190,15 +193,18 @@ class GraphCutFinder:
         cuts = _NOTHING.union(*(origin.cuts for origin in origins))
         return max(cuts, key=lambda cut: cut.order, default=None)
 
-    def rebuilding_of(self, roots: Iterable[torch.Tensor]) -> Cut | None:
-        """Return where a root without a graph was made of plain numbers, or None if not seen.
+    def rebuilding_of(self, ends: Iterable[torch.Tensor]) -> Cut | None:
+        """Return where an end was made of plain numbers that came out of a graph, if seen.
 
-        For a root whose values went through numbers further up, that is the last call that gave
+        For an end whose values went through numbers further up, that is the last call that gave
         values of a graph away.
         """
-        origins = [origin for root in roots if (origin := self._origin_of(root))]
+        if not self._last_exit:
+            return None
+        origins = [origin for end in ends if (origin := self._origin_of(end))]
         made = _NOTHING.union(*(origin.made for origin in origins if origin.is_made))
-        return max(made or self._last_exit, key=lambda cut: cut.order, default=None)
+        rebuilt = [cut for cut in made if cut.function in _REBUILD]
+        return max(rebuilt or self._last_exit, key=lambda cut: cut.order)
 
     def _cut(self, name: str) -> Cut:
         return Cut(name if torch.is_grad_enabled() else "no_grad", user_location(), self._n_calls)

@@ -71,8 +71,8 @@ class CutSearch:
             return False
         cut: Cut | None = self._failures.run("graph_cut", self._finder.cut_of, leaves or roots)
         ends_in_cut = bool(leaves) and cut is not None
-        if cut is None and not leaves:
-            cut = self._failures.run("graph_cut", self._finder.rebuilding_of, roots)
+        if cut is None:
+            cut = self._failures.run("graph_cut", self._finder.rebuilding_of, leaves or roots)
         if cut is not None:
             self._n_searches = _MOST_SEARCHES
             self._event("cut", cut.function, cut.location)

@@ -148,7 +148,9 @@ class GradientHistory:
             # Onto zeros is onto nothing, however they came. Right before a step, though, zeros
             # that nobody touched since backward wrote them are what backward computed.
             empty |= zero if before_backward else zero & (replaced | touched | spent)
-        assigned = replaced & ~empty
+        # Values written into a gradient that held nothing are put there by the program too.
+        filled = touched & ~held & ~empty
+        assigned = (replaced & ~empty) | filled
         edited = touched & held & ~empty
         if before_backward and look.squares is not None:
             # Through .data a program can change a gradient without moving its version.

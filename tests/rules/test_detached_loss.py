@@ -140,8 +140,15 @@ def data_made_a_leaf(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torc
     return F.cross_entropy(out.requires_grad_(), y)
 
 
+def mean_of_numbers(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    parts = [F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]) for i in range(2)]
+    return torch.tensor([part.item() for part in parts], requires_grad=True).mean()  # cut
+
+
 @pytest.mark.parametrize(
-    "make_loss", [prediction_cut_and_made_a_leaf, data_made_a_leaf], ids=lambda f: f.__name__
+    "make_loss",
+    [prediction_cut_and_made_a_leaf, data_made_a_leaf, mean_of_numbers],
+    ids=lambda f: f.__name__,
 )
 def test_a_graph_that_ends_in_a_cut_tensor_is_detached_too(make_loss: MakeLoss) -> None:
     findings = watched(make_loss).findings

@@ -79,6 +79,13 @@ class NaiveModel:
                 content=[self.unit("assigned")], exists=True, token=self.new_token()
             )
 
+    def fill(self, params: list[int]) -> None:
+        for param in params:
+            gradient = self.gradients[param]
+            if gradient.is_zero:
+                gradient.version += 1
+                gradient.content = [self.unit("assigned")]
+
     def is_spent(self, param: int) -> bool:
         content = self.gradients[param].content
         return bool(content) and any(
@@ -138,6 +145,7 @@ ACTIONS = st.one_of(
     st.tuples(st.just("zero_uncounted"), st.just(ALL)),
     st.tuples(st.just("assign"), SOME),
     st.tuples(st.just("edit"), SOME),
+    st.tuples(st.just("fill"), SOME),
     st.tuples(st.just("step"), st.sampled_from(sorted(HOLDERS))),
 )
 
@@ -172,6 +180,7 @@ def test_every_status_is_that_of_the_naive_model(actions: list[tuple[str, object
             history.look_before_backward(naive.look(ALL))
         elif action == "zero":
             naive.zero(argument, counted=True)
+            history.look_outside(naive.look(ALL))
         else:
             getattr(naive, action)(argument)
             # Two changes by the program between two looks are one change; the model knows both.

@@ -8,6 +8,7 @@ from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.rules.wording import place, some_of
 from gradscope.run.recording import Recording
+from gradscope.run.schema import STATUSES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,16 +43,16 @@ class DetachedLoss(Rule):
 
     ## How it is found
 
-    At every backward gradscope notes which parameters' gradients it wrote. One that wrote none,
-    from a root without a graph, has a detached root; so has one whose graph ends in a tensor that
-    was cut from the model's. In the first step (and in the step after one that reached nothing)
+    At every backward gradscope notes which parameters' gradients it wrote. When one wrote none, its
+    graph is walked on the spot: without any parameter at its ends, its root is detached. In the
+    first step (and in the step after one that reached nothing)
     every torch function is followed from its inputs to its outputs, so that the call that cut the
     graph can be named by file and line; later, or when the cut was not seen, the line of `backward`
     is named.
 
-    The finding is raised when no backward of the run ever reached a parameter, or when the last one
-    raised. A loop that trains otherwise is silent: a batch without a single valid example may well
-    have a constant loss.
+    The finding is raised when no backward of the run ever reached a parameter and the optimizer
+    stepped without any gradient, or when the last backward raised. A loop that trains otherwise is
+    silent: a batch without a single valid example may well have a constant loss.
 
     ## Example
 
@@ -94,10 +95,10 @@ class DetachedLoss(Rule):
         steps = run.frame("steps")
         own = backwards["step"].notna()
         with_gradient = set(backwards.loc[own & ~detached, "step"])
-        used = ["n_fresh", "n_accumulated", "n_compounded", "n_assigned"]
+        some = [f"n_{status}" for status in STATUSES if status not in ("none", "zeroed")]
         lost = steps.loc[
             steps["step"].isin(set(backwards.loc[own & detached, "step"]) - with_gradient)
-            & (steps[used].sum(axis=1) == 0)
+            & (steps[some].sum(axis=1) == 0)
         ]
         if lost.empty and raised.empty:
             return []
@@ -151,13 +152,10 @@ class DetachedLoss(Rule):
 
 
 def _detached(backwards: pd.DataFrame) -> pd.Series[bool]:
-    """Which backwards had a root without a path to a parameter: bool, one per row."""
-    without_graph = backwards["root_grad_fn"] == ""
-    # A graph that ends in strangers may be another model's; in a cut tensor, it is this one's. A
-    # cut is looked for at some steps only, and holds for every backward of the same line.
-    cut_at = set(backwards.loc[backwards["ends_in_cut"], "line"].dropna())
-    ends_in_cut = backwards["line"].isin(cut_at) & (backwards["n_in_graph"].fillna(0) == 0)
-    return (backwards["n_reached"] == 0) & (without_graph | ends_in_cut)
+    """Which backwards wrote no gradient from a graph without parameters: bool, one per row."""
+    # A graph that does end in parameters, although no gradient was written, is in the hands of
+    # something that moves gradients away. What wrote nothing has always been walked.
+    return (backwards["n_reached"] == 0) & (backwards["n_in_graph"].fillna(0) == 0)
 
 
 def _cut(run: Recording) -> pd.Series | None:
