@@ -9,11 +9,12 @@ import numpy as np
 
 from gradscope.run.columns import MISSING, Coded
 from gradscope.run.recording import Recording
-from gradscope.run.schema import GROUPS, STATUSES
+from gradscope.run.schema import GROUPS, MOMENTS, STATUSES
 from gradscope.session.gradients import NONE, Consumption
 from gradscope.session.ledger import StepRecord
 
 _GROUP_COLUMNS = {column.name for column in GROUPS.columns}
+_MOMENT_COLUMNS = tuple(column.name for column in MOMENTS.columns)
 _ADAM_DENOMINATOR = ("Adam", "AdamW")
 
 
@@ -149,6 +150,7 @@ def record_moments(
         for holder, group in entry.holders
         if holder == optimizer
     }
+    rows: list[dict[str, Any]] = []
     for place, state in after.items():
         if "exp_avg" not in state or "exp_avg_sq" not in state:
             continue
@@ -184,7 +186,10 @@ def record_moments(
                 "effective_lr_min": lr / correction1 / greatest if correction1 else math.nan,
                 "effective_lr_max": lr / correction1 / least if correction1 else math.nan,
             }
-        recording.rows("moments").append(values)
+        rows.append(values)
+    # All at once: an append costs as much for one row as for all of them.
+    columns = {name: [row.get(name, math.nan) for row in rows] for name in _MOMENT_COLUMNS}
+    recording.rows("moments").extend(len(rows), columns)
 
 
 def record_step(
