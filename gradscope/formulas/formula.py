@@ -19,6 +19,7 @@ class Formula:
         state: for each key of ``optimizer.state[p]`` that the rule reads or writes, the name of
             that quantity on the worksheet: ``{"exp_avg": "m"}`` gives the rule ``m_before`` and
             has it write ``m``.
+        scalars: the names among these whose quantity is one number for a whole parameter.
         symbols: LaTeX for those names that differ from the common ones.
         elementwise: whether every element can be worked out alone; else the worksheet holds
             arrays in the shape of the weight.
@@ -28,5 +29,6 @@ class Formula:
     source: str
     apply: Callable[[Worksheet], None]
     state: Mapping[str, str] = field(default_factory=dict)
+    scalars: tuple[str, ...] = ("t",)
     symbols: Mapping[str, str] = field(default_factory=dict)
     elementwise: bool = True

@@ -6,76 +6,188 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from gradscope.instruments.late import Known, Late, scalar_of
-from gradscope.instruments.statistics import Statistics, StatisticsReader
+from gradscope.instruments.statistics import Reals, Statistics, StatisticsReader
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StateLayout:
+    """Which entries the state of an optimizer has; the same object as long as it has the same.
+
+    Attributes:
+        keys: the names that occur in ``optimizer.state[p]``, once each.
+        places: int64[n], place of the parameter in the list that was passed, per entry.
+        key: int64[n], index into ``keys``.
+        tensors: int64[t], the entries that are tensors.
+        numbers: int64[n - t], the entries that are single numbers.
+    """
+
+    keys: tuple[str, ...]
+    places: Integers
+    key: Integers
+    tensors: Integers
+    numbers: Integers
 
 
 @dataclass(slots=True)
 class StateReading:
-    """The state of an optimizer at one moment, one entry per parameter and key.
+    """The state of an optimizer at one moment.
 
     Attributes:
-        places: place of the parameter in the list that was passed, per entry.
-        keys: name of the entry in ``optimizer.state[p]``.
-        values: for each entry that is a single number, its value; None for a tensor.
-        tensors: places of the entries that are tensors, in the order of ``statistics``.
-        statistics: of those tensors.
+        layout: the entries.
+        statistics: of the entries that are tensors.
+        values: float64[n - t], the entries that are single numbers.
     """
 
-    places: list[int]
-    keys: list[str]
-    values: list[Late[Any] | None]
-    tensors: list[int]
+    layout: StateLayout
     statistics: Late[Statistics]
+    values: Late[Reals]
 
     def ready(self) -> bool:
         """Whether every value has arrived."""
-        return self.statistics.ready() and all(v is None or v.ready() for v in self.values)
+        return self.statistics.ready() and self.values.ready()
+
+    def by_parameter(self, key: str, name: str, n: int) -> Reals:
+        """Return one statistic of one key for each of ``n`` parameters, NaN where there is none.
+
+        Of a single number every statistic is that number's.
+        """
+        result = np.full(n, np.nan)
+        layout = self.layout
+        if key not in layout.keys:
+            return result
+        wanted = layout.key == layout.keys.index(key)
+        at = wanted[layout.tensors]
+        result[layout.places[layout.tensors[at]]] = getattr(self.statistics.value(), name)[at]
+        at = wanted[layout.numbers]
+        values = self.values.value()[at]
+        result[layout.places[layout.numbers[at]]] = np.abs(values) if name == "norm" else values
+        return result
 
 
 class StateReader:
     """Reads the state that an optimizer holds for a list of parameters."""
 
     def __init__(self) -> None:
-        self._layout: list[tuple[int, str, torch.Size]] = []
-        self._reader: StatisticsReader | None = None
+        self._held: list[list[str]] = []
+        self._shapes: list[Any] = []
+        self._layout = StateLayout((), *(np.zeros(0, np.int64) for _ in range(4)))
+        self._reader = StatisticsReader([])
+        self._numbers = _NumberReader(0)
+        self._stamp: list[Any] | None = None
+        self._last: StateReading | None = None
 
     def read(
-        self, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor | None]
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[torch.Tensor | None],
+        *,
+        no_step_since: bool = False,
     ) -> StateReading:
-        """Read the state as it is now; a parameter that has none yet has no entry."""
-        places: list[int] = []
-        keys: list[str] = []
-        values: list[Late[Any] | None] = []
-        tensors: list[torch.Tensor] = []
-        layout: list[tuple[int, str, torch.Size]] = []
-        for place, parameter in enumerate(parameters):
-            # The state is a defaultdict: asking for what is not there would create it.
-            held = None if parameter is None else optimizer.state.get(parameter)
-            if not held:
-                continue
-            for key, value in held.items():
-                if isinstance(value, torch.Tensor) and value.dim() > 0:
-                    layout.append((len(keys), str(key), value.shape))
-                    tensors.append(value)
-                    values.append(None)
-                elif isinstance(value, torch.Tensor):
-                    values.append(scalar_of(value))
-                elif isinstance(value, int | float):
-                    values.append(Known(float(value)))
-                else:
-                    continue
-                places.append(place)
-                keys.append(str(key))
-        if self._reader is None or layout != self._layout:
-            self._layout = layout
-            self._reader = StatisticsReader(tensors)
-        return StateReading(
-            places=places,
-            keys=keys,
-            values=values,
-            tensors=[entry for entry, _, _ in layout],
-            statistics=self._reader.statistics(tensors),
+        """Read the state as it is now; a parameter that has none yet has no entry.
+
+        Args:
+            optimizer: the optimizer.
+            parameters: its parameters, None for one that is gone.
+            no_step_since: whether the optimizer has made no step since the last reading, which then
+                still holds unless a tensor of the state was replaced or written.
+        """
+        # The state is a defaultdict: asking for what is not there would create it.
+        states = [{} if p is None else optimizer.state.get(p) or {} for p in parameters]
+        values = [value for state in states for value in state.values()]
+        stamp = _stamp(values)
+        if no_step_since and stamp is not None and stamp == self._stamp and self._last is not None:
+            return self._last
+        shapes = [_shape(value) for value in values]
+        held = [list(state) for state in states]
+        if shapes != self._shapes or held != self._held:
+            self._held, self._shapes = held, shapes
+            self._layout = _layout(held, shapes)
+            self._reader = StatisticsReader([values[i] for i in self._layout.tensors])
+            self._numbers = _NumberReader(len(self._layout.numbers))
+        self._stamp = stamp
+        self._last = StateReading(
+            layout=self._layout,
+            statistics=self._reader.statistics(
+                [values[i] for i in self._layout.tensors], count_zeros=False
+            ),
+            values=self._numbers.read([values[i] for i in self._layout.numbers]),
         )
+        return self._last
+
+
+def _stamp(values: list[Any]) -> list[Any] | None:
+    """What tells whether a state is still as it was read; None where nothing does."""
+    try:
+        return [
+            (id(value), value._version)
+            if isinstance(value, torch.Tensor)
+            else (value if isinstance(value, int | float) else id(value))
+            for value in values
+        ]
+    except RuntimeError:  # a tensor made in inference mode counts no versions
+        return None
+
+
+def _shape(value: Any) -> Any:
+    """The shape of a tensor, () for a number, None for anything else."""
+    if isinstance(value, torch.Tensor):
+        return value.shape
+    return () if isinstance(value, int | float) else None
+
+
+def _layout(held: list[list[str]], shapes: list[Any]) -> StateLayout:
+    keys = [str(key) for state in held for key in state]
+    places = [place for place, state in enumerate(held) for _ in state]
+    known = tuple(dict.fromkeys(keys))
+    kept = [i for i, shape in enumerate(shapes) if shape is not None]
+    return StateLayout(
+        keys=known,
+        places=np.array(places, np.int64),
+        key=np.array([known.index(key) for key in keys], np.int64),
+        tensors=np.array([i for i in kept if len(shapes[i])], np.int64),
+        numbers=np.array([i for i in kept if not len(shapes[i])], np.int64),
+    )
+
+
+class _NumberReader:
+    """Reads many single numbers at once: Python's own, and tensors with one element.
+
+    Args:
+        n: how many.
+    """
+
+    def __init__(self, n: int) -> None:
+        self._host = torch.zeros(n, dtype=torch.float64, device="cpu")
+        self._views = list(self._host.unbind())
+
+    def read(self, values: Sequence[Any]) -> Late[Reals]:
+        """Return float64[n], NaN for what is no real number."""
+        try:
+            # The usual case: the counts of steps, small tensors on the host.
+            if not any(value.device.type != "cpu" for value in values):
+                torch._foreach_copy_(self._views, values)  # type: ignore[arg-type]
+                return Known(self._host.numpy().copy())
+        except (AttributeError, TypeError, RuntimeError):
+            pass  # a Python number among them, or a tensor that cannot be read like this
+        found = [scalar_of(v) if isinstance(v, torch.Tensor) else Known(float(v)) for v in values]
+        return _All(found)
+
+
+class _All(Late[Reals]):
+    """Several late numbers as one array."""
+
+    def __init__(self, numbers: list[Late[Any]]) -> None:
+        self._numbers = numbers
+
+    def ready(self) -> bool:
+        return all(number.ready() for number in self._numbers)
+
+    def value(self) -> Reals:
+        return np.array([float(number.value()) for number in self._numbers], np.float64)

@@ -114,7 +114,7 @@ class StatisticsReader:
             else []
         )
         self._flat = flat.numpy()
-        self._double = np.zeros(len(self._flat), np.float64)
+        self._scratch = np.zeros(len(self._flat), np.float32)
         self._is_zero = np.zeros(len(self._flat), np.bool_)
 
     def sums_of_squares(self, tensors: Sequence[torch.Tensor | None]) -> Late[Reals]:
@@ -122,11 +122,7 @@ class StatisticsReader:
         result = np.full(self.n, np.nan)
         present, others = self._flatten(tensors)
         if len(self._small):
-            np.copyto(self._double, self._flat)
-            with np.errstate(invalid="ignore"):  # infinities of both signs, in the gradients
-                np.multiply(self._double, self._double, out=self._double)
-                squares = np.add.reduceat(self._double, self._starts)
-            result[self._small[present]] = squares[present]
+            result[self._small[present]] = self._squares()[present]
         readings = [_sum_of_squares(plain) for _, plain in others]
         return _Filled(
             result,
@@ -135,14 +131,16 @@ class StatisticsReader:
             lambda target, at, values: target.__setitem__(at, values[0]),
         )
 
-    def statistics(self, tensors: Sequence[torch.Tensor | None]) -> Late[Statistics]:
-        """Return all statistics of each tensor."""
+    def statistics(
+        self, tensors: Sequence[torch.Tensor | None], *, count_zeros: bool = True
+    ) -> Late[Statistics]:
+        """Return all statistics of each tensor; without ``count_zeros`` ``n_zero`` stays NaN."""
         result = Statistics.empty(self.n)
         present, others = self._flatten(tensors)
         if len(self._small):
             with np.errstate(invalid="ignore"):
-                self._reduce_flat(result, present)
-        readings = [_all_statistics(plain) for _, plain in others]
+                self._reduce_flat(result, present, count_zeros)
+        readings = [_all_statistics(plain, count_zeros) for _, plain in others]
         return _Filled(result, [i for i, _ in others], readings, _put_statistics)
 
     def _flatten(
@@ -182,25 +180,40 @@ class StatisticsReader:
         ]
         return np.array(regular, np.bool_), irregular
 
-    def _reduce_flat(self, result: Statistics, present: npt.NDArray[np.bool_]) -> None:
+    def _squares(self) -> Reals:
+        """float64[k], the sums of squares of the buffered tensors."""
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            np.multiply(self._flat, self._flat, out=self._scratch)
+            # numpy adds pairwise, so that float32 loses no more than its last digit.
+            squares = np.add.reduceat(self._scratch, self._starts).astype(np.float64)
+            for i in np.flatnonzero(~((squares > _TINY) & (squares < _HUGE))).tolist():
+                part = self._part(i).astype(np.float64)
+                squares[i] = np.dot(part, part)
+        return squares
+
+    def _part(self, i: int) -> npt.NDArray[np.float32]:
+        return self._flat[self._starts[i] : self._starts[i] + self._sizes[i]]
+
+    def _reduce_flat(
+        self, result: Statistics, present: npt.NDArray[np.bool_], count_zeros: bool
+    ) -> None:
         at, starts = self._small[present], self._starts
         result.numel[at] = self._sizes[present]
         result.min[at] = np.minimum.reduceat(self._flat, starts)[present]
         result.max[at] = np.maximum.reduceat(self._flat, starts)[present]
-        np.equal(self._flat, 0, out=self._is_zero)
-        zeros = np.add.reduceat(self._is_zero.view(np.uint8), starts, dtype=np.uint32)
-        result.n_zero[at] = zeros[present]
-        np.copyto(self._double, self._flat)
-        result.sum[at] = np.add.reduceat(self._double, starts)[present]
-        np.multiply(self._double, self._double, out=self._double)
-        squares = np.add.reduceat(self._double, starts)
+        result.sum[at] = np.add.reduceat(self._flat, starts)[present]
+        squares = self._squares()
         result.sum_of_squares[at] = squares[present]
+        if count_zeros:
+            np.equal(self._flat, 0, out=self._is_zero)
+            result.n_zero[at] = 0
+        if count_zeros and self._is_zero.any():
+            zeros = np.add.reduceat(self._is_zero.view(np.uint8), starts, dtype=np.uint32)
+            result.n_zero[at] = zeros[present]
         nonfinite = np.zeros(len(starts))
-        # Squares of float32 cannot overflow in double: where the sum is not finite, an element
-        # is not.
-        for i in np.flatnonzero(~np.isfinite(squares)):
-            part = self._flat[starts[i] : starts[i] + self._sizes[i]]
-            nonfinite[i] = np.count_nonzero(~np.isfinite(part))
+        # Their squares cannot overflow in double: where the sum is not finite, an element is not.
+        for i in np.flatnonzero(~np.isfinite(squares)).tolist():
+            nonfinite[i] = np.count_nonzero(~np.isfinite(self._part(i)))
         result.n_nonfinite[at] = nonfinite[present]
 
 
@@ -261,41 +274,50 @@ def _sum_of_squares(tensor: torch.Tensor) -> Late[Reals]:
         return Numbers(torch.linalg.vector_norm(tensor, dtype=_widest(tensor)) ** 2)
     if tensor.numel() == 0:
         return Known(np.zeros(1))
+    return Known(np.array([_squares_on_host(tensor, _elements(tensor))]))
+
+
+def _elements(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """The elements of a dense tensor on the host in any order, in float32 or float64."""
+    if tensor.dtype not in (torch.float32, torch.float64):
+        tensor = tensor.to(torch.float32)
+    # In the order in which they lie in memory, whatever was transposed, so without a copy.
+    return tensor.numpy().ravel(order="K")
+
+
+def _squares_on_host(tensor: torch.Tensor, elements: npt.NDArray[Any]) -> float:
     total = 0.0
-    if tensor.dtype in (torch.float32, torch.float64):
-        for block in tensor.reshape(-1).split(_BLOCK):
-            total += float(torch.dot(block, block))
-    else:
-        for block in tensor.reshape(-1).split(_BLOCK):
-            wide = block.to(torch.float32)
-            total += float(torch.dot(wide, wide))
-    if (not _TINY < total < _HUGE and total != 0.0) or (total == 0.0 and bool((tensor != 0).any())):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        for start in range(0, len(elements), _BLOCK):
+            block = elements[start : start + _BLOCK]
+            total += float(np.dot(block, block))
+    if not _TINY < total < _HUGE and (total != 0.0 or elements.any()):
         total = float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
-    return Known(np.array([total]))
+    return total
 
 
-def _all_statistics(tensor: torch.Tensor) -> Late[Reals]:
+def _all_statistics(tensor: torch.Tensor, count_zeros: bool) -> Late[Reals]:
     """float64[7] in the order of the fields of Statistics."""
     numel = tensor.numel()
     if numel == 0:
         return Known(np.array([0.0, 0.0, 0.0, math.nan, math.nan, 0.0, 0.0]))
     if tensor.device.type != "cpu":
         return Numbers(_statistics_on_device(tensor))
-    squares = float(_sum_of_squares(tensor).value()[0])
-    nonzero = int(torch.count_nonzero(tensor))
-    finite = math.isfinite(squares)
-    nonfinite = 0 if finite else numel - int(torch.isfinite(tensor).sum())
     if tensor.is_complex():
-        return Known(
-            np.array([numel, math.nan, squares, math.nan, math.nan, numel - nonzero, nonfinite])
-        )
-    total = 0.0
-    for block in tensor.reshape(-1).split(_BLOCK):
-        total += float(block.sum(dtype=torch.float64 if block.dtype.itemsize < 4 else None))
-    least, greatest = torch.aminmax(tensor)
-    return Known(
-        np.array([numel, total, squares, float(least), float(greatest), numel - nonzero, nonfinite])
-    )
+        squares = float(_sum_of_squares(tensor).value()[0])
+        zeros = numel - int(torch.count_nonzero(tensor))
+        nonfinite = 0 if math.isfinite(squares) else int((~torch.isfinite(tensor)).sum())
+        return Known(np.array([numel, math.nan, squares, math.nan, math.nan, zeros, nonfinite]))
+    elements = _elements(tensor)
+    with np.errstate(all="ignore"):
+        squares = _squares_on_host(tensor, elements)
+        unfit = 0 if math.isfinite(squares) else np.count_nonzero(~np.isfinite(elements))
+        total = 0.0
+        for start in range(0, numel, _BLOCK):
+            total += float(elements[start : start + _BLOCK].sum())
+        none = np.count_nonzero(elements == 0) if count_zeros else math.nan
+        least, greatest = elements.min(), elements.max()
+    return Known(np.array([numel, total, squares, least, greatest, none, unfit]))
 
 
 def _statistics_on_device(tensor: torch.Tensor) -> torch.Tensor:

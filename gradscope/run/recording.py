@@ -10,9 +10,23 @@ import numpy as np
 from gradscope.run.captured_graph import CapturedGraph
 from gradscope.run.columns import MISSING, Columns
 from gradscope.run.schema import PARAMS, TABLES
+from gradscope.run.weight_step import TrackedWeights
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+_UNIT_ROUNDOFF = {
+    "float64": 2.0**-53,
+    "float32": 2.0**-24,
+    "float16": 2.0**-11,
+    "bfloat16": 2.0**-8,
+    "complex64": 2.0**-24,
+    "complex128": 2.0**-53,
+}
+
+MOST_TRACKED_BYTES = 64 * 2**20
+"""What the tracked weights of all steps may take before every second step is forgotten."""
 
 
 @dataclass(slots=True)
@@ -92,6 +106,7 @@ class Recording:
     Attributes:
         models, optimizers, parameters: who took part, by number.
         graphs: captured autograd graphs by step.
+        tracked: a few weights of every parameter, by recorded step.
         seconds: how long the watch has lasted, pauses left out.
         observe_seconds: time spent by gradscope, by what it was spent on.
         notes: what could not be observed, or failed, in plain words.
@@ -102,10 +117,12 @@ class Recording:
         self.optimizers: list[OptimizerEntry] = []
         self.parameters: list[ParameterEntry] = []
         self.graphs: dict[int, CapturedGraph] = {}
+        self.tracked: dict[int, TrackedWeights] = {}
         self.seconds = 0.0
         self.observe_seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self._n_reached = 0
+        self._tracked_bytes = 0
         self._columns = {name: Columns(table) for name, table in TABLES.items() if name != "params"}
         self._frames: dict[str, tuple[Any, pd.DataFrame]] = {}
 
@@ -144,6 +161,24 @@ class Recording:
         for number in params.tolist():
             self.parameters[number].reached = True
         self._n_reached = sum(parameter.reached for parameter in self.parameters)
+
+    def track(self, step: int, weights: TrackedWeights) -> None:
+        """Keep the tracked weights of a step; memory is bounded, so old steps are thinned out."""
+        self.tracked[step] = weights
+        self._tracked_bytes += weights.n_bytes
+        if self._tracked_bytes > MOST_TRACKED_BYTES:
+            for forgotten in list(self.tracked)[1:-1:2]:
+                self._tracked_bytes -= self.tracked.pop(forgotten).n_bytes
+
+    def numels(self, params: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return float64[n], how many numbers each of some parameters holds."""
+        return np.array([self.parameters[param].numel for param in params.tolist()], np.float64)
+
+    def roundoffs(self, params: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return float64[n], the unit roundoff of each one's dtype, NaN where there is none."""
+        return np.array(
+            [_UNIT_ROUNDOFF.get(self.parameters[p].dtype, np.nan) for p in params.tolist()]
+        )
 
     def spend(self, part: str, seconds: float) -> None:
         """Add to the time that watching took."""

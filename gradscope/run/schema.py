@@ -223,7 +223,7 @@ STATE = Table(
 
 MOMENTS = Table(
     "moments",
-    "recorded step and parameter of an Adam-like optimizer",
+    "recorded step and parameter of an optimizer of the Adam family",
     _columns(
         _STEP,
         _PARAM,
@@ -237,12 +237,36 @@ MOMENTS = Table(
             "L2 norm of the second moment before the step; 0 if none yet",
         ),
         ("exp_avg_sq_norm_after", R, "L2 norm of the second moment after the step"),
-        ("bias_correction1", R, "1 − β₁ᵗ"),
+        (
+            "max_exp_avg_sq_norm_before",
+            R,
+            "L2 norm of the greatest second moment so far, before the step; NaN without amsgrad",
+        ),
+        ("max_exp_avg_sq_norm_after", R, "the same after the step"),
+        ("bias_correction1", R, "1 − β₁ᵗ, with t the step count after the update"),
         ("bias_correction2", R, "1 − β₂ᵗ"),
-        ("denominator_min", R, "least element of √(v / bias_correction2) + ε"),
-        ("denominator_max", R, "greatest element of it"),
-        ("effective_lr_min", R, "least lr / bias_correction1 / denominator over the elements"),
-        ("effective_lr_max", R, "greatest of it"),
+        (
+            "denominator_min",
+            R,
+            "least element of what the (averaged) gradient is divided by, √(v / bias_correction2) "
+            "+ ε in Adam",
+        ),
+        ("denominator_mean", R, "mean of its elements"),
+        ("denominator_max", R, "its greatest element"),
+        (
+            "effective_lr_min",
+            R,
+            "least element of what the averaged gradient is multiplied by, lr / bias_correction1 "
+            "/ denominator in Adam",
+        ),
+        ("effective_lr_mean", R, "mean of its elements"),
+        ("effective_lr_max", R, "its greatest element"),
+        (
+            "momentum_gradient_cosine",
+            R,
+            "cosine between the first moment before the step and the gradient; near -1 where "
+            "the optimizer is about to turn round; NaN before the second step",
+        ),
     ),
 )
 
@@ -257,6 +281,47 @@ UPDATES = Table(
         ("weight_norm_after", R, "L2 norm of the weight after the step"),
         ("update_norm", R, "L2 norm of the change, from a kept copy of the weight before"),
         ("update_ratio", R, "update_norm / weight_norm_before; NaN for a weight of zeros"),
+        (
+            "decay_norm",
+            R,
+            "L2 norm of the part of the update that is due to weight decay; like all that follows "
+            "NaN where gradscope has no formula of the optimizer",
+        ),
+        (
+            "momentum_norm",
+            R,
+            "L2 norm of the part due to the optimizer's state before the step (old momentum); NaN "
+            "where the update is not linear in it",
+        ),
+        ("fresh_norm", R, "L2 norm of the part due to this step's gradient; NaN likewise"),
+        (
+            "update_gradient_cosine",
+            R,
+            "cosine between the update and the negative gradient; known without a formula too",
+        ),
+        (
+            "unchanged_fraction",
+            R,
+            "share of the elements that rounding left as they were: by the formula they were to "
+            "move (without a formula: those that have a gradient)",
+        ),
+        (
+            "eps_fraction",
+            R,
+            "share of the elements at which eps is the larger part of the denominator",
+        ),
+        (
+            "residual",
+            R,
+            "L2 norm of the difference between the update and the formula's, relative to the "
+            "larger of the two; 0 where both are 0",
+        ),
+        (
+            "rounding",
+            R,
+            "what storing the weight in its dtype alone may add to the residual: its unit "
+            "roundoff times weight_norm_after, relative to the same",
+        ),
     ),
 )
 

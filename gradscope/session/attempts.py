@@ -237,15 +237,18 @@ class Attempts:
             run, step, optimizer, params, record.consumption, statistics, sums
         )
         weight_norm = update_norm = float("nan")
-        if reading.change is not None:
+        anatomy = None if reading.anatomy is None else reading.anatomy.value()
+        if anatomy is not None:
             weight_norm, update_norm = recorder.record_updates(
-                run, step, optimizer, params, reading
+                run, step, optimizer, params, anatomy
             )
         for when, state in (("before", reading.state_before), ("after", reading.state_after)):
             if state is not None:
                 recorder.record_state(run, step, optimizer, params, when, state)
         if reading.state_after is not None:
-            recorder.record_moments(run, step, optimizer, params, reading)
+            recorder.record_moments(run, step, optimizer, params, reading, anatomy)
+        if reading.tracked is not None and (tracked := reading.tracked.value()) is not None:
+            run.track(step, tracked)
         recorder.record_step(
             run,
             record,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gradscope.run.columns import MISSING, Coded
 from gradscope.run.recording import Recording
-from gradscope.run.schema import GROUPS, MOMENTS, STATUSES
+from gradscope.run.schema import GROUPS, STATUSES
 from gradscope.session.gradients import NONE, Consumption
 from gradscope.session.ledger import StepRecord
 
+if TYPE_CHECKING:
+    from gradscope.instruments.anatomy import Anatomy
+
 _GROUP_COLUMNS = {column.name for column in GROUPS.columns}
-_MOMENT_COLUMNS = tuple(column.name for column in MOMENTS.columns)
-_ADAM_DENOMINATOR = ("Adam", "AdamW")
 
 
 def record_gradients(
@@ -85,111 +86,143 @@ def record_groups(recording: Recording, step: int, optimizer: int, groups: list[
 
 
 def record_updates(
-    recording: Recording, step: int, optimizer: int, params: Any, reading: Any
+    recording: Recording, step: int, optimizer: int, params: Any, anatomy: Anatomy
 ) -> tuple[float, float]:
     """Add the rows of ``updates``; returns the norms of all weights and of their update."""
-    before = np.sqrt(reading.weights_before.value())
-    after = np.sqrt(reading.weights_after.value())
-    change = np.sqrt(reading.change.value())
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.where(before > 0, change / before, np.nan)
-    recording.rows("updates").extend(
-        len(params),
-        {
-            "step": step,
-            "param": params,
-            "optimizer": optimizer,
-            "weight_norm_before": before,
-            "weight_norm_after": after,
-            "update_norm": change,
-            "update_ratio": ratio,
-        },
+    numel, roundoff = recording.numels(params), recording.roundoffs(params)
+    before, after, change = (
+        np.sqrt(squares)
+        for squares in (anatomy.weight_before, anatomy.weight_after, anatomy.update)
     )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        formula, residual = np.sqrt(anatomy.formula), np.sqrt(anatomy.residual)
+        larger = np.fmax(change, formula)
+        recording.rows("updates").extend(
+            len(params),
+            {
+                "step": step,
+                "param": params,
+                "optimizer": optimizer,
+                "weight_norm_before": before,
+                "weight_norm_after": after,
+                "update_norm": change,
+                "update_ratio": np.where(before > 0, change / before, np.nan),
+                "decay_norm": np.sqrt(anatomy.decay),
+                "momentum_norm": np.sqrt(anatomy.momentum),
+                "fresh_norm": np.sqrt(anatomy.fresh),
+                "update_gradient_cosine": -anatomy.update_gradient
+                / (change * np.sqrt(anatomy.gradient)),
+                "unchanged_fraction": anatomy.unchanged / numel,
+                "eps_fraction": anatomy.eps_dominates / numel,
+                "residual": np.where(residual == 0, 0.0, residual / larger),
+                "rounding": np.where(larger > 0, roundoff * after / larger, 0.0),
+            },
+        )
     return _together(before), _together(change)
 
 
 def record_state(
-    recording: Recording, step: int, optimizer: int, params: Any, when: str, reading: Any
+    recording: Recording,
+    step: int,
+    optimizer: int,
+    params: Any,
+    when: str,
+    reading: Any,
 ) -> None:
     """Add the rows of ``state`` for one side of a recorded step."""
-    n = len(reading.keys)
+    layout, statistics = reading.layout, reading.statistics.value()
+    n = len(layout.places)
     values: dict[str, Any] = {
         "step": step,
-        "param": params[np.array(reading.places, np.int64)] if n else [],
+        "param": params[layout.places],
         "optimizer": optimizer,
         "when": when,
-        "key": reading.keys,
-        "value": [math.nan if late is None else float(late.value()) for late in reading.values],
+        "key": Coded(layout.key, layout.keys) if n else [],
     }
-    statistics = reading.statistics.value()
+    values["value"] = np.full(n, np.nan)
+    values["value"][layout.numbers] = reading.values.value()
     for name in ("norm", "mean", "abs_max"):
-        column = np.full(n, np.nan)
-        column[reading.tensors] = getattr(statistics, name)
-        values[name] = column
-    nonfinite = np.zeros(n, np.int64)
-    nonfinite[reading.tensors] = np.nan_to_num(statistics.n_nonfinite).astype(np.int64)
-    values["nonfinite"] = nonfinite
+        values[name] = np.full(n, np.nan)
+        values[name][layout.tensors] = getattr(statistics, name)
+    nonfinite = values["nonfinite"] = np.zeros(n, np.int64)
+    nonfinite[layout.tensors] = np.nan_to_num(statistics.n_nonfinite).astype(np.int64)
+    is_entry = np.zeros(n, np.bool_)
+    is_entry[layout.tensors] = is_entry[layout.numbers] = True
+    if not is_entry.all():  # the state holds something that is neither tensor nor number
+        for name in ("param", "value", "norm", "mean", "abs_max", "nonfinite"):
+            values[name] = values[name][is_entry]
+        values["key"] = Coded(layout.key[is_entry], layout.keys)
+        n = int(is_entry.sum())
     recording.rows("state").extend(n, values)
 
 
 def record_moments(
-    recording: Recording, step: int, optimizer: int, params: Any, reading: Any
+    recording: Recording,
+    step: int,
+    optimizer: int,
+    params: Any,
+    reading: Any,
+    anatomy: Anatomy | None,
 ) -> None:
-    """Add the rows of ``moments`` for a recorded step of an Adam-like optimizer.
-
-    Denominator and effective learning rate follow Adam (Kingma and Ba, 2015, algorithm 1), as
-    ``torch.optim.adam._single_tensor_adam`` computes them; with amsgrad the greatest second moment
-    so far takes the second moment's place.
-    """
-    after = _by_place(reading.state_after)
-    before = _by_place(reading.state_before) if reading.state_before is not None else {}
-    kind = recording.optimizers[optimizer].kind
-    group_of = {
-        number: group
-        for number, entry in enumerate(recording.parameters)
-        for holder, group in entry.holders
-        if holder == optimizer
+    """Add the rows of ``moments`` for a recorded step of an optimizer of the Adam family."""
+    after = reading.state_after
+    n = len(params)
+    norms: dict[str, Any] = {}
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        norms[f"{key}_norm_after"] = after.by_parameter(key, "norm", n)
+        # A moment that is not there yet is a moment of zero.
+        norms[f"{key}_norm_before"] = np.where(np.isnan(norms[f"{key}_norm_after"]), np.nan, 0.0)
+        if reading.state_before is not None:
+            before = reading.state_before.by_parameter(key, "norm", n)
+            there = ~np.isnan(before)
+            norms[f"{key}_norm_before"][there] = before[there]
+    # Adamax has a norm of the past gradients in the place of the second moment.
+    second = np.fmax(norms["exp_avg_sq_norm_after"], after.by_parameter("exp_inf", "norm", n))
+    has_moments = ~np.isnan(norms["exp_avg_norm_after"] + second)
+    if not has_moments.any():
+        return
+    count = after.by_parameter("step", "mean", n)
+    beta1, beta2 = (
+        np.array([_of_group(reading, group, name) for group in reading.group_of])
+        for name in ("beta1", "beta2")
+    )
+    values: dict[str, Any] = {
+        "step": step,
+        "param": params,
+        "optimizer": optimizer,
+        "step_count": np.nan_to_num(count).astype(np.int64),
+        **norms,
+        "bias_correction1": 1 - beta1**count,
+        "bias_correction2": 1 - beta2**count,
     }
-    rows: list[dict[str, Any]] = []
-    for place, state in after.items():
-        if "exp_avg" not in state or "exp_avg_sq" not in state:
-            continue
-        param = int(params[place])
-        group = reading.groups[group_of[param]].values if reading.groups else {}
-        count = float(state.get("step", math.nan))
-        earlier = before.get(place, {})
-        values: dict[str, Any] = {
-            "step": step,
-            "param": param,
-            "optimizer": optimizer,
-            "step_count": int(count) if math.isfinite(count) else 0,
-            "exp_avg_norm_before": _norm(earlier.get("exp_avg")),
-            "exp_avg_norm_after": _norm(state["exp_avg"]),
-            "exp_avg_sq_norm_before": _norm(earlier.get("exp_avg_sq")),
-            "exp_avg_sq_norm_after": _norm(state["exp_avg_sq"]),
+    if anatomy is not None:
+        values |= _scales(anatomy, recording.numels(params))
+    if not has_moments.all():
+        values = {
+            name: value[has_moments] if isinstance(value, np.ndarray) else value
+            for name, value in values.items()
         }
-        if {"lr", "beta1", "beta2", "eps"} <= set(group) and kind in _ADAM_DENOMINATOR:
-            lr, beta1, beta2, eps = (
-                float(group[name].value()) for name in ("lr", "beta1", "beta2", "eps")
-            )
-            correction1, correction2 = 1 - beta1**count, 1 - beta2**count
-            second = state.get("max_exp_avg_sq", state["exp_avg_sq"])
-            least, greatest = (
-                math.sqrt(max(second[name], 0.0) / correction2) + eps if correction2 else math.nan
-                for name in ("min", "max")
-            )
-            values |= {
-                "bias_correction1": correction1,
-                "bias_correction2": correction2,
-                "denominator_min": least,
-                "denominator_max": greatest,
-                "effective_lr_min": lr / correction1 / greatest if correction1 else math.nan,
-                "effective_lr_max": lr / correction1 / least if correction1 else math.nan,
-            }
-        rows.append(values)
-    # All at once: an append costs as much for one row as for all of them.
-    columns = {name: [row.get(name, math.nan) for row in rows] for name in _MOMENT_COLUMNS}
-    recording.rows("moments").extend(len(rows), columns)
+    recording.rows("moments").extend(int(has_moments.sum()), values)
+
+
+def _scales(anatomy: Anatomy, numel: Any) -> dict[str, Any]:
+    """The columns of ``moments`` about denominators, rates and directions."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {
+            "denominator_min": anatomy.denominator_min,
+            "denominator_mean": anatomy.denominator / numel,
+            "denominator_max": anatomy.denominator_max,
+            "effective_lr_min": anatomy.effective_lr_min,
+            "effective_lr_mean": anatomy.effective_lr / numel,
+            "effective_lr_max": anatomy.effective_lr_max,
+            "momentum_gradient_cosine": anatomy.momentum_gradient
+            / np.sqrt(anatomy.first_moment * anatomy.gradient),
+        }
+
+
+def _of_group(reading: Any, group: int, name: str) -> float:
+    late = reading.groups[group].values.get(name) if group < len(reading.groups) else None
+    return math.nan if late is None else float(late.value())
 
 
 def record_step(
@@ -240,36 +273,6 @@ def record_step(
         # that it was made for: the first one after it.
         if backwards.array("step")[number] == MISSING:
             backwards.set("step", number, record.step)
-
-
-def _by_place(reading: Any) -> dict[int, dict[str, Any]]:
-    """The state per parameter: numbers as they are, tensors as their least, greatest and norm."""
-    statistics = reading.statistics.value()
-    least, greatest, norms = statistics.min, statistics.max, statistics.norm
-    found: dict[int, dict[str, Any]] = {}
-    tensor = {entry: i for i, entry in enumerate(reading.tensors)}
-    for entry, (place, key, late) in enumerate(
-        zip(reading.places, reading.keys, reading.values, strict=True)
-    ):
-        state = found.setdefault(place, {})
-        if late is not None:
-            value = float(late.value())
-            # A parameter of one element without dimensions has moments without dimensions.
-            state[key] = (
-                value if key == "step" else {"min": value, "max": value, "norm": abs(value)}
-            )
-        else:
-            i = tensor[entry]
-            state[key] = {
-                "min": least[i],
-                "max": greatest[i],
-                "norm": norms[i],
-            }
-    return found
-
-
-def _norm(moment: dict[str, float] | None) -> float:
-    return 0.0 if moment is None else moment["norm"]
 
 
 def _together(norms: Any) -> float:

@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
+from gradscope.instruments.anatomy import Anatomy
 from gradscope.instruments.gradients import GradientReader
 from gradscope.instruments.hyperparameters import GroupReading, read_groups
 from gradscope.instruments.late import Late, scalar_of
 from gradscope.instruments.optimizer_state import StateReader, StateReading
 from gradscope.instruments.statistics import Reals, Statistics
-from gradscope.instruments.weight_change import WeightChange
+from gradscope.instruments.step_copies import StepCopies, group_numbers
+from gradscope.run.weight_step import TrackedWeights, WeightStep
 from gradscope.session.census import Census
 from gradscope.session.gradients import GradientLook, Integers, as_slice
 
@@ -39,8 +42,10 @@ class StepReading:
         scaled: whether the gradients are still multiplied by the scaler's scale.
         scale: the scaler's scale, when one is in use.
         groups: hyper-parameters of each group.
+        group_of: int64[n], the group of each parameter.
         state_before, state_after: the optimizer's state on both sides of the update.
-        weights_before, weights_after, change: float64[n], sums of squares.
+        anatomy: the update taken apart.
+        tracked: a few weights of each parameter.
         is_consumed: whether the ledger has been told that the update uses these gradients.
         seconds: spent on all this reading.
     """
@@ -55,11 +60,11 @@ class StepReading:
     scaled: bool = False
     scale: Late[Any] | None = None
     groups: list[GroupReading] = field(default_factory=list)
+    group_of: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
     state_before: StateReading | None = None
     state_after: StateReading | None = None
-    weights_before: Late[Reals] | None = None
-    weights_after: Late[Reals] | None = None
-    change: Late[Reals] | None = None
+    anatomy: Late[Anatomy] | None = None
+    tracked: Late[TrackedWeights | None] | None = None
     is_consumed: bool = False
     seconds: float = 0.0
 
@@ -83,9 +88,8 @@ class StepReading:
             self.scale,
             self.state_before,
             self.state_after,
-            self.weights_before,
-            self.weights_after,
-            self.change,
+            self.anatomy,
+            self.tracked,
             *(value for group in self.groups for value in group.values.values()),
         ]
         return [part for part in parts if part is not None]
@@ -105,6 +109,7 @@ class StepObserver:
         self._optimizer = optimizer
         self._attempt = attempt
         self._generation = -1
+        self._are_copied = False
 
     def begin(self, *, recorded: bool, scale: Late[Any] | None) -> StepReading:
         """Read what there is before the update, the gradients left out."""
@@ -119,12 +124,14 @@ class StepObserver:
             reading.found_inf = scalar_of(found_inf)
             reading.scaled = getattr(optimizer, "grad_scale", None) is not None
         reading.groups = self._attempt("hyperparameters", read_groups, optimizer) or []
+        reading.group_of = self._group_of
         if recorded:
             tensors = self._tensors()
-            reading.weights_before = self._attempt("weight_change", self._weights.before, tensors)
+            self._are_copied = self._attempt("anatomy", self._copy, optimizer, tensors) or False
             reading.state_before = self._attempt(
-                "optimizer_state", self._state.read, optimizer, tensors
+                "optimizer_state", self._read_state, optimizer, tensors
             )
+        self._was_recorded = False
         return reading
 
     def read_gradients(self, reading: StepReading) -> None:
@@ -134,6 +141,10 @@ class StepObserver:
         token, version, any_there = self._gradients.identities(gradients)
         reading.look = GradientLook(self._at, token, version)
         reading.sums_of_squares = reading.statistics = None
+        if reading.recorded and self._are_copied:
+            self._are_copied = (
+                self._attempt("anatomy", self._copy_gradients, gradients, reading.scaled) or False
+            )
         if not any_there:
             return
         if reading.recorded:
@@ -152,14 +163,35 @@ class StepObserver:
             return None
         tensors = self._tensors()
         if reading.recorded:
-            if reading.weights_before is not None:
-                changes = self._attempt("weight_change", self._weights.after, tensors)
-                if changes is not None:
-                    reading.weights_after, reading.change = changes
+            if self._are_copied:
+                reading.anatomy = self._attempt("anatomy", self._copies.after, tensors)
+                reading.tracked = self._attempt("anatomy", self._copies.tracked, reading.params)
+            self._was_recorded = False
             reading.state_after = self._attempt(
-                "optimizer_state", self._state.read, optimizer, tensors
+                "optimizer_state", self._read_state, optimizer, tensors
             )
+            self._was_recorded = True
         return self._look_after(reading, tensors)
+
+    def weight(self, param: int, position: int, index: tuple[int, ...]) -> WeightStep | None:
+        """Return any weight around the last recorded step; see :class:`StepCopies`."""
+        places = np.flatnonzero(self._census.params_of(self._optimizer) == param)
+        if self._generation < 0 or not len(places):
+            return None
+        return self._copies.weight(int(places[0]), position, index)
+
+    def _copy(self, optimizer: torch.optim.Optimizer, tensors: Sequence[Any]) -> bool:
+        self._copies.before(optimizer, tensors)
+        return True
+
+    def _copy_gradients(self, gradients: Sequence[Any], is_scaled: bool) -> bool:
+        optimizer = self._census.optimizer(self._optimizer)
+        scale = getattr(optimizer, "grad_scale", None) if is_scaled else None
+        self._copies.gradients(gradients, scale)
+        return True
+
+    def _read_state(self, optimizer: torch.optim.Optimizer, tensors: Sequence[Any]) -> StateReading:
+        return self._state.read(optimizer, tensors, no_step_since=self._was_recorded)
 
     def _look_after(self, reading: StepReading, tensors: Sequence[Any]) -> GradientLook | None:
         """Look at the gradients again if the update has changed them, which few optimizers do."""
@@ -185,8 +217,12 @@ class StepObserver:
         self._references = self._census.references(params.tolist())
         tensors = self._tensors()
         self._gradients = GradientReader(tensors)
-        self._weights = WeightChange(tensors)
+        optimizer = self._census.optimizer(self._optimizer)
+        assert optimizer is not None
+        self._copies = StepCopies(optimizer, tensors)
+        self._group_of = group_numbers(optimizer, tensors)
         self._state = StateReader()
+        self._was_recorded = False
         self._generation = self._census.generation
         # An update treats the gradients of a group alike: a few tell of all.
         self._sample = (

@@ -34,7 +34,7 @@ from gradscope.instruments.gradients import GradientReader
 from gradscope.instruments.graph_cut import GraphCutFinder
 from gradscope.instruments.optimizer_state import StateReader
 from gradscope.instruments.statistics import StatisticsReader
-from gradscope.instruments.weight_change import WeightChange
+from gradscope.instruments.step_copies import StepCopies
 from gradscope.rules import RULES
 from gradscope.run.columns import Columns
 from gradscope.run.recording import Recording
@@ -321,9 +321,11 @@ def _nothing(*args: Any) -> None:
 
 CASES = [
     ("hyperparameters", "read_groups"),
-    ("weight_change", "before"),
-    ("weight_change", "after"),
-    ("optimizer_state", "read"),
+    ("anatomy", "_copy"),
+    ("anatomy", "_copy_gradients"),
+    ("anatomy", "after"),
+    ("anatomy", "tracked"),
+    ("optimizer_state", "_read_state"),
     ("gradient_statistics", "statistics"),
     ("gradient_norms", "sums_of_squares"),
     ("autograd_graph", "capture_graph"),
@@ -431,7 +433,7 @@ INNER_PARTS = [
     *_own_functions(Attempts),
     (CutSearch, "call_started"),
     (CutSearch, "step_ended"),
-    *_own_functions(GradientReader, StatisticsReader, WeightChange, StateReader, Census),
+    *_own_functions(GradientReader, StatisticsReader, StepCopies, StateReader, Census),
     *(
         (recorder, name)
         for name, function in vars(recorder).items()

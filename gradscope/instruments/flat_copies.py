@@ -1,0 +1,199 @@
+"""Copies of several quantities of many parameters, each quantity in one flat buffer.
+
+One call copies all parameters, and arithmetic on them is a few long loops instead of many short
+ones. The buffers are allocated once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.parameter import UninitializedParameter
+
+from gradscope.instruments.late import Known, Late, Numbers
+
+Integers = npt.NDArray[np.int64]
+
+MOST_BYTES = 512 * 2**20
+"""What all copies but that of the weights may take, unless the weights themselves take more."""
+
+
+class FlatCopies:
+    """Buffers for copies of the parameters of one device and working precision.
+
+    Complex parameters are copied as pairs of real numbers. The copy of the weights has room for all
+    parameters. The other quantities have room for :attr:`turn`, a range of them, because a model
+    may be too large for copies of everything: then the ranges take turns.
+
+    Args:
+        device: where the buffers lie.
+        dtype: float32, or float64 for double precision parameters.
+        places: where in the list of all parameters these are.
+        parameters: the parameters themselves; of each only the shape is remembered.
+        n_quantities: how many quantities besides the weight will be copied.
+
+    Attributes:
+        places: int64[n].
+        starts: int64[n + 1], where each parameter begins in a buffer of all, and where the last
+            ends.
+        turn: first and last + 1 of the parameters whose other quantities there is room for now.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        places: Sequence[int],
+        parameters: Sequence[torch.Tensor],
+        n_quantities: int,
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        self.places = np.array(places, np.int64)
+        self._shapes = [real_view(parameter).shape for parameter in parameters]
+        sizes = np.array([shape.numel() for shape in self._shapes], np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        total = int(self.starts[-1])
+        most = max(MOST_BYTES // dtype.itemsize, total) // max(1, n_quantities)
+        self._turns = _turns(self.starts, most)
+        self._turn = 0
+        self._room = max(int(self.starts[b] - self.starts[a]) for a, b in self._turns)
+        self._has_complex = any(parameter.is_complex() for parameter in parameters)
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._views: dict[tuple[str, int], list[torch.Tensor]] = {}
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """Which parameters there is room for now."""
+        return self._turns[self._turn]
+
+    @property
+    def _all_present(self) -> npt.NDArray[np.bool_]:
+        return np.ones(self.turn[1] - self.turn[0], np.bool_)
+
+    def next_turn(self) -> None:
+        """Make room for the next parameters; what was copied of the present ones is lost."""
+        self._turn = (self._turn + 1) % len(self._turns)
+
+    def copy_weights(self, parameters: Sequence[Any]) -> None:
+        """Copy all weights, as they are now."""
+        sources = [real_view(p) for p in parameters] if self._has_complex else parameters
+        torch._foreach_copy_(self._views_of("weight_before"), sources)  # type: ignore[arg-type]
+
+    def copy(self, quantity: str, tensors: Sequence[torch.Tensor | None]) -> npt.NDArray[np.bool_]:
+        """Copy a quantity of the parameters whose turn it is.
+
+        Args:
+            quantity: its name.
+            tensors: one for each of these parameters, shaped like it, or None.
+
+        Returns:
+            Which of them there were; where there was none, the buffer holds what it held before.
+        """
+        views = self._views_of(quantity)
+        if not self._has_complex:
+            try:
+                torch._foreach_copy_(views, tensors)  # type: ignore[arg-type]
+                return self._all_present
+            except (TypeError, RuntimeError):  # one is absent, or sparse
+                pass
+        plain = [_plain(tensor, view) for tensor, view in zip(tensors, views, strict=True)]
+        present = np.array([tensor is not None for tensor in plain], np.bool_)
+        if present.any():
+            there = [(view, tensor) for view, tensor in zip(views, plain, strict=True)]
+            torch._foreach_copy_(
+                [view for view, tensor in there if tensor is not None],
+                [tensor for _, tensor in there if tensor is not None],
+            )
+        return present
+
+    def shaped(self, quantity: str, member: int) -> torch.Tensor:
+        """Return the copy of one parameter's quantity, in its shape."""
+        first = 0 if quantity == "weight_before" else self.turn[0]
+        return self._views_of(quantity)[member - first]
+
+    def flat(self, quantity: str, start: int, stop: int) -> torch.Tensor:
+        """Return part of a buffer, by places in the buffer of all parameters."""
+        buffer = self._buffer(quantity)
+        base = 0 if quantity == "weight_before" else int(self.starts[self.turn[0]])
+        return buffer[start - base : stop - base]
+
+    def gather(self, quantity: str, positions: Integers) -> Late[Any]:
+        """Return single elements, by their places in the buffer of all parameters."""
+        buffer = self._buffer(quantity)
+        base = 0 if quantity == "weight_before" else int(self.starts[self.turn[0]])
+        if self.device.type == "cpu":
+            return Known(buffer.numpy()[positions - base])
+        at = torch.from_numpy(positions - base)
+        if self.device.type == "cuda":  # a copy from unpinned memory makes the host wait
+            at = at.pin_memory()
+        return Numbers(buffer[at.to(self.device, non_blocking=True)])
+
+    def _buffer(self, quantity: str) -> torch.Tensor:
+        buffer = self._buffers.get(quantity)
+        if buffer is None:
+            room = int(self.starts[-1]) if quantity == "weight_before" else self._room
+            buffer = torch.zeros(room, dtype=self.dtype, device=self.device)
+            self._buffers[quantity] = buffer
+        return buffer
+
+    def _views_of(self, quantity: str) -> list[torch.Tensor]:
+        everything = quantity == "weight_before"
+        first, last = (0, len(self.places)) if everything else self.turn
+        key = (quantity, 0 if everything else self._turn)
+        views = self._views.get(key)
+        if views is None:
+            shapes = self._shapes[first:last]
+            sizes = [shape.numel() for shape in shapes]
+            parts = self._buffer(quantity)[: sum(sizes)].split(sizes) if sizes else ()
+            views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+            self._views[key] = views
+        return views
+
+
+def can_be_copied(parameter: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
+    """Whether a parameter's numbers can be read as they lie in memory."""
+    return (
+        parameter is not None
+        and not isinstance(parameter, UninitializedParameter)
+        and not parameter.is_meta
+        and parameter.layout is torch.strided
+        and (parameter.dtype.is_floating_point or parameter.dtype.is_complex)
+        and not hasattr(parameter, "to_local")
+    )
+
+
+def working_dtype(parameter: torch.Tensor) -> torch.dtype:
+    """The precision of a parameter's copies: every value of its dtype is one of theirs."""
+    is_double = parameter.dtype in (torch.float64, torch.complex128)
+    return torch.float64 if is_double else torch.float32
+
+
+def real_view(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without graph, a complex one as pairs of real numbers."""
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _plain(tensor: torch.Tensor | None, view: torch.Tensor) -> Any:
+    if tensor is None:
+        return None
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_complex():
+        tensor = real_view(tensor)
+    return tensor if tensor.shape == view.shape and not tensor.is_meta else None
+
+
+def _turns(starts: Integers, most: int) -> list[tuple[int, int]]:
+    """Split parameters into ranges of at most ``most`` numbers, or of a single parameter."""
+    turns, first = [], 0
+    for member in range(1, len(starts)):
+        is_last = member == len(starts) - 1
+        if is_last or starts[member + 1] - starts[first] > most:
+            turns.append((first, member))
+            first = member
+    return turns or [(0, 0)]

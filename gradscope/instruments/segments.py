@@ -1,0 +1,140 @@
+"""Reductions of flat arrays, one result per segment: NumPy on the CPU, torch elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from gradscope.instruments.flat_copies import Integers
+
+
+class Segments(Protocol):
+    """A flat array of some length, cut into segments of at least one element each."""
+
+    def total(self, values: Any) -> Any:
+        """Return the sum of each segment."""
+
+    def product(self, left: Any, right: Any) -> Any:
+        """Return the sum of the products of each segment."""
+
+    def least(self, values: Any) -> Any:
+        """Return the least element of each segment."""
+
+    def greatest(self, values: Any) -> Any:
+        """Return the greatest element of each segment."""
+
+    def count(self, flags: Any) -> Any:
+        """Return how many elements of each segment are true."""
+
+
+class HostWhole:
+    """A NumPy array that is one segment; each result is a single number.
+
+    Args:
+        length: of the array.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def total(self, values: Any) -> Any:
+        """Return the sum."""
+        return values.sum() if values.ndim else values * self._length
+
+    def product(self, left: Any, right: Any) -> Any:
+        """Return the dot product."""
+        return np.dot(left, right)
+
+    def least(self, values: Any) -> Any:
+        """Return the least element."""
+        return values.min()
+
+    def greatest(self, values: Any) -> Any:
+        """Return the greatest element."""
+        return values.max()
+
+    def count(self, flags: Any) -> Any:
+        """Return how many elements are true."""
+        return np.count_nonzero(flags) if np.ndim(flags) else self._length * bool(flags)
+
+
+class HostSegments:
+    """Several segments of NumPy arrays; each result has one entry per segment.
+
+    Args:
+        starts: int64[k], where each segment begins; the first at 0.
+        length: of the whole array.
+    """
+
+    def __init__(self, starts: Integers, length: int) -> None:
+        self._starts = starts
+        self._length = length
+
+    def total(self, values: Any) -> Any:
+        """Return real[k]."""
+        # numpy adds pairwise, so float32 loses no more than a few digits of its last place.
+        return np.add.reduceat(self._stretched(values), self._starts)
+
+    def product(self, left: Any, right: Any) -> Any:
+        """Return real[k]."""
+        return np.add.reduceat(left * right, self._starts)
+
+    def least(self, values: Any) -> Any:
+        """Return real[k]."""
+        return np.minimum.reduceat(self._stretched(values), self._starts)
+
+    def greatest(self, values: Any) -> Any:
+        """Return real[k]."""
+        return np.maximum.reduceat(self._stretched(values), self._starts)
+
+    def count(self, flags: Any) -> Any:
+        """Return int[k]."""
+        if not np.any(flags):  # the usual case, at a fraction of the cost
+            return np.zeros(self._starts.shape, np.int64)
+        return np.add.reduceat(self._stretched(flags), self._starts, dtype=int)
+
+    def _stretched(self, values: Any) -> Any:
+        return values if np.ndim(values) else np.broadcast_to(values, (self._length,))
+
+
+class DeviceSegments:
+    """Segments of torch tensors; the arguments as for :class:`HostSegments`."""
+
+    def __init__(self, starts: Integers, length: int, device: torch.device) -> None:
+        sizes = np.diff(np.append(starts, length))
+        self._length = length
+        # A copy from unpinned memory makes the host wait for the device.
+        host = torch.from_numpy(sizes)
+        if device.type == "cuda":
+            host = host.pin_memory()
+        self._sizes = host.to(device, non_blocking=True)
+
+    def total(self, values: Any) -> Any:
+        """Return a tensor[k]."""
+        return self._reduce(values, "sum")
+
+    def product(self, left: Any, right: Any) -> Any:
+        """Return a tensor[k]."""
+        return self._reduce(left * right, "sum")
+
+    def least(self, values: Any) -> Any:
+        """Return a tensor[k]."""
+        return self._reduce(values, "min")
+
+    def greatest(self, values: Any) -> Any:
+        """Return a tensor[k]."""
+        return self._reduce(values, "max")
+
+    def count(self, flags: Any) -> Any:
+        """Return a tensor[k]."""
+        return self._reduce(flags.to(torch.float32), "sum")
+
+    def _reduce(self, values: Any, reduction: str) -> Any:
+        if values.dim() == 0:
+            values = values.expand(self._length)
+        # ``unsafe`` leaves out a check of the sizes that would wait for the device.
+        return torch.segment_reduce(
+            values.contiguous(), reduction, lengths=self._sizes, unsafe=True
+        )

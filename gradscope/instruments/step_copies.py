@@ -1,0 +1,382 @@
+"""What an update reads and what it leaves, copied around it, and taken apart."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gradscope.formulas import FORMULAS
+from gradscope.formulas.formula import Formula
+from gradscope.instruments.anatomy import LARGE, Anatomy, Run, WorkedOut, work_out
+from gradscope.instruments.flat_copies import FlatCopies, can_be_copied, working_dtype
+from gradscope.instruments.late import Known, Late
+from gradscope.run.weight_step import GivenTogether, TrackedWeights, WeightStep
+
+TRACKED = 16
+"""How many weights of each parameter are kept of every recorded step."""
+
+Tensors = Sequence[torch.Tensor | None]
+Flags = npt.NDArray[np.bool_]
+
+_UNKNOWN_STATE = 2
+"""How many tensors of state to make room for where the rule, and so its state, is not known."""
+
+
+def formula_of(optimizer: torch.optim.Optimizer) -> Formula | None:
+    """Return the rule by which an optimizer steps, or None for one that is not torch's own.
+
+    A subclass that leaves ``step`` as it is steps by the rule of its base.
+    """
+    step = inspect.unwrap(type(optimizer).step)
+    for base in type(optimizer).__mro__:
+        formula = FORMULAS.get(base.__name__)
+        if formula is not None and base.__module__.startswith("torch.optim"):
+            return formula if inspect.unwrap(base.step) is step else None  # type: ignore[attr-defined]
+    return None
+
+
+class StepCopies:
+    """Copies the parameters of one optimizer around its updates.
+
+    In the order of a step: :meth:`before`, :meth:`gradients` (once more for each evaluation of a
+    closure), :meth:`after`.
+
+    Args:
+        optimizer: the optimizer; not kept.
+        parameters: its parameters, None for one that is gone.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Tensors) -> None:
+        self.formula = formula_of(optimizer)
+        self._n = len(parameters)
+        self._empty = [i for i, p in enumerate(parameters) if p is not None and _is_empty(p)]
+        self._groups = group_numbers(optimizer, parameters)
+        self._parts = [
+            _Part(copies, self._groups[copies.places], self.formula)
+            for copies in _copies(parameters, self._groups, self.formula)
+        ]
+
+    def before(self, optimizer: torch.optim.Optimizer, parameters: Tensors) -> None:
+        """Copy weights and state as an update finds them."""
+        with torch.no_grad():
+            for part in self._parts:
+                part.before(optimizer, parameters)
+
+    def gradients(self, gradients: Tensors, scale: torch.Tensor | None) -> None:
+        """Copy the gradients that an update is about to read.
+
+        Args:
+            gradients: one per parameter.
+            scale: what they are still multiplied by, and the update will divide them by.
+        """
+        with torch.no_grad():
+            for part in self._parts:
+                part.gradients(gradients, scale)
+
+    def after(self, parameters: Tensors) -> Late[Anatomy]:
+        """Copy the weights as an update left them, and take the update apart."""
+        with torch.no_grad():
+            worked_out = [(part.copies, part.after(parameters)) for part in self._parts]
+        return WorkedOut(self._n, self._empty, worked_out)
+
+    def tracked(self, params: Any) -> Late[TrackedWeights | None]:
+        """Return :data:`TRACKED` weights of each parameter around the step that is just over.
+
+        Args:
+            params: int64[n], the numbers of the parameters.
+        """
+        return _Tracked([part.tracked(params) for part in self._parts])
+
+    def weight(self, place: int, position: int, index: tuple[int, ...]) -> WeightStep | None:
+        """Return any weight around the last step that was copied; None if it was not.
+
+        Args:
+            place: of the parameter in the list of all.
+            position: of the weight in the flattened parameter.
+            index: of the weight in the parameter, to be kept with it.
+        """
+        for part in self._parts:
+            members = np.flatnonzero(part.copies.places == place)
+            if len(members):
+                return part.weight(int(members[0]), position, index)
+        return None
+
+
+class _Part:
+    """The parameters of one device and working precision."""
+
+    def __init__(self, copies: FlatCopies, groups: Any, formula: Formula | None) -> None:
+        self.copies = copies
+        self._groups = groups
+        self._formula = formula
+        self._given: list[dict[str, Any]] = []
+        self._states: list[dict[str, Any]] = []
+        self._present: dict[str, Flags] = {}
+        self._numbers: dict[str, Any] = {}
+        self._is_first: Flags = np.zeros(0, np.bool_)
+        self._runs: list[Run] = []
+        self._positions: tuple[tuple[int, int], Any, Any] | None = None
+
+    def before(self, optimizer: torch.optim.Optimizer, parameters: Tensors) -> None:
+        copies = self.copies
+        copies.next_turn()
+        everybody = [parameters[place] for place in copies.places]
+        copies.copy_weights(everybody)
+        self._given = [_given(group, copies.device) for group in optimizer.param_groups]
+        first, last = copies.turn
+        # The state is a defaultdict: asking for what is not there would create it.
+        self._states = [optimizer.state.get(p) or {} for p in everybody[first:last]]
+        self._present, self._numbers = {}, {}
+        self._is_first = np.array([_is_first(s, self._formula) for s in self._states], np.bool_)
+        if self._formula is None:
+            return
+        for key, name in self._formula.state.items():
+            held = [state.get(key) for state in self._states]
+            if name in self._formula.scalars:
+                self._numbers[name] = _numbers(held)
+            else:
+                present = copies.copy(
+                    name, [v if isinstance(v, torch.Tensor) else None for v in held]
+                )
+                self._present[name] = present
+
+    def gradients(self, gradients: Tensors, scale: torch.Tensor | None) -> None:
+        copies = self.copies
+        first, last = copies.turn
+        own = [gradients[place] for place in copies.places[first:last]]
+        self._present["g"] = copies.copy("g", own)
+        if scale is not None:
+            begin, end = copies.starts[first], copies.starts[last]
+            copies.flat("g", int(begin), int(end)).div_(scale.to(copies.device, copies.dtype))
+        self._present["touched"] = np.array(
+            [g is not None and g.layout is torch.sparse_coo for g in own], np.bool_
+        )
+        for member in np.flatnonzero(self._present["touched"]):
+            touched = copies.shaped("touched", first + int(member))
+            touched.zero_()
+            gradient = own[member]
+            assert gradient is not None
+            touched[gradient._indices()[0]] = 1
+
+    def after(self, parameters: Tensors) -> Late[Any]:
+        copies = self.copies
+        first, last = copies.turn
+        copies.copy("weight_after", [parameters[place] for place in copies.places[first:last]])
+        self._states = []
+        self._runs = self._cut_into_runs()
+        return work_out(copies, self._runs)
+
+    def tracked(self, params: Any) -> Late[TrackedWeights | None]:
+        copies = self.copies
+        if self._formula is not None and not self._formula.elementwise:
+            return Known(None)
+        first, last = copies.turn
+        if self._positions is None or self._positions[0] != copies.turn:
+            at = [_spread(int(a), int(b)) for a, b in pairwise(copies.starts[first : last + 1])]
+            member = np.repeat(np.arange(first, last), [len(each) for each in at])
+            self._positions = (copies.turn, np.concatenate([[], *at]).astype(np.int64), member)
+        _, at_all, member = self._positions
+        runs = self._runs
+        run = np.searchsorted([run.last for run in runs], member, "right")
+        names = {"weight_before", "weight_after"}.union(*(run.arrays.values() for run in runs))
+        values = {name: copies.gather(name, at_all) for name in sorted(names)}
+        common = tuple(_together(run) for run in runs)
+        position = at_all - copies.starts[member]
+        param = params[copies.places[member]]
+
+        def finish(arrived: dict[str, Any]) -> TrackedWeights:
+            return TrackedWeights(param, position, arrived, common, run)
+
+        return _Gathered(values, finish)
+
+    def weight(self, member: int, position: int, index: tuple[int, ...]) -> WeightStep | None:
+        copies = self.copies
+        run = next((run for run in self._runs if run.first <= member < run.last), None)
+        if run is None:
+            return None
+        names = {"weight_before": "weight_before", "weight_after": "weight_after", **run.arrays}
+        if run.formula is not None and not run.formula.elementwise:
+            values: dict[str, Any] = {
+                name: copies.shaped(kept, member).double().cpu().numpy()
+                for name, kept in names.items()
+            }
+            values |= {name: t.double().cpu().numpy() for name, t in run.shaped.items()}
+            after = float(values.pop("weight_after")[index])
+        else:
+            values = {
+                name: np.float64(copies.shaped(kept, member).reshape(-1)[position].item())
+                for name, kept in names.items()
+            }
+            after = float(values.pop("weight_after"))
+        together = _together(run)
+        return WeightStep(together.formula, {**together.given, **values}, index, after)
+
+    def _cut_into_runs(self) -> list[Run]:
+        """Split the parameters where anything that the formula is given changes."""
+        first, last = self.copies.turn
+        formula = self._formula
+        marks = [self._groups[first:last], self._is_first, *self._present.values()]
+        marks += list(self._numbers.values())
+        splits = np.zeros(last - first, np.bool_)
+        splits[:1] = True
+        for mark in marks:
+            splits[1:] |= mark[1:] != mark[:-1]
+        if formula is not None and not formula.elementwise:
+            splits[:] = True
+        begins = np.flatnonzero(splits)
+        ends = np.append(begins[1:], last - first)
+        return [self._run(int(begin), int(end)) for begin, end in zip(begins, ends, strict=True)]
+
+    def _run(self, begin: int, end: int) -> Run:
+        first, formula = self.copies.turn[0], self._formula
+        has_gradient = bool(self._present["g"][begin])
+        given = dict(self._given[self._groups[first + begin]])
+        given["is_first"] = bool(self._is_first[begin])
+        given["touched"] = 1
+        arrays = {"g": "g"} if has_gradient else {}
+        for name, numbers in self._numbers.items():
+            given[f"{name}_before"] = float(numbers[begin])
+        if formula is not None and has_gradient:
+            for name in formula.state.values():
+                if name in formula.scalars:
+                    continue
+                if self._present[name][begin]:
+                    arrays[f"{name}_before"] = name
+                else:
+                    given[f"{name}_before"] = 0.0
+            if self._present["touched"][begin]:
+                del given["touched"]
+                arrays["touched"] = "touched"
+        return Run(first + begin, first + end, formula, given, arrays, {}, has_gradient)
+
+
+class _Gathered(Late[TrackedWeights | None]):
+    """Values gathered from copies, and what is made of them once they have arrived."""
+
+    def __init__(
+        self,
+        values: dict[str, Late[Any]],
+        finish: Callable[[dict[str, Any]], TrackedWeights],
+    ) -> None:
+        self._values, self._finish = values, finish
+
+    def ready(self) -> bool:
+        return all(value.ready() for value in self._values.values())
+
+    def value(self) -> TrackedWeights:
+        return self._finish({name: value.value() for name, value in self._values.items()})
+
+
+class _Tracked(Late[TrackedWeights | None]):
+    """The tracked weights of several copies, as one."""
+
+    def __init__(self, parts: list[Late[TrackedWeights | None]]) -> None:
+        self._parts = parts
+
+    def ready(self) -> bool:
+        return all(part.ready() for part in self._parts)
+
+    def value(self) -> TrackedWeights | None:
+        found = [tracked for part in self._parts if (tracked := part.value()) is not None]
+        if len(found) < 2:
+            return found[0] if found else None
+        names = set().union(*(each.values for each in found))
+        shifts = np.cumsum([0, *(len(each.common) for each in found)])
+        return TrackedWeights(
+            np.concatenate([each.param for each in found]),
+            np.concatenate([each.position for each in found]),
+            {
+                name: np.concatenate(
+                    [each.values.get(name, np.full(len(each.param), np.nan)) for each in found]
+                )
+                for name in names
+            },
+            tuple(common for each in found for common in each.common),
+            np.concatenate([e.run + shift for e, shift in zip(found, shifts, strict=False)]),
+        )
+
+
+def _together(run: Run) -> GivenTogether:
+    """What a run has in common, as plain data: a tensor of one element becomes its value."""
+    given = {
+        name: float(value) if isinstance(value, torch.Tensor) else value
+        for name, value in run.given.items()
+    }
+    return GivenTogether(None if run.formula is None else run.formula.name, given, run.arrays)
+
+
+def _spread(start: int, stop: int) -> Any:
+    """Positions spread evenly over a parameter, its first and last element among them."""
+    return np.unique(np.linspace(start, stop - 1, TRACKED).astype(np.int64))
+
+
+def _copies(parameters: Tensors, groups: Any, formula: Formula | None) -> list[FlatCopies]:
+    places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, parameter in enumerate(parameters):
+        if can_be_copied(parameter) and not _is_empty(parameter):
+            places.setdefault((parameter.device, working_dtype(parameter)), []).append(place)
+    n_state = _UNKNOWN_STATE
+    if formula is not None:
+        n_state = len(set(formula.state.values()) - set(formula.scalars))
+    copies = []
+    for (device, dtype), at in places.items():
+        # What is worked out together lies together: the small parameters of a group.
+        at.sort(key=lambda i: (groups[i], parameters[i].numel() >= LARGE))  # type: ignore[union-attr]
+        own = [p for i in at if (p := parameters[i]) is not None]
+        copies.append(FlatCopies(device, dtype, at, own, 2 + n_state))
+    return copies
+
+
+def _is_empty(parameter: torch.Tensor) -> bool:
+    return can_be_copied(parameter) and not parameter.numel()
+
+
+def group_numbers(optimizer: torch.optim.Optimizer, parameters: Tensors) -> Any:
+    """Return int64[n], the group of each parameter."""
+    group_of = {
+        id(parameter): number
+        for number, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+    }
+    return np.array([group_of.get(id(parameter), 0) for parameter in parameters], np.int64)
+
+
+def _given(group: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The hyper-parameters of a group, as a worksheet is given them."""
+    given: dict[str, Any] = {}
+    for name, value in group.items():
+        if name == "params":
+            continue
+        if name == "betas":
+            given["beta1"], given["beta2"] = (_number(beta, device) for beta in value)
+        elif isinstance(value, tuple | list):
+            given[name] = tuple(_number(item, device) for item in value)
+        else:
+            given["mu" if name == "momentum" else name] = _number(value, device)
+    return given
+
+
+def _number(value: Any, device: torch.device) -> Any:
+    """A hyper-parameter as a Python number; one on a device stays there."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.device.type == "cpu":
+        return float(value)
+    return value.detach().to(device)
+
+
+def _is_first(state: dict[str, Any], formula: Formula | None) -> bool:
+    if formula is None or not state:
+        return not state
+    return all(state.get(key) is None for key in formula.state)
+
+
+def _numbers(values: Sequence[Any]) -> Any:
+    """float64[n], the values of single numbers on the host; 0 where there is none."""
+    return np.array([0.0 if value is None else float(value) for value in values], np.float64)
