@@ -38,6 +38,7 @@ class FlatCopies:
 
     Attributes:
         places: int64[n].
+        names_of_dtypes: the dtype of each parameter, without ``torch.``.
         starts: int64[n + 1], where each parameter begins in a buffer of all, and where the last
             ends.
         turn: first and last + 1 of the parameters whose other quantities there is room for now.
@@ -53,6 +54,7 @@ class FlatCopies:
     ) -> None:
         self.device, self.dtype = device, dtype
         self.places = np.array(places, np.int64)
+        self.names_of_dtypes = [str(p.dtype).removeprefix("torch.") for p in parameters]
         self._shapes = [real_view(parameter).shape for parameter in parameters]
         sizes = np.array([shape.numel() for shape in self._shapes], np.int64)
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)

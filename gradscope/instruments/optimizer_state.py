@@ -80,7 +80,9 @@ class StateReader:
         self._layout = StateLayout((), *(np.zeros(0, np.int64) for _ in range(4)))
         self._reader = StatisticsReader([])
         self._numbers = _NumberReader(0)
-        self._stamp: list[Any] | None = None
+        self._ids: list[int] = []
+        self._n = 0
+        self._versions: list[int] | None = None
         self._last: StateReading | None = None
 
     def read(
@@ -101,17 +103,20 @@ class StateReader:
         # The state is a defaultdict: asking for what is not there would create it.
         states = [{} if p is None else optimizer.state.get(p) or {} for p in parameters]
         values = [value for state in states for value in state.values()]
-        stamp = _stamp(values)
-        if no_step_since and stamp is not None and stamp == self._stamp and self._last is not None:
+        ids, versions = [id(value) for value in values], _versions(values)
+        is_same = ids == self._ids and len(states) == self._n
+        if no_step_since and is_same and versions is not None and versions == self._versions:
+            assert self._last is not None
             return self._last
-        shapes = [_shape(value) for value in values]
-        held = [list(state) for state in states]
-        if shapes != self._shapes or held != self._held:
-            self._held, self._shapes = held, shapes
-            self._layout = _layout(held, shapes)
-            self._reader = StatisticsReader([values[i] for i in self._layout.tensors])
-            self._numbers = _NumberReader(len(self._layout.numbers))
-        self._stamp = stamp
+        if not is_same or versions is None:
+            self._ids, self._n = ids, len(states)
+            held, shapes = [list(state) for state in states], [_shape(value) for value in values]
+            if shapes != self._shapes or held != self._held:
+                self._held, self._shapes = held, shapes
+                self._layout = _layout(held, shapes)
+                self._reader = StatisticsReader([values[i] for i in self._layout.tensors])
+                self._numbers = _NumberReader(len(self._layout.numbers))
+        self._versions = versions
         self._last = StateReading(
             layout=self._layout,
             statistics=self._reader.statistics(
@@ -122,16 +127,11 @@ class StateReader:
         return self._last
 
 
-def _stamp(values: list[Any]) -> list[Any] | None:
-    """What tells whether a state is still as it was read; None where nothing does."""
+def _versions(values: list[Any]) -> list[int] | None:
+    """Autograd's version counter of each tensor; None where there is anything without one."""
     try:
-        return [
-            (id(value), value._version)
-            if isinstance(value, torch.Tensor)
-            else (value if isinstance(value, int | float) else id(value))
-            for value in values
-        ]
-    except RuntimeError:  # a tensor made in inference mode counts no versions
+        return [value._version for value in values]
+    except (AttributeError, RuntimeError):  # a number; a tensor made in inference mode
         return None
 
 

@@ -119,6 +119,7 @@ class _Part:
         self._states: list[dict[str, Any]] = []
         self._present: dict[str, Flags] = {}
         self._numbers: dict[str, Any] = {}
+        self._shaped: dict[str, list[torch.Tensor | None]] = {}
         self._is_first: Flags = np.zeros(0, np.bool_)
         self._runs: list[Run] = []
         self._positions: tuple[tuple[int, int], Any, Any] | None = None
@@ -132,19 +133,25 @@ class _Part:
         first, last = copies.turn
         # The state is a defaultdict: asking for what is not there would create it.
         self._states = [optimizer.state.get(p) or {} for p in everybody[first:last]]
-        self._present, self._numbers = {}, {}
-        self._is_first = np.array([_is_first(s, self._formula) for s in self._states], np.bool_)
+        self._present, self._numbers, self._shaped = {}, {}, {}
+        self._is_first = np.array([not state for state in self._states], np.bool_)
         if self._formula is None:
             return
         for key, name in self._formula.state.items():
             held = [state.get(key) for state in self._states]
             if name in self._formula.scalars:
                 self._numbers[name] = _numbers(held)
-            else:
+            elif self._formula.elementwise:
                 present = copies.copy(
                     name, [v if isinstance(v, torch.Tensor) else None for v in held]
                 )
                 self._present[name] = present
+            else:  # rows and columns, the whole matrix: as it is
+                self._shaped[name] = [_copy(value, copies.dtype) for value in held]
+                self._present[name] = np.array([v is not None for v in self._shaped[name]])
+        if self._present:
+            # SGD has an entry for its buffer before it has a buffer.
+            self._is_first = ~np.logical_or.reduce(list(self._present.values()))
 
     def gradients(self, gradients: Tensors, scale: torch.Tensor | None) -> None:
         copies = self.copies
@@ -239,21 +246,25 @@ class _Part:
         given = dict(self._given[self._groups[first + begin]])
         given["is_first"] = bool(self._is_first[begin])
         given["touched"] = 1
+        given["dtype"] = self.copies.names_of_dtypes[first + begin]
         arrays = {"g": "g"} if has_gradient else {}
+        shaped: dict[str, torch.Tensor] = {}
         for name, numbers in self._numbers.items():
             given[f"{name}_before"] = float(numbers[begin])
         if formula is not None and has_gradient:
             for name in formula.state.values():
                 if name in formula.scalars:
                     continue
-                if self._present[name][begin]:
+                if not formula.elementwise and (own := self._shaped[name][begin]) is not None:
+                    shaped[f"{name}_before"] = own
+                elif self._present[name][begin]:
                     arrays[f"{name}_before"] = name
                 else:
                     given[f"{name}_before"] = 0.0
             if self._present["touched"][begin]:
                 del given["touched"]
                 arrays["touched"] = "touched"
-        return Run(first + begin, first + end, formula, given, arrays, {}, has_gradient)
+        return Run(first + begin, first + end, formula, given, arrays, shaped, has_gradient)
 
 
 class _Gathered(Late[TrackedWeights | None]):
@@ -371,10 +382,8 @@ def _number(value: Any, device: torch.device) -> Any:
     return value.detach().to(device)
 
 
-def _is_first(state: dict[str, Any], formula: Formula | None) -> bool:
-    if formula is None or not state:
-        return not state
-    return all(state.get(key) is None for key in formula.state)
+def _copy(value: Any, dtype: torch.dtype) -> torch.Tensor | None:
+    return value.detach().to(dtype, copy=True) if isinstance(value, torch.Tensor) else None
 
 
 def _numbers(values: Sequence[Any]) -> Any:

@@ -123,6 +123,7 @@ class Recording:
         self.notes: list[str] = []
         self._n_reached = 0
         self._tracked_bytes = 0
+        self._facts: tuple[Any, Any, Any] | None = None
         self._columns = {name: Columns(table) for name, table in TABLES.items() if name != "params"}
         self._frames: dict[str, tuple[Any, pd.DataFrame]] = {}
 
@@ -170,15 +171,19 @@ class Recording:
             for forgotten in list(self.tracked)[1:-1:2]:
                 self._tracked_bytes -= self.tracked.pop(forgotten).n_bytes
 
-    def numels(self, params: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Return float64[n], how many numbers each of some parameters holds."""
-        return np.array([self.parameters[param].numel for param in params.tolist()], np.float64)
+    def numels_and_roundoffs(self, params: np.ndarray[Any, Any]) -> tuple[Any, Any]:
+        """Return facts of some parameters that do not change, remembered for the same array.
 
-    def roundoffs(self, params: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Return float64[n], the unit roundoff of each one's dtype, NaN where there is none."""
-        return np.array(
-            [_UNIT_ROUNDOFF.get(self.parameters[p].dtype, np.nan) for p in params.tolist()]
-        )
+        Returns:
+            float64[n], how many numbers each holds, and float64[n], the unit roundoff of its dtype,
+            NaN where there is none.
+        """
+        if self._facts is None or self._facts[0] is not params:
+            entries = [self.parameters[param] for param in params.tolist()]
+            numels = np.array([entry.numel for entry in entries], np.float64)
+            roundoffs = np.array([_UNIT_ROUNDOFF.get(entry.dtype, np.nan) for entry in entries])
+            self._facts = (params, numels, roundoffs)
+        return self._facts[1:]
 
     def spend(self, part: str, seconds: float) -> None:
         """Add to the time that watching took."""

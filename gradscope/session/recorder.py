@@ -89,7 +89,7 @@ def record_updates(
     recording: Recording, step: int, optimizer: int, params: Any, anatomy: Anatomy
 ) -> tuple[float, float]:
     """Add the rows of ``updates``; returns the norms of all weights and of their update."""
-    numel, roundoff = recording.numels(params), recording.roundoffs(params)
+    numel, roundoff = recording.numels_and_roundoffs(params)
     before, after, change = (
         np.sqrt(squares)
         for squares in (anatomy.weight_before, anatomy.weight_after, anatomy.update)
@@ -183,7 +183,9 @@ def record_moments(
         return
     count = after.by_parameter("step", "mean", n)
     beta1, beta2 = (
-        np.array([_of_group(reading, group, name) for group in reading.group_of])
+        np.array([_value(group, name) for group in reading.groups])[reading.group_of]
+        if reading.groups
+        else np.full(n, np.nan)
         for name in ("beta1", "beta2")
     )
     values: dict[str, Any] = {
@@ -196,7 +198,7 @@ def record_moments(
         "bias_correction2": 1 - beta2**count,
     }
     if anatomy is not None:
-        values |= _scales(anatomy, recording.numels(params))
+        values |= _scales(anatomy, recording.numels_and_roundoffs(params)[0])
     if not has_moments.all():
         values = {
             name: value[has_moments] if isinstance(value, np.ndarray) else value
@@ -220,8 +222,8 @@ def _scales(anatomy: Anatomy, numel: Any) -> dict[str, Any]:
         }
 
 
-def _of_group(reading: Any, group: int, name: str) -> float:
-    late = reading.groups[group].values.get(name) if group < len(reading.groups) else None
+def _value(group: Any, name: str) -> float:
+    late = group.values.get(name)
     return math.nan if late is None else float(late.value())
 
 

@@ -53,6 +53,9 @@ _TAPS: tuple[Tap, ...] = (
 _MOST_GRAPHS_WAITING = 8
 """How many captured graphs wait for the step they belong to; a loop may never step."""
 
+_SHARE_OF_LOOKING_AROUND = 0.005
+"""The share of time that may go into finding out whether the models have changed."""
+
 _MOST_GRAPHS = 64
 """How many graphs are captured at first steps; some optimizer may never make its own."""
 
@@ -109,6 +112,7 @@ class Session:
         self._broken = False
         self._began = 0.0
         self._n_captured = 0
+        self._next_look = 0.0
         self._started_in = 0
         self._thread: int | None = None
         self._lock = threading.RLock()
@@ -480,9 +484,16 @@ class Session:
         self._in_order.do(account)
 
     def _look_around(self) -> None:
-        """See whether models have changed, or parameters been frozen, since the last look."""
-        if self._census.refresh_models():
-            self.event("parameters_changed", "a model has other parameters than before")
+        """See whether models have changed, or parameters been frozen, since the last look.
+
+        Walking through a model of many modules takes as long as recording a step of it.
+        """
+        began = time.perf_counter()
+        if began >= self._next_look:
+            if self._census.refresh_models():
+                self.event("parameters_changed", "a model has other parameters than before")
+            now = time.perf_counter()
+            self._next_look = now + (now - began) / _SHARE_OF_LOOKING_AROUND
         for param in self._census.refresh_requires_grad(self._attempts.n_ended - 1):
             entry = self.recording.parameters[param]
             self.event("parameters_changed", f"{entry.name} requires_grad={entry.requires_grad}")
