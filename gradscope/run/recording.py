@@ -108,7 +108,8 @@ class Recording:
         graphs: captured autograd graphs by step.
         tracked: a few weights of every parameter, by recorded step.
         seconds: how long the watch has lasted, pauses left out.
-        observe_seconds: time spent by gradscope, by what it was spent on.
+        observe_seconds: time spent by gradscope, by what it was spent on; each second once.
+        observe_calls: how often, likewise.
         notes: what could not be observed, or failed, in plain words.
     """
 
@@ -120,6 +121,7 @@ class Recording:
         self.tracked: dict[int, TrackedWeights] = {}
         self.seconds = 0.0
         self.observe_seconds: dict[str, float] = {}
+        self.observe_calls: dict[str, int] = {}
         self.notes: list[str] = []
         self._n_reached = 0
         self._tracked_bytes = 0
@@ -188,6 +190,22 @@ class Recording:
     def spend(self, part: str, seconds: float) -> None:
         """Add to the time that watching took."""
         self.observe_seconds[part] = self.observe_seconds.get(part, 0.0) + seconds
+        self.observe_calls[part] = self.observe_calls.get(part, 0) + 1
+
+    def overhead(self) -> pd.DataFrame:
+        """Return what watching cost, one row per instrument and a last one for all together."""
+        import pandas as pd
+
+        seconds = pd.Series(self.observe_seconds, dtype=float)
+        calls = pd.Series(self.observe_calls, dtype=int)
+        frame = pd.DataFrame({"calls": calls, "total_ms": 1e3 * seconds})
+        frame = frame.sort_values("total_ms", ascending=False)
+        frame.loc["all"] = frame.sum()
+        frame["calls"] = frame["calls"].astype(int)
+        frame["ms_per_call"] = frame["total_ms"] / frame["calls"]
+        frame["ms_per_step"] = frame["total_ms"] / max(1, self.n_steps)
+        frame["share"] = frame["total_ms"] / (1e3 * self.seconds) if self.seconds else np.nan
+        return frame.rename_axis("instrument")
 
     def latest(self) -> dict[str, float]:
         """Plain numbers of the last step; empty before the first."""

@@ -147,6 +147,11 @@ STEPS = Table(
             "`hand` when cleared otherwise, empty when not cleared",
         ),
         ("grad_norm", R, "L2 norm of all gradients that the step reads, taken right before it"),
+        (
+            "grad_norm_before_clipping",
+            R,
+            "the same as the first clipping since the last attempt found them; NaN without one",
+        ),
         ("update_norm", R, "L2 norm of the change of all its weights; NaN if not recorded"),
         ("weight_norm", R, "L2 norm of all its weights before the step; NaN if not recorded"),
         ("n_fresh", C, "parameters whose gradient is `fresh`"),
@@ -162,7 +167,13 @@ STEPS = Table(
             "autograd nodes created between the first forward and the last backward",
         ),
         ("train_mode", F, "whether every watched model called since then was in training mode"),
-        ("scaled", F, "whether the gradients were still multiplied by a scaler's scale"),
+        (
+            "scaled",
+            F,
+            "whether the gradients that the step read were still multiplied by a scaler's scale "
+            "(a fused optimizer divides by it inside its step); then `grad_norm` and the table "
+            "`grads` are too, but `updates`, `moments` and `explain` are not",
+        ),
         ("recorded", F, "whether this step was recorded in full"),
         ("forward_ms", R, "time in the outermost calls of watched models"),
         ("backward_ms", R, "time in backward"),
@@ -193,7 +204,12 @@ GRADS = Table(
         ("carried_from", O, "the earliest step whose used gradient is still in it"),
         ("edited", F, "changed in place by the program after the last backward wrote it"),
         ("edited_after_use", F, "changed in place by the program after the last step used it"),
-        ("norm", R, "L2 norm"),
+        ("norm", R, "L2 norm of what the step reads: after clipping"),
+        (
+            "norm_before_clipping",
+            R,
+            "L2 norm as the first clipping since the last attempt found it; NaN if not clipped",
+        ),
         ("mean", R, "mean of its elements; NaN if the step was not recorded"),
         ("std", R, "population standard deviation; NaN if the step was not recorded"),
         ("min", R, "least element; NaN if the step was not recorded"),

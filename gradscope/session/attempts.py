@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradscope.config import WatchOptions
 from gradscope.instruments.late import Late
@@ -12,12 +12,18 @@ from gradscope.run.columns import MISSING
 from gradscope.run.recording import Recording
 from gradscope.session import recorder
 from gradscope.session.census import Census
+from gradscope.session.costs import Costs
 from gradscope.session.failures import Failures
 from gradscope.session.gradients import Consumption, GradientLook
 from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger, StepRecord
 from gradscope.session.schedule import DENSE, Schedule
 from gradscope.session.step_observer import StepObserver, StepReading
+
+if TYPE_CHECKING:
+    import torch
+
+    from gradscope.instruments.statistics import Reals
 
 _LOOKED_AT_CLOSELY = 8
 """How many optimizers have their first steps looked at closely; a program may make one per task."""
@@ -32,8 +38,9 @@ class _Follower:
         self.n_attempts = 0
         self.open: StepReading | None = None
         self.consumption: Consumption | None = None
-        # Seconds spent on watching since its last attempt, outside of its step.
-        self.spent = 0.0
+        self.before_clipping: Late[Reals] | None = None
+        # What watching had cost in all when its last attempt was accounted for.
+        self.cost_before = 0.0
 
 
 class Attempts:
@@ -45,6 +52,7 @@ class Attempts:
         ledger: what is inside every gradient.
         in_order: does things once their values have arrived.
         failures: runs the instruments.
+        costs: what watching costs.
         options: what the watch was told.
 
     Attributes:
@@ -61,6 +69,7 @@ class Attempts:
         ledger: Ledger,
         in_order: InOrder,
         failures: Failures,
+        costs: Costs,
         options: WatchOptions,
     ) -> None:
         self._recording = recording
@@ -68,6 +77,7 @@ class Attempts:
         self._ledger = ledger
         self._in_order = in_order
         self._failures = failures
+        self._costs = costs
         self._options = options
         self._followers: dict[int, _Follower] = {}
         self.graphs: dict[int, CapturedGraph] = {}
@@ -96,11 +106,6 @@ class Attempts:
         """Whether one of the first optimizers, if there is any, has made no attempt yet."""
         return self._n_new > 0 or not self._followers
 
-    def spend(self, seconds: float) -> None:
-        """Note time that watching took outside of the optimizers' steps."""
-        for follower in self._followers.values():
-            follower.spent += seconds
-
     def is_open(self, optimizer: int) -> bool:
         """Whether a step of an optimizer has begun and not ended."""
         return self._followers[optimizer].open is not None
@@ -114,6 +119,17 @@ class Attempts:
         if not has_closure:
             follower.observer.read_gradients(reading)
         reading.seconds += time.perf_counter() - began
+
+    def clipped(self, optimizer: int, gradients: list[torch.Tensor]) -> None:
+        """Read the gradients that a clipping is about to change, at the first since the last step.
+
+        Args:
+            optimizer: number of an optimizer.
+            gradients: what will be clipped.
+        """
+        follower = self._followers[optimizer]
+        if follower.before_clipping is None:
+            follower.before_clipping = follower.observer.read_before_clipping(gradients)
 
     def closure_ended(self, optimizer: int) -> None:
         """Read the gradients that a closure has computed, which the update is about to read."""
@@ -144,6 +160,7 @@ class Attempts:
         reading, follower.open = follower.open, None
         if reading is None:
             return False
+        reading.before_clipping, follower.before_clipping = follower.before_clipping, None
         if reading.look is None:
             follower.observer.read_gradients(reading)
         if not reading.is_consumed:
@@ -167,6 +184,8 @@ class Attempts:
         observer = self._followers[optimizer].observer
         reading = observer.begin(recorded=False, scale=scale)
         observer.read_gradients(reading)
+        follower = self._followers[optimizer]
+        reading.before_clipping, follower.before_clipping = follower.before_clipping, None
         self._account(optimizer, reading, None, outcome)
 
     def _consume(self, optimizer: int, reading: StepReading) -> None:
@@ -193,11 +212,12 @@ class Attempts:
         number, follower.n_attempts = follower.n_attempts, follower.n_attempts + 1
         self._n_new -= number == 0 and optimizer < _LOOKED_AT_CLOSELY
         self.n_ended += 1
-        observed, follower.spent = follower.spent + reading.seconds, 0.0
-        self._recording.spend("recorded_steps" if reading.recorded else "steps", reading.seconds)
+        observed = self._costs.total - follower.cost_before
+        follower.cost_before += observed
 
         def account() -> None:
             began = time.perf_counter()
+            self._costs.begin()
             look, consumption = reading.look, follower.consumption
             assert look is not None
             if consumption is None:
@@ -214,9 +234,8 @@ class Attempts:
                 optimizer, consumption, outcome="skipped" if skipped else outcome, now=now
             )
             self._write(record, reading, observed)
+            self._costs.end("tables")
             writing = time.perf_counter() - began
-            self._recording.spend("recording", writing)
-            follower.spent += writing
             follower.schedule.measured(
                 number,
                 recorded=reading.recorded,
@@ -231,10 +250,11 @@ class Attempts:
         params = reading.params
         statistics = reading.statistics.value() if reading.statistics is not None else None
         sums = reading.squares()
+        unclipped = None if reading.before_clipping is None else reading.before_clipping.value()
         if record.outcome == "stepped":
             recorder.record_groups(run, step, optimizer, reading.groups)
-        grad_norm = recorder.record_gradients(
-            run, step, optimizer, params, record.consumption, statistics, sums
+        grad_norm, grad_norm_before_clipping = recorder.record_gradients(
+            run, step, optimizer, params, record.consumption, statistics, sums, unclipped
         )
         weight_norm = update_norm = float("nan")
         anatomy = None if reading.anatomy is None else reading.anatomy.value()
@@ -253,6 +273,7 @@ class Attempts:
             run,
             record,
             grad_norm=grad_norm,
+            grad_norm_before_clipping=grad_norm_before_clipping,
             weight_norm=weight_norm,
             update_norm=update_norm,
             loss_scale=1.0 if reading.scale is None else float(reading.scale.value()),

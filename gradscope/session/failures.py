@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gradscope.errors import GradscopeWarning
+from gradscope.session.costs import Costs
 
 
 class Failures:
@@ -15,11 +16,15 @@ class Failures:
 
     Args:
         note: told of each part that is silenced, with the error in words.
+        costs: told how long each part took.
         raises: let errors out instead, for gradscope's own tests.
     """
 
-    def __init__(self, note: Callable[[str, str], None], *, raises: bool = False) -> None:
+    def __init__(
+        self, note: Callable[[str, str], None], costs: Costs, *, raises: bool = False
+    ) -> None:
         self._note = note
+        self._costs = costs
         self._raises = raises
         self._silent: set[str] = set()
 
@@ -27,11 +32,14 @@ class Failures:
         """Return ``function(*args)``; None when it fails, and from then on for this part."""
         if part in self._silent:
             return None
+        self._costs.begin()
         try:
             return function(*args)
         except Exception as error:
             self.silence(part, "instrument-failed", error)
             return None
+        finally:
+            self._costs.end(part)
 
     def silence(self, part: str, slug: str, error: Exception) -> None:
         """Use ``part`` no more, and say so the first time."""

@@ -27,8 +27,9 @@ def record_gradients(
     consumption: Consumption,
     statistics: Any,
     sums_of_squares: Any,
-) -> float:
-    """Add the rows of ``grads`` for one step; returns the norm of all gradients together.
+    before_clipping: Any,
+) -> tuple[float, float]:
+    """Add the rows of ``grads`` for one step.
 
     Args:
         recording: where the rows go.
@@ -38,6 +39,11 @@ def record_gradients(
         consumption: what the step reads.
         statistics: Statistics of the gradients, or None if the step was not recorded in full.
         sums_of_squares: float64[n] where there are no statistics, or None.
+        before_clipping: float64[n], the same as clipping found them, NaN for those that it left
+            alone; None without clipping.
+
+    Returns:
+        The norm of all gradients together, and the same before clipping (NaN without clipping).
     """
     n = len(params)
     values: dict[str, Any] = {
@@ -58,13 +64,15 @@ def record_gradients(
     if sums_of_squares is None:
         sums_of_squares = np.full(n, np.nan)
     values["norm"] = np.sqrt(sums_of_squares)
+    if before_clipping is not None:
+        values["norm_before_clipping"] = np.sqrt(before_clipping)
     recording.rows("grads").extend(n, values)
     there = consumption.status != NONE
-    return (
-        math.sqrt(float(np.sum(sums_of_squares[there & ~np.isnan(sums_of_squares)])))
-        if (not np.isnan(sums_of_squares[there]).any())
-        else math.nan
-    )
+    norm = math.sqrt(float(np.sum(sums_of_squares[there]))) if there.any() else 0.0
+    if before_clipping is None:
+        return norm, math.nan
+    unclipped = np.where(np.isnan(before_clipping), sums_of_squares, before_clipping)
+    return norm, math.sqrt(float(np.sum(unclipped[there])))
 
 
 def record_groups(recording: Recording, step: int, optimizer: int, groups: list[Any]) -> None:
@@ -232,6 +240,7 @@ def record_step(
     record: StepRecord,
     *,
     grad_norm: float,
+    grad_norm_before_clipping: float,
     weight_norm: float,
     update_norm: float,
     loss_scale: float,
@@ -256,6 +265,7 @@ def record_step(
             "zeroed": attempt.zeroed,
             "zeroed_by": attempt.zeroed_by,
             "grad_norm": grad_norm,
+            "grad_norm_before_clipping": grad_norm_before_clipping,
             "update_norm": update_norm,
             "weight_norm": weight_norm,
             **{f"n_{name}": int(counts[i]) for i, name in enumerate(STATUSES)},

@@ -24,6 +24,7 @@ from gradscope.run.recording import Recording
 from gradscope.session.all_gradients import AllGradients
 from gradscope.session.attempts import Attempts
 from gradscope.session.census import Census
+from gradscope.session.costs import Costs
 from gradscope.session.cut_search import CutSearch
 from gradscope.session.failures import Failures
 from gradscope.session.in_order import InOrder
@@ -62,6 +63,22 @@ _MOST_GRAPHS = 64
 _sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 
+def _timed(handle: Callable[..., Any]) -> Callable[..., Any]:
+    """Count the time that a handler takes, instruments left out, as that of the structure."""
+
+    @functools.wraps(handle)
+    def timed(self: Session, *arguments: Any) -> Any:
+        if threading.get_ident() not in (self._thread, self._started_in):
+            return handle(self, *arguments)
+        self._costs.begin()
+        try:
+            return handle(self, *arguments)
+        finally:
+            self._costs.end("structure")
+
+    return timed
+
+
 def _exclusive(handle: Callable[..., None]) -> Callable[..., None]:
     """Let a handler that reads gradients exclude :meth:`Session._is_here` in other threads."""
 
@@ -96,12 +113,21 @@ class Session:
         self.running = False
         self.paused = False
         self._discovers = discovers
-        self._failures = Failures(self._note_failure, raises=options.on_error == "raise")
+        self._costs = Costs(self.recording)
+        self._failures = Failures(
+            self._note_failure, self._costs, raises=options.on_error == "raise"
+        )
         self._census = Census(self.recording, options.include, options.exclude)
         self._ledger = Ledger()
         self._in_order = InOrder(lambda error: self.failed("ledger", error))
         self._attempts = Attempts(
-            self.recording, self._census, self._ledger, self._in_order, self._failures, options
+            self.recording,
+            self._census,
+            self._ledger,
+            self._in_order,
+            self._failures,
+            self._costs,
+            options,
         )
         self._all = AllGradients(self._census)
         self._cuts = CutSearch(self._failures, self.event)
@@ -193,6 +219,7 @@ class Session:
 
     # -- what the taps tell -----------------------------------------------------------------
 
+    @_timed
     def takes_call(self, module: nn.Module) -> bool:
         """Take the outermost call of a watched model."""
         if self._broken and self._retire():
@@ -210,6 +237,7 @@ class Session:
         self._call = (time.perf_counter(), _sequence_nr())
         return True
 
+    @_timed
     def call_ended(self, module: nn.Module) -> None:
         """Account for the outermost call of a watched model."""
         now = time.perf_counter()
@@ -225,8 +253,8 @@ class Session:
                 with_grad=with_grad,
             )
         )
-        self._spend("structure", now)
 
+    @_timed
     def zero_grad_called(self, owner: Any, location: Location | None) -> None:
         """Account for ``zero_grad`` of an optimizer or module."""
         if self._thread not in (None, threading.get_ident()):
@@ -242,6 +270,8 @@ class Session:
             self._in_order.do(lambda: self._ledger.zero_grad(optimizers, params, by))
             self.event("zero_grad", by, location)
 
+    @_timed
+    @_exclusive
     def gradients_clipped(
         self, function: str, gradients: list[torch.Tensor], limit: Any, location: Location | None
     ) -> None:
@@ -249,9 +279,13 @@ class Session:
         optimizers = self._census.optimizers_of_gradients(gradients)
         if optimizers or not gradients:
             everybody = optimizers or self._attempts.optimizers
+            if not self._broken and self._is_here():
+                for number in optimizers:
+                    self._attempts.clipped(number, gradients)
             self._in_order.do(lambda: self._ledger.note(everybody, "clip"))
             self.event("clip", f"{function}, limit {limit}, {len(gradients)} gradients", location)
 
+    @_timed
     def scheduler_stepped(self, scheduler: Any, location: Location | None) -> None:
         """Account for a learning rate scheduler's step."""
         number = self._census.number_of_optimizer(scheduler.optimizer)
@@ -259,6 +293,7 @@ class Session:
             self._in_order.do(lambda: self._ledger.note([number], "scheduler"))
             self.event("scheduler", type(scheduler).__name__, location)
 
+    @_timed
     def gradients_unscaled(self, scaler: Any, optimizer: Any, location: Location | None) -> None:
         """Account for ``GradScaler.unscale_``."""
         number = self._census.number_of_optimizer(optimizer)
@@ -276,6 +311,7 @@ class Session:
         scale = getattr(scaler, "_scale", None)
         self._scale = None if scale is None else scalar_of(scale)
 
+    @_timed
     def scaler_step_ended(self, scaler: Any, optimizer: Any) -> None:
         """Account for a step that the scaler skipped: none of the optimizer's hooks has fired."""
         number = self._census.number_of_optimizer(optimizer)
@@ -283,12 +319,12 @@ class Session:
             self._attempts.end_without_step(number, self._scale, outcome="skipped")
         self._scale = None
 
+    @_timed
     @_exclusive
     def backward_started(self, call: BackwardCall) -> None:
         """Look at the gradients as a backward finds them, and at the graph it walks."""
         if self._broken or not self._is_here(binding=True):
             return
-        began = time.perf_counter()
         captured = None
         if call.accumulates:
             self._tell_holdings()
@@ -301,9 +337,9 @@ class Session:
             ):
                 self._n_captured += 1
                 captured = self._capture(call)
-        self._spend("structure", began)
         self._backward = (time.perf_counter(), _sequence_nr(), captured)
 
+    @_timed
     @_exclusive
     def backward_ended(self, call: BackwardCall, error: BaseException | None) -> None:
         """Look at what a backward wrote."""
@@ -354,8 +390,8 @@ class Session:
         self._attempts.backward_ended()
         if error is not None:
             self.event("exception", f"backward: {type(error).__name__}: {error}", call.location)
-        self._spend("structure", began)
 
+    @_timed
     @_exclusive
     def step_started(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
         """Begin to read around an update."""
@@ -377,6 +413,7 @@ class Session:
             self.event("parameters_changed", self.recording.optimizers[number].name)
         self._attempts.begin(number, self._scale, has_closure=has_closure)
 
+    @_timed
     @_exclusive
     def closure_ended(self, optimizer: torch.optim.Optimizer) -> None:
         """Read the gradients that a closure has computed."""
@@ -384,6 +421,7 @@ class Session:
         if number is not None and not self._broken and self._is_here():
             self._attempts.closure_ended(number)
 
+    @_timed
     @_exclusive
     def step_ended(self, optimizer: torch.optim.Optimizer) -> None:
         """Read what an update did."""
@@ -542,11 +580,6 @@ class Session:
             function()
         except Exception as error:
             self.failed(part, error)
-
-    def _spend(self, part: str, began: float) -> None:
-        seconds = time.perf_counter() - began
-        self.recording.spend(part, seconds)
-        self._attempts.spend(seconds)
 
 
 def _row(call: BackwardCall, error: BaseException | None) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class StepReading:
         look: gradients right before the update, without their zeros.
         sums_of_squares: of those gradients; on a recorded step ``statistics`` has them.
         statistics: of those gradients, on a recorded step.
+        before_clipping: float64[n], the sums of squares of the gradients that were clipped, as the
+            clipping found them; NaN for the others. None if none was clipped.
         found_inf: what a gradient scaler left for a fused optimizer, that skips by itself.
         scaled: whether the gradients are still multiplied by the scaler's scale.
         scale: the scaler's scale, when one is in use.
@@ -56,6 +58,7 @@ class StepReading:
     look: GradientLook | None = None
     sums_of_squares: Late[Reals] | None = None
     statistics: Late[Statistics] | None = None
+    before_clipping: Late[Reals] | None = None
     found_inf: Late[Any] | None = None
     scaled: bool = False
     scale: Late[Any] | None = None
@@ -84,6 +87,7 @@ class StepReading:
         parts = [
             self.sums_of_squares,
             self.statistics,
+            self.before_clipping,
             self.found_inf,
             self.scale,
             self.state_before,
@@ -155,6 +159,17 @@ class StepObserver:
             reading.sums_of_squares = self._attempt(
                 "gradient_norms", self._gradients.sums_of_squares, gradients
             )
+
+    def read_before_clipping(self, clipped: Sequence[torch.Tensor]) -> Late[Reals] | None:
+        """Return float64[n], sums of squares of these gradients; NaN for all that are others."""
+        self._prepare()
+        wanted = {id(gradient) for gradient in clipped}
+        gradients = self._gradients.gradients(self._tensors())
+        own = [gradient if id(gradient) in wanted else None for gradient in gradients]
+        reading: Late[Reals] | None = self._attempt(
+            "gradient_norms", self._gradients.sums_of_squares, own
+        )
+        return reading
 
     def end(self, reading: StepReading) -> GradientLook | None:
         """Read what there is after the update; returns the gradients as it left them."""
