@@ -80,11 +80,11 @@ def _timed(handle: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _exclusive(handle: Callable[..., None]) -> Callable[..., None]:
-    """Let a handler that reads gradients exclude :meth:`Session._is_here` in other threads."""
+    """Let a handler exclude the others, and :meth:`Session._is_here`, in other threads."""
 
     @functools.wraps(handle)
     def exclusive(self: Session, *arguments: Any) -> None:
-        if threading.get_ident() == self._thread:
+        if self._thread in (None, threading.get_ident()):
             with self._lock:
                 if not self._broken:
                     handle(self, *arguments)
@@ -433,8 +433,12 @@ class Session:
         if recorded:
             self._look_around()
 
+    @_exclusive
     def optimizer_created(self, optimizer: torch.optim.Optimizer) -> None:
         """Take in an optimizer that the program has just made."""
+        # One made by another thread than the watched one is taken in when the watched one steps it.
+        if self._thread not in (None, threading.get_ident()):
+            return
         self.watch_optimizer(optimizer, assigned_name(user_frame()) or "optimizer")
         self.event("optimizer_found", type(optimizer).__name__, user_location())
 
