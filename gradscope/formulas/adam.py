@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from gradscope.formulas.arithmetic import maximum, sqrt
 from gradscope.formulas.formula import Formula
-from gradscope.formulas.gradient import ascending, regularized
+from gradscope.formulas.gradient import ascending, regularized, sum_of_parts
 from gradscope.formulas.worksheet import Worksheet
 
 
 def _step(s: Worksheet) -> None:
-    decoupled = bool(s.get("decoupled_weight_decay"))
-    g = ascending(s) if decoupled else regularized(s)
+    g = regularized(s)
     s.t = s.t_before + 1
     s.m = s.beta1 * s.m_before + (1 - s.beta1) * g
     s.v = s.beta2 * s.v_before + (1 - s.beta2) * g**2
@@ -23,18 +22,15 @@ def _step(s: Worksheet) -> None:
     s.denominator = sqrt(second / s.bias_correction2) + s.eps
     s.eps_dominates = s.denominator < 2 * s.eps
     s.effective_lr = s.lr / s.bias_correction1 / s.denominator
+    # Numbers first: on arrays, every product of two arrays is one more pass over memory.
     if s.get("weight_decay"):
-        if decoupled:
+        if s.get("decoupled_weight_decay"):
             s.decay = -s.lr * s.weight_decay * s.weight_before
         else:
             s.decay = -(1 - s.beta1) * s.weight_decay * s.effective_lr * s.weight_before
-    # Numbers first: on arrays, every product of two arrays is one more pass over memory.
     s.momentum = -s.beta1 * s.effective_lr * s.m_before
     s.fresh = -(1 - s.beta1) * s.effective_lr * ascending(s)
-    if s.get("weight_decay"):
-        s.update = s.decay + s.momentum + s.fresh
-    else:
-        s.update = s.momentum + s.fresh
+    s.update = sum_of_parts(s)
 
 
 _STATE = {"step": "t", "exp_avg": "m", "exp_avg_sq": "v", "max_exp_avg_sq": "v_max"}

@@ -1,4 +1,4 @@
-"""What most rules do to the gradient first."""
+"""What most rules do to the gradient first, and with the parts of the update last."""
 
 from __future__ import annotations
 
@@ -8,16 +8,27 @@ from gradscope.formulas.worksheet import Worksheet
 
 
 def ascending(sheet: Worksheet) -> Any:
-    """Return the gradient, turned round where the optimizer maximizes."""
-    return -sheet.g if sheet.get("maximize") else sheet.g
+    """Return the gradient; where the optimizer maximizes ``g_negated``, which is written once."""
+    if not sheet.get("maximize"):
+        return sheet.g
+    if "g_negated" not in sheet:
+        sheet.g_negated = -sheet.g
+    return sheet.g_negated
 
 
 def regularized(sheet: Worksheet) -> Any:
-    """Write ``g_total``, the gradient with an L2 penalty's, where there is one; returns it."""
-    if not sheet.get("weight_decay") and not sheet.get("maximize"):
-        return sheet.g
-    if not sheet.get("weight_decay"):
-        sheet.g_total = -sheet.g
-    else:
-        sheet.g_total = ascending(sheet) + sheet.weight_decay * sheet.weight_before
+    """Return the gradient, or ``g_total``, which is written, if an L2 penalty's is added to it."""
+    g = ascending(sheet)
+    if not sheet.get("weight_decay") or sheet.get("decoupled_weight_decay"):
+        return g
+    sheet.g_total = g + sheet.weight_decay * sheet.weight_before
     return sheet.g_total
+
+
+def sum_of_parts(sheet: Worksheet) -> Any:
+    """Return the sum of those parts of the update that the rule has written."""
+    parts = [sheet.written[p] for p in ("decay", "momentum", "fresh") if p in sheet.written]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

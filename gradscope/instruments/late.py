@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -42,19 +41,24 @@ class Known(Late[T_co]):
         return self._value
 
 
-class Numbers(Late[npt.NDArray[np.float64]]):
-    """Numbers in a tensor, of any real dtype and on any device, as a float64 array.
+class Numbers(Late[npt.NDArray[Any]]):
+    """Numbers in a tensor, of any dtype and on any device, as an array.
 
     The tensor is read as it is when this is made: what the program writes into it afterwards does
     not matter.
+
+    Args:
+        tensor: a dense tensor.
+        dtype: of the array.
     """
 
-    __slots__ = ("_arrived", "_host")
+    __slots__ = ("_arrived", "_dtype", "_host")
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, dtype: torch.dtype = torch.float64) -> None:
         tensor = tensor.detach()
+        self._dtype = dtype
         if tensor.device.type == "cpu":
-            self._host = tensor.to(torch.float64, copy=True)
+            self._host = tensor.to(dtype, copy=True)
             self._arrived = None
             return
         # Pinned memory comes from torch's caching allocator; only into it can a copy go without
@@ -68,11 +72,11 @@ class Numbers(Late[npt.NDArray[np.float64]]):
         """Whether the copy has arrived on the host."""
         return self._arrived is None or self._arrived.query()
 
-    def value(self) -> npt.NDArray[np.float64]:
+    def value(self) -> npt.NDArray[Any]:
         """Return the numbers, shaped like the tensor."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        numbers: npt.NDArray[np.float64] = self._host.to(torch.float64).numpy()
+        numbers: npt.NDArray[Any] = self._host.to(self._dtype).resolve_conj().numpy()
         return numbers
 
 

@@ -107,6 +107,14 @@ class StepCopies:
                 return part.weight(int(members[0]), position, index)
         return None
 
+    def common(self, place: int) -> GivenTogether:
+        """Return what the rule was given besides tensors, of the parameter in a place."""
+        for part in self._parts:
+            members = np.flatnonzero(part.copies.places == place)
+            if len(members):
+                return part.common(int(members[0]))
+        return GivenTogether(None, {}, {})
+
 
 class _Part:
     """The parameters of one device and working precision."""
@@ -201,6 +209,10 @@ class _Part:
             return TrackedWeights(param, position, arrived, common, run)
 
         return _Gathered(values, finish)
+
+    def common(self, member: int) -> GivenTogether:
+        run = next((run for run in self._runs if run.first <= member < run.last), None)
+        return GivenTogether(None, {}, {}) if run is None else _together(run)
 
     def weight(self, member: int, position: int, index: tuple[int, ...]) -> WeightStep | None:
         copies = self.copies

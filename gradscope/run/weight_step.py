@@ -40,11 +40,14 @@ class GivenTogether:
         formula: name of the update rule, or None.
         given: hyper-parameters and counters.
         arrays: name on the worksheet → name among the values kept of each weight.
+        loss_scale: what the gradients are still multiplied by where they lie; the update divides by
+            it.
     """
 
     formula: str | None
     given: Mapping[str, Any]
     arrays: Mapping[str, str]
+    loss_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

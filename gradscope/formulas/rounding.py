@@ -1,0 +1,140 @@
+"""How far a step that is worked out in a tensor's dtype may be from the same step in float64.
+
+A first-order bound of the rounding errors, carried along the expression of each quantity; Higham
+(2002), Accuracy and Stability of Numerical Algorithms, sections 2.2 and 3.1. Every operation on
+elements rounds once. Numbers that optimizers keep on the host (hyper-parameters, and in most of
+them bias corrections) are worked out in double precision there, and rounded once where they meet
+an element.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import numpy as np
+
+from gradscope.formulas.term import NAME, NUMBER, Element, Term
+
+# Bits after the leading one, and the least exponent of a normal number.
+_FORMATS = {
+    "float64": (52, -1022),
+    "float32": (23, -126),
+    "float16": (10, -14),
+    "bfloat16": (7, -126),
+}
+
+# torch orders operations otherwise than the papers do (lerp, addcdiv), and multiplies the weight
+# by 1 - lr * weight_decay before it adds the rest.
+_SLACK = 2.0
+
+# Sums of many elements: torch adds them in blocks, so that their errors hardly grow.
+_OF_SUMS = 4.0
+
+# Whatever the dtype, torch iterates in bfloat16 for a matrix whose singular values are about 1.
+_OF_NEWTON_SCHULZ = 2.0**-8
+
+
+def unit_in_last_place(value: float, dtype: str) -> float:
+    """Return the distance between the numbers of a dtype about ``value``; NaN if unknown."""
+    if dtype not in _FORMATS or not math.isfinite(value):
+        return math.nan
+    bits, least = _FORMATS[dtype]
+    exponent = math.frexp(value)[1] - 1 if value else least
+    return math.ldexp(1.0, max(exponent, least) - bits)
+
+
+class RoundingErrors:
+    """Bounds for the quantities of one step, asked line by line in the order of the rule.
+
+    Args:
+        dtype: of the weight and the state: ``float32``, ``bfloat16`` …
+        element: the one asked about.
+        in_tensors: names of the given quantities that lie in tensors; every other one is a number
+            on the host.
+        host_dtype: in which these are kept from step to step.
+    """
+
+    def __init__(
+        self,
+        dtype: str,
+        element: Element,
+        in_tensors: Collection[str],
+        host_dtype: str = "float64",
+    ) -> None:
+        self._unit = unit_in_last_place(1.0, dtype) / 2
+        # An element of double precision may have met a number of single precision.
+        self._host = max(1.0, unit_in_last_place(1.0, host_dtype) / 2 / self._unit)
+        self._least = unit_in_last_place(0.0, dtype)
+        self._element = element
+        # In units of roundoff; None for numbers on the host.
+        self._bounds: dict[str, float | None] = dict.fromkeys(in_tensors, 0.0)
+
+    def bound(self, name: str, expression: Term) -> float:
+        """Return how far this element may be off; NaN in a dtype of which nothing is known."""
+        with np.errstate(all="ignore"):
+            bound = self._bounds[name] = self._of(expression)
+            if bound is None:  # stored in a tensor after all
+                bound = self._rounded_once(self._element.of(expression.value))
+            return float(_SLACK * (self._unit * bound + self._least))
+
+    def _of(self, term: Term) -> float | None:
+        if term.operation == NAME:
+            return self._bounds.get(term.label)
+        if term.operation == NUMBER:
+            return None
+        if term.operation == "where":
+            mask, yes, no = term.operands
+            return self._of(yes if self._element.of(mask.value) else no)
+        if term.operation == "newton_schulz":
+            return _OF_NEWTON_SCHULZ / self._unit
+        bounds = [self._of(operand) for operand in term.operands]
+        if all(bound is None for bound in bounds):
+            return None
+        value = self._element.of(term.value)
+        if value is None:
+            return math.inf
+        values = [self._element.of(operand.value) for operand in term.operands]
+        errors = [
+            self._rounded_once(x) if bound is None else bound
+            for x, bound in zip(values, bounds, strict=True)
+        ]
+        return float(_propagated(term.operation, abs(value), values, errors))
+
+    def _rounded_once(self, value: float | None) -> float:
+        """The error of a number that comes from the host; these small ones are exact."""
+        if value is None:
+            return math.inf
+        return 0.0 if value in (0.0, 1.0, 2.0) else abs(value) * self._host
+
+
+def _propagated(
+    operation: str, result: float, values: list[float | None], errors: list[float]
+) -> float:
+    x, y = np.abs(np.array([np.nan if v is None else v for v in values] + [0.0])[:2])
+    ex, ey = (*errors, 0.0)[:2]
+    match operation:
+        case "+" | "-":
+            return ex + ey + result
+        case "*":
+            return _times(x, ey) + _times(y, ex) + result
+        case "/":
+            return _times(1 / y, ex) + _times(result / y, ey) + result
+        case "**":
+            by_base = _times(y * x ** (y - 1), ex)
+            return by_base + _times(result * abs(np.log(x)), ey) + result
+        case "sqrt":
+            return _times(0.5 / result, ex) + result
+        case "neg" | "abs":
+            return ex
+        case "max" | "min":
+            return max(ex, ey)
+        case "sign":
+            return 0.0
+        case _:
+            return _OF_SUMS * result
+
+
+def _times(factor: float, error: float) -> float:
+    """A product in which no error stays none, whatever it is multiplied by."""
+    return factor * error if error else 0.0
