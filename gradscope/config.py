@@ -11,6 +11,9 @@ from gradscope.errors import UsageError
 
 OnError = Literal["record", "raise"]
 
+KEEP_STEPS = 16
+"""Of how many of the latest recorded steps tensors are kept where nothing else is asked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class WatchOptions:
@@ -22,6 +25,10 @@ class WatchOptions:
         every: record every n-th step in full, whatever it costs; None lets the budget decide.
         include: patterns (as in ``fnmatch``) of parameter names to watch; empty for all.
         exclude: patterns of parameter names to leave out.
+        keep: patterns of the parameters of which gradient, weight and state are kept whole, as they
+            were before and after recorded steps.
+        keep_steps: the steps of which they are kept, which are then recorded in any case; or how
+            many of the latest recorded steps.
         on_error: ``record`` keeps an error of gradscope's own away from the training;
             ``raise`` lets it out, for gradscope's own tests.
     """
@@ -30,6 +37,8 @@ class WatchOptions:
     every: int | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    keep_steps: int | frozenset[int] = KEEP_STEPS
     on_error: OnError = "record"
 
     def __post_init__(self) -> None:
@@ -40,14 +49,44 @@ class WatchOptions:
             )
         if self.every is not None and not (type(self.every) is int and self.every >= 1):
             raise UsageError(f"every={self.every!r}: pass a whole number of steps, 1 or more")
-        for name, patterns in (("params", self.include), ("exclude", self.exclude)):
+        for name, patterns in (
+            ("params", self.include),
+            ("exclude", self.exclude),
+            ("keep", self.keep),
+        ):
             if not all(isinstance(pattern, str) for pattern in patterns):
                 raise UsageError(
                     f"{name}={patterns!r}: pass a pattern of parameter names such as 'head.*', or "
                     "a list of patterns"
                 )
+        if isinstance(self.keep_steps, int) and self.keep_steps < 1:
+            raise UsageError(
+                f"keep_steps={self.keep_steps}: pass how many of the latest recorded steps to "
+                "keep, 1 or more, or the numbers of the steps, such as range(100, 110)"
+            )
         if self.on_error not in ("record", "raise"):
             raise UsageError(f"on_error={self.on_error!r}: pass 'record' or 'raise'")
+
+    def keeps_step(self, step: int) -> bool:
+        """Whether a step was asked for by its number."""
+        return bool(self.keep) and not isinstance(self.keep_steps, int) and step in self.keep_steps
+
+
+def as_steps(name: str, steps: object) -> int | frozenset[int]:
+    """Return a number of steps as it is, and several step numbers as a set.
+
+    Raises:
+        UsageError: if ``steps`` is neither a whole number nor an iterable of them.
+    """
+    if isinstance(steps, int) and not isinstance(steps, bool):
+        return steps
+    numbers = list(steps) if isinstance(steps, Iterable) else []
+    if not numbers or not all(type(number) is int and number >= 0 for number in numbers):
+        raise UsageError(
+            f"{name}={steps!r}: pass how many of the latest recorded steps to keep, or the numbers "
+            "of the steps, such as range(100, 110)"
+        )
+    return frozenset(numbers)
 
 
 def as_patterns(name: str, patterns: object) -> tuple[str, ...]:

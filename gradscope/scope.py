@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -9,17 +10,28 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from gradscope.config import OnError, WatchOptions, as_patterns, switched_off
+from gradscope.config import (
+    KEEP_STEPS,
+    OnError,
+    WatchOptions,
+    as_patterns,
+    as_steps,
+    switched_off,
+)
 from gradscope.errors import ScopeStateError, UsageError
 from gradscope.run.recording import Recording
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import pandas as pd
     import torch
     from torch import nn
 
     from gradscope.graphs.autograd_graph import AutogradGraph
     from gradscope.rules.finding import Findings
+    from gradscope.run.weight_step import WeightStep
+    from gradscope.views.explanation import Explanation
+    from gradscope.views.parameter_summary import ParameterSummary
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -207,6 +219,71 @@ class Scope:
             )
         return AutogradGraph(graphs[step], step=step)
 
+    def explain(
+        self, param: str, index: int | tuple[int, ...] | None = None, step: int = -1
+    ) -> Explanation | ParameterSummary:
+        """Explain the update of one weight with every number in the formula.
+
+        Any weight of the last recorded step of its optimizer can be explained, every weight of
+        parameters and steps asked for with ``keep=``, and 16 weights of each parameter, spread
+        evenly, at every recorded step.
+
+        Args:
+            param: name of the parameter, as in ``scope.params``.
+            index: of the weight, ``(3, 7)``; of a complex parameter with 0 for the real or 1 for
+                the imaginary part at the end. None sums up the whole parameter.
+            step: number of the step, as in ``scope.steps``; a negative one counts the recorded
+                steps from the last.
+
+        Returns:
+            For a weight an object whose attributes are the numbers: ``g``, ``m_before``, ``m``,
+            ``lr``, ``denominator``, ``update``, ``weight_before``, ``weight_formula``,
+            ``weight_stored`` and more. Printed, it shows each line of the rule.
+
+        Raises:
+            UsageError: if there is no such parameter or weight.
+            ScopeStateError: if nothing is known of it at that step; the message says what to pass
+                to :func:`watch` to know it.
+        """
+        from gradscope.views.explain import explain
+
+        self._settle()
+        return explain(self._recording, param, index, step, self._last_copied)
+
+    def tensors(self, param: str, step: int = -1) -> dict[str, npt.NDArray[Any]]:
+        """Return whole tensors around one step, of parameters asked for with ``keep=``.
+
+        Args:
+            param: name of the parameter.
+            step: number of the step; a negative one counts the kept steps from the last.
+
+        Returns:
+            NumPy arrays by name: ``weight_before``, ``gradient``, ``weight_after``, and for each
+            key of the optimizer's state ``<key>_before`` and ``<key>_after``, as far as they were
+            there. Half precision comes as float32. The gradient is what the update read, a sparse
+            one made dense, with ``touched`` beside it.
+
+        Raises:
+            UsageError: if there is no such parameter.
+            ScopeStateError: if nothing was kept; the message says what to pass to :func:`watch`.
+        """
+        from gradscope.views.explain import tensors
+
+        self._settle()
+        return tensors(self._recording, param, step)
+
+    @property
+    def overhead(self) -> pd.DataFrame:
+        """What watching has cost so far: a row per instrument, and a last one for all together.
+
+        Columns: ``calls``, ``total_ms``, ``ms_per_call``, ``ms_per_step``, and ``share`` of the
+        time watched. ``structure`` is what happens at every step: following the loop and telling
+        whose gradients are fresh; ``tables`` is writing the rows.
+        """
+        self._settle()
+        elapsed = 0.0 if self._session is None else self._session.elapsed
+        return self._recording.overhead(elapsed)
+
     def __repr__(self) -> str:
         from gradscope.views.terminal import plain_text
 
@@ -229,6 +306,14 @@ class Scope:
         self._settle()
         return self._recording.frame(name)
 
+    def _last_copied(
+        self, step: int, param: int, position: int, index: tuple[int, ...]
+    ) -> WeightStep | None:
+        if self._session is None:
+            return None
+        copied: WeightStep | None = self._session.weight(step, param, position, index)
+        return copied
+
     def _settle(self) -> None:
         if self._session is not None:
             self._session.settle()
@@ -242,6 +327,8 @@ def watch(
     budget: float = 0.03,
     params: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
+    keep: str | Iterable[str] = (),
+    keep_steps: int | Iterable[int] = KEEP_STEPS,
     on_error: OnError = "record",
 ) -> Scope:
     """Watch a training loop from the inside.
@@ -260,6 +347,10 @@ def watch(
         budget: the share of the step time that recording in full may take.
         params: patterns (as in ``fnmatch``) of the parameter names to watch; all by default.
         exclude: patterns of parameter names to leave out.
+        keep: patterns of the parameters of which gradient, weight and state are kept whole, as
+            they were before and after recorded steps, for ``scope.tensors`` and ``scope.explain``.
+        keep_steps: the numbers of the steps of which they are kept, such as ``range(100, 110)``,
+            which are then recorded in any case; or how many of the latest recorded steps.
         on_error: ``"record"`` keeps an error of gradscope's own away from the training and tells
             it once as a warning; ``"raise"`` lets it out.
 
@@ -274,6 +365,8 @@ def watch(
         every=every,
         include=as_patterns("params", params),
         exclude=as_patterns("exclude", exclude),
+        keep=as_patterns("keep", keep),
+        keep_steps=as_steps("keep_steps", keep_steps),
         on_error=on_error,
     )
     if switched_off():
@@ -289,7 +382,16 @@ def watch(
     names = _names(caller, 1, "optimizer", len(optimizers), "optimizer")
     for each_optimizer, name in zip(optimizers, names, strict=True):
         session.watch_optimizer(each_optimizer, name)
+    _check_keep(session.recording, options)
     return Scope(session)
+
+
+def _check_keep(recording: Recording, options: WatchOptions) -> None:
+    names = [name for entry in recording.parameters for name in (entry.name, *entry.aliases)]
+    for pattern in options.keep:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            raise UsageError(f"keep={pattern!r} is the name of no parameter; there is {some}")
 
 
 def _checked_models(model: Any) -> list[nn.Module]:

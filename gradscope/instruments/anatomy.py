@@ -148,7 +148,7 @@ def _on_host(copies: FlatCopies, runs: Sequence[Run]) -> Reals:
     rows = np.full((len(_ROWS), len(copies.places)), np.nan)
     with np.errstate(all="ignore"):
         for run in runs:
-            for block in _blocks(copies, run):
+            for block in _blocks(copies, run, on_host=True):
                 found = _evaluate(block, torch.Tensor.numpy)
                 values = np.array(list(found.values()), np.float64)
                 _enter(np, rows, block, found, values.reshape(len(found), -1))
@@ -156,7 +156,8 @@ def _on_host(copies: FlatCopies, runs: Sequence[Run]) -> Reals:
             return rows
         for member in np.flatnonzero(~_is_trustworthy(rows)).tolist():
             run = next(run for run in runs if run.first <= member < run.last)
-            for block in _blocks(copies, replace(run, first=member, last=member + 1)):
+            alone = replace(run, first=member, last=member + 1)
+            for block in _blocks(copies, alone, on_host=True):
                 found = _evaluate(block, lambda tensor: tensor.numpy().astype(np.float64))
                 _enter(np, rows, block, found, np.array(list(found.values()))[:, None])
     return rows
@@ -167,7 +168,7 @@ def _on_device(copies: FlatCopies, runs: Sequence[Run]) -> torch.Tensor:
     wide = torch.float32 if copies.device.type == "mps" else torch.float64
     rows = torch.full((len(_ROWS), len(copies.places)), torch.nan, dtype=wide, device=copies.device)
     for run in runs:
-        for block in _blocks(copies, run):
+        for block in _blocks(copies, run, on_host=False):
             found = _evaluate(block, lambda tensor: tensor.to(wide))
             values = torch.stack([value.to(wide) for value in found.values()])
             _enter(torch, rows, block, found, values)
@@ -211,10 +212,10 @@ class _Block:
     shape: torch.Size | None
 
 
-def _blocks(copies: FlatCopies, run: Run) -> Iterator[_Block]:
+def _blocks(copies: FlatCopies, run: Run, *, on_host: bool) -> Iterator[_Block]:
     whole = run.formula is not None and not run.formula.elementwise and run.has_gradient
     names = {"weight_before": "weight_before", "weight_after": "weight_after", **run.arrays}
-    on_host, starts = copies.device.type == "cpu", copies.starts
+    starts = copies.starts
     for first, last, start, stop in _stretches(copies, run, whole or not on_host):
         segments: Segments
         if not on_host:

@@ -112,6 +112,20 @@ class FlatCopies:
             )
         return present
 
+    def spread(self, quantity: str, numbers: Sequence[Any]) -> None:
+        """Give every element of each parameter the same number.
+
+        Args:
+            quantity: its name.
+            numbers: one for each parameter whose turn it is: a tensor of one element, a number, or
+                None for 0.
+        """
+        own = [self._on_device(number) for number in numbers]
+        torch._foreach_copy_(
+            self._views_of(quantity),
+            [number.expand_as(v) for number, v in zip(own, self._views_of(quantity), strict=True)],
+        )
+
     def shaped(self, quantity: str, member: int) -> torch.Tensor:
         """Return the copy of one parameter's quantity, in its shape."""
         first = 0 if quantity == "weight_before" else self.turn[0]
@@ -134,6 +148,14 @@ class FlatCopies:
             at = at.pin_memory()
         return Numbers(buffer[at.to(self.device, non_blocking=True)])
 
+    def _on_device(self, number: Any) -> torch.Tensor:
+        if is_elsewhere(number):
+            own: torch.Tensor = number.detach().reshape(())
+            return own.to(self.device, self.dtype)
+        # Filled in there: copied from the host, the host would wait.
+        value = 0.0 if number is None else float(number)
+        return torch.full((), value, device=self.device, dtype=self.dtype)
+
     def _buffer(self, quantity: str) -> torch.Tensor:
         buffer = self._buffers.get(quantity)
         if buffer is None:
@@ -154,6 +176,11 @@ class FlatCopies:
             views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
             self._views[key] = views
         return views
+
+
+def is_elsewhere(value: Any) -> bool:
+    """Whether a value is a tensor on a device, which the host would have to wait for."""
+    return isinstance(value, torch.Tensor) and value.device.type != "cpu"
 
 
 def can_be_copied(parameter: torch.Tensor | None) -> TypeGuard[torch.Tensor]:

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gradscope.instruments.late import Known, Late, scalar_of
+from gradscope.instruments.flat_copies import is_elsewhere
+from gradscope.instruments.late import Known, Late, Numbers, scalar_of
 from gradscope.instruments.statistics import Reals, Statistics, StatisticsReader
 
 Integers = npt.NDArray[np.int64]
@@ -176,18 +177,41 @@ class _NumberReader:
                 return Known(self._host.numpy().copy())
         except (AttributeError, TypeError, RuntimeError):
             pass  # a Python number among them, or a tensor that cannot be read like this
-        found = [scalar_of(v) if isinstance(v, torch.Tensor) else Known(float(v)) for v in values]
-        return _All(found)
+        own = [_number(value) for value in values]
+        elsewhere: dict[torch.device, list[int]] = {}
+        for i, number in enumerate(own):
+            if isinstance(number, torch.Tensor):
+                elsewhere.setdefault(number.device, []).append(i)
+        numbers = np.array([np.nan if isinstance(n, torch.Tensor) else n for n in own], np.float64)
+        # One copy for each device, not one for each number.
+        return _Collected(
+            numbers,
+            [
+                (places, Numbers(torch.stack([own[i] for i in places])))
+                for places in elsewhere.values()
+            ],
+        )
 
 
-class _All(Late[Reals]):
-    """Several late numbers as one array."""
+def _number(value: Any) -> Any:
+    """A number as a float; one on a device as a tensor of a common dtype."""
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    if is_elsewhere(value) and value.numel() == 1 and not value.is_complex():
+        return value.detach().reshape(()).float()
+    return scalar_of(value).value()
 
-    def __init__(self, numbers: list[Late[Any]]) -> None:
-        self._numbers = numbers
+
+class _Collected(Late[Reals]):
+    """An array of which some numbers are still under way."""
+
+    def __init__(self, numbers: Reals, parts: list[tuple[list[int], Late[Any]]]) -> None:
+        self._numbers, self._parts = numbers, parts
 
     def ready(self) -> bool:
-        return all(number.ready() for number in self._numbers)
+        return all(part.ready() for _, part in self._parts)
 
     def value(self) -> Reals:
-        return np.array([float(number.value()) for number in self._numbers], np.float64)
+        for places, part in self._parts:
+            self._numbers[places] = part.value()
+        return self._numbers

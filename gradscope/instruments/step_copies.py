@@ -14,8 +14,13 @@ import torch
 from gradscope.formulas import FORMULAS
 from gradscope.formulas.formula import Formula
 from gradscope.instruments.anatomy import LARGE, Anatomy, Run, WorkedOut, work_out
-from gradscope.instruments.flat_copies import FlatCopies, can_be_copied, working_dtype
-from gradscope.instruments.late import Known, Late
+from gradscope.instruments.flat_copies import (
+    FlatCopies,
+    can_be_copied,
+    is_elsewhere,
+    working_dtype,
+)
+from gradscope.instruments.late import Known, Late, scalar_of
 from gradscope.run.weight_step import GivenTogether, TrackedWeights, WeightStep
 
 TRACKED = 16
@@ -23,6 +28,8 @@ TRACKED = 16
 
 Tensors = Sequence[torch.Tensor | None]
 Flags = npt.NDArray[np.bool_]
+LateNumbers = dict[int, Late[Any]]
+"""Values of hyper-parameters on a device, by the id of the tensor."""
 
 _UNKNOWN_STATE = 2
 """How many tensors of state to make room for where the rule, and so its state, is not known."""
@@ -107,13 +114,13 @@ class StepCopies:
                 return part.weight(int(members[0]), position, index)
         return None
 
-    def common(self, place: int) -> GivenTogether:
+    def common(self, place: int) -> Late[GivenTogether]:
         """Return what the rule was given besides tensors, of the parameter in a place."""
         for part in self._parts:
             members = np.flatnonzero(part.copies.places == place)
-            if len(members):
-                return part.common(int(members[0]))
-        return GivenTogether(None, {}, {})
+            if len(members) and (run := part.run_of(int(members[0]))) is not None:
+                return _Together(run, part.late)
+        return Known(GivenTogether(None, {}, {}))
 
 
 class _Part:
@@ -124,9 +131,11 @@ class _Part:
         self._groups = groups
         self._formula = formula
         self._given: list[dict[str, Any]] = []
+        self.late: LateNumbers = {}
         self._states: list[dict[str, Any]] = []
         self._present: dict[str, Flags] = {}
         self._numbers: dict[str, Any] = {}
+        self._spread: set[str] = set()
         self._shaped: dict[str, list[torch.Tensor | None]] = {}
         self._is_first: Flags = np.zeros(0, np.bool_)
         self._runs: list[Run] = []
@@ -137,18 +146,26 @@ class _Part:
         copies.next_turn()
         everybody = [parameters[place] for place in copies.places]
         copies.copy_weights(everybody)
-        self._given = [_given(group, copies.device) for group in optimizer.param_groups]
+        self.late = {}
+        self._given = [_given(group, copies.device, self.late) for group in optimizer.param_groups]
         first, last = copies.turn
         # The state is a defaultdict: asking for what is not there would create it.
         self._states = [optimizer.state.get(p) or {} for p in everybody[first:last]]
-        self._present, self._numbers, self._shaped = {}, {}, {}
+        self._present, self._numbers, self._shaped, self._spread = {}, {}, {}, set()
         self._is_first = np.array([not state for state in self._states], np.bool_)
         if self._formula is None:
             return
         for key, name in self._formula.state.items():
             held = [state.get(key) for state in self._states]
             if name in self._formula.scalars:
-                self._numbers[name] = _numbers(held)
+                if any(map(is_elsewhere, held)) and not self._formula.elementwise:
+                    self._shaped[name] = [_copy(value, copies.dtype) for value in held]
+                elif any(map(is_elsewhere, held)):
+                    # Which parameters share a count is not known here: each element has its own.
+                    copies.spread(name, held)
+                    self._spread.add(name)
+                else:
+                    self._numbers[name] = _numbers(held)
             elif self._formula.elementwise:
                 present = copies.copy(
                     name, [v if isinstance(v, torch.Tensor) else None for v in held]
@@ -177,7 +194,7 @@ class _Part:
             touched.zero_()
             gradient = own[member]
             assert gradient is not None
-            touched[gradient._indices()[0]] = 1
+            touched[tuple(gradient._indices())] = 1
 
     def after(self, parameters: Tensors) -> Late[Any]:
         copies = self.copies
@@ -201,22 +218,23 @@ class _Part:
         run = np.searchsorted([run.last for run in runs], member, "right")
         names = {"weight_before", "weight_after"}.union(*(run.arrays.values() for run in runs))
         values = {name: copies.gather(name, at_all) for name in sorted(names)}
-        common = tuple(_together(run) for run in runs)
+        late = self.late
         position = at_all - copies.starts[member]
         param = params[copies.places[member]]
 
         def finish(arrived: dict[str, Any]) -> TrackedWeights:
+            common = tuple(_Together(each, late).value() for each in runs)
             return TrackedWeights(param, position, arrived, common, run)
 
         return _Gathered(values, finish)
 
-    def common(self, member: int) -> GivenTogether:
-        run = next((run for run in self._runs if run.first <= member < run.last), None)
-        return GivenTogether(None, {}, {}) if run is None else _together(run)
+    def run_of(self, member: int) -> Run | None:
+        """Return the run that a member belonged to in the last step; None if it was not copied."""
+        return next((run for run in self._runs if run.first <= member < run.last), None)
 
     def weight(self, member: int, position: int, index: tuple[int, ...]) -> WeightStep | None:
         copies = self.copies
-        run = next((run for run in self._runs if run.first <= member < run.last), None)
+        run = self.run_of(member)
         if run is None:
             return None
         names = {"weight_before": "weight_before", "weight_after": "weight_after", **run.arrays}
@@ -233,7 +251,7 @@ class _Part:
                 for name, kept in names.items()
             }
             after = float(values.pop("weight_after"))
-        together = _together(run)
+        together = _Together(run, self.late).value()
         return WeightStep(together.formula, {**together.given, **values}, index, after)
 
     def _cut_into_runs(self) -> list[Run]:
@@ -263,13 +281,14 @@ class _Part:
         shaped: dict[str, torch.Tensor] = {}
         for name, numbers in self._numbers.items():
             given[f"{name}_before"] = float(numbers[begin])
+        arrays |= {f"{name}_before": name for name in self._spread if has_gradient}
         if formula is not None and has_gradient:
             for name in formula.state.values():
-                if name in formula.scalars:
+                if name in self._numbers or name in self._spread:
                     continue
-                if not formula.elementwise and (own := self._shaped[name][begin]) is not None:
+                if name in self._shaped and (own := self._shaped[name][begin]) is not None:
                     shaped[f"{name}_before"] = own
-                elif self._present[name][begin]:
+                elif name in self._present and self._present[name][begin]:
                     arrays[f"{name}_before"] = name
                 else:
                     given[f"{name}_before"] = 0.0
@@ -325,13 +344,24 @@ class _Tracked(Late[TrackedWeights | None]):
         )
 
 
-def _together(run: Run) -> GivenTogether:
+class _Together(Late[GivenTogether]):
     """What a run has in common, as plain data: a tensor of one element becomes its value."""
-    given = {
-        name: float(value) if isinstance(value, torch.Tensor) else value
-        for name, value in run.given.items()
-    }
-    return GivenTogether(None if run.formula is None else run.formula.name, given, run.arrays)
+
+    def __init__(self, run: Run, late: LateNumbers) -> None:
+        self._run, self._late = run, late
+
+    def ready(self) -> bool:
+        return all(number.ready() for number in self._late.values())
+
+    def value(self) -> GivenTogether:
+        formula = self._run.formula
+        given = {name: self._plain(value) for name, value in self._run.given.items()}
+        return GivenTogether(None if formula is None else formula.name, given, self._run.arrays)
+
+    def _plain(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(self._plain, value))
+        return float(self._late[id(value)].value()) if isinstance(value, torch.Tensor) else value
 
 
 def _spread(start: int, stop: int) -> Any:
@@ -370,28 +400,30 @@ def group_numbers(optimizer: torch.optim.Optimizer, parameters: Tensors) -> Any:
     return np.array([group_of.get(id(parameter), 0) for parameter in parameters], np.int64)
 
 
-def _given(group: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _given(group: dict[str, Any], device: torch.device, late: LateNumbers) -> dict[str, Any]:
     """The hyper-parameters of a group, as a worksheet is given them."""
+
+    def number(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.device.type == "cpu":
+            return float(value)
+        # The rule is given it where it is; its value comes late.
+        own = value.detach().to(device, copy=True)
+        late[id(own)] = scalar_of(own)
+        return own
+
     given: dict[str, Any] = {}
     for name, value in group.items():
         if name == "params":
             continue
         if name == "betas":
-            given["beta1"], given["beta2"] = (_number(beta, device) for beta in value)
+            given["beta1"], given["beta2"] = map(number, value)
         elif isinstance(value, tuple | list):
-            given[name] = tuple(_number(item, device) for item in value)
+            given[name] = tuple(map(number, value))
         else:
-            given["mu" if name == "momentum" else name] = _number(value, device)
+            given["mu" if name == "momentum" else name] = number(value)
     return given
-
-
-def _number(value: Any, device: torch.device) -> Any:
-    """A hyper-parameter as a Python number; one on a device stays there."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    if value.device.type == "cpu":
-        return float(value)
-    return value.detach().to(device)
 
 
 def _copy(value: Any, dtype: torch.dtype) -> torch.Tensor | None:

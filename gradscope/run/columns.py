@@ -100,26 +100,30 @@ class Columns:
 
     def texts(self, name: str) -> np.ndarray[Any, Any]:
         """Return a text column as an object array of strings."""
-        return np.array([*self._texts, ""], dtype=object).take(self.array(name))
+        return self._spelled(self.array(name))
 
-    def frame(self, params: list[str], optimizers: list[str]) -> pd.DataFrame:
+    def frame(self, params: list[str], optimizers: list[str], rows: Any = None) -> pd.DataFrame:
         """Return the rows as a DataFrame of its own, that later rows do not change.
 
         Args:
             params: the parameters' names, by number.
             optimizers: the optimizers' names, by number.
+            rows: int64[k], only these rows; None for all.
         """
         import pandas as pd
 
-        return pd.DataFrame(dict(self._series(params, optimizers)))
+        return pd.DataFrame(dict(self._series(params, optimizers, rows)))
 
-    def _series(self, params: list[str], optimizers: list[str]) -> Iterator[tuple[str, Any]]:
+    def _series(
+        self, params: list[str], optimizers: list[str], rows: Any
+    ) -> Iterator[tuple[str, Any]]:
         import pandas as pd
 
         for name, kind in self._kinds.items():
             stored = self.array(name)
+            stored = stored.copy() if rows is None else stored[rows]
             if kind is Kind.TEXT:
-                yield name, self.texts(name)
+                yield name, self._spelled(stored)
             elif kind is Kind.PARAM:
                 yield name, np.array([*params, ""], dtype=object)[stored]
             elif kind is Kind.OPTIMIZER:
@@ -128,7 +132,11 @@ class Columns:
                 missing = stored == MISSING
                 yield name, pd.arrays.IntegerArray(np.where(missing, 0, stored), missing)
             else:
-                yield name, stored.copy()
+                yield name, stored
+
+    def _spelled(self, numbers: Any) -> np.ndarray[Any, Any]:
+        spelled: np.ndarray[Any, Any] = np.array([*self._texts, ""], dtype=object).take(numbers)
+        return spelled
 
     def _numbers_of(self, value: Any) -> Any:
         if isinstance(value, str):

@@ -9,6 +9,7 @@ import numpy as np
 
 from gradscope.run.captured_graph import CapturedGraph
 from gradscope.run.columns import MISSING, Columns
+from gradscope.run.kept_tensors import KeptTensors
 from gradscope.run.schema import PARAMS, TABLES
 from gradscope.run.weight_step import TrackedWeights
 
@@ -107,6 +108,7 @@ class Recording:
         models, optimizers, parameters: who took part, by number.
         graphs: captured autograd graphs by step.
         tracked: a few weights of every parameter, by recorded step.
+        kept: the tensors around chosen steps that the program asked for.
         seconds: how long the watch has lasted, pauses left out.
         observe_seconds: time spent by gradscope, by what it was spent on; each second once.
         observe_calls: how often, likewise.
@@ -119,6 +121,7 @@ class Recording:
         self.parameters: list[ParameterEntry] = []
         self.graphs: dict[int, CapturedGraph] = {}
         self.tracked: dict[int, TrackedWeights] = {}
+        self.kept = KeptTensors()
         self.seconds = 0.0
         self.observe_seconds: dict[str, float] = {}
         self.observe_calls: dict[str, int] = {}
@@ -146,6 +149,23 @@ class Recording:
         if known is None or known[0] != stamp:
             known = self._frames[table] = (stamp, rows.frame(names, optimizers))
         return known[1].copy()
+
+    def rows_of(self, table: str, **wanted: int) -> pd.DataFrame:
+        """Return the rows of a table in which columns have a value, without building all.
+
+        Args:
+            table: its name.
+            wanted: value by column; steps, optimizers and parameters by their numbers.
+        """
+        rows = self._columns[table]
+        is_wanted = np.ones(rows.n_rows, np.bool_)
+        for name, value in wanted.items():
+            is_wanted &= rows.array(name) == value
+        return rows.frame(
+            [parameter.name for parameter in self.parameters],
+            [optimizer.name for optimizer in self.optimizers],
+            np.flatnonzero(is_wanted),
+        )
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
@@ -192,19 +212,23 @@ class Recording:
         self.observe_seconds[part] = self.observe_seconds.get(part, 0.0) + seconds
         self.observe_calls[part] = self.observe_calls.get(part, 0) + 1
 
-    def overhead(self) -> pd.DataFrame:
-        """Return what watching cost, one row per instrument and a last one for all together."""
+    def overhead(self, seconds: float) -> pd.DataFrame:
+        """Return what watching cost, one row per instrument and a last one for all together.
+
+        Args:
+            seconds: how long it has been watched.
+        """
         import pandas as pd
 
-        seconds = pd.Series(self.observe_seconds, dtype=float)
+        spent = pd.Series(self.observe_seconds, dtype=float)
         calls = pd.Series(self.observe_calls, dtype=int)
-        frame = pd.DataFrame({"calls": calls, "total_ms": 1e3 * seconds})
+        frame = pd.DataFrame({"calls": calls, "total_ms": 1e3 * spent})
         frame = frame.sort_values("total_ms", ascending=False)
         frame.loc["all"] = frame.sum()
         frame["calls"] = frame["calls"].astype(int)
         frame["ms_per_call"] = frame["total_ms"] / frame["calls"]
         frame["ms_per_step"] = frame["total_ms"] / max(1, self.n_steps)
-        frame["share"] = frame["total_ms"] / (1e3 * self.seconds) if self.seconds else np.nan
+        frame["share"] = frame["total_ms"] / (1e3 * seconds) if seconds else np.nan
         return frame.rename_axis("instrument")
 
     def latest(self) -> dict[str, float]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gradscope.config import WatchOptions
 from gradscope.instruments.late import Late
 from gradscope.run.captured_graph import CapturedGraph
 from gradscope.run.columns import MISSING
+from gradscope.run.kept_tensors import MOST_BYTES
 from gradscope.run.recording import Recording
+from gradscope.run.weight_step import WeightStep
 from gradscope.session import recorder
 from gradscope.session.census import Census
 from gradscope.session.costs import Costs
@@ -32,8 +35,12 @@ _LOOKED_AT_CLOSELY = 8
 class _Follower:
     """What is kept for one optimizer."""
 
-    def __init__(self, observer: StepObserver, schedule: Schedule) -> None:
+    def __init__(
+        self, observer: StepObserver, schedule: Schedule, *, is_differentiable: bool
+    ) -> None:
         self.observer = observer
+        # What such an optimizer does is part of the user's graph: nothing around it is copied.
+        self.is_differentiable = is_differentiable
         self.schedule = schedule
         self.n_attempts = 0
         self.open: StepReading | None = None
@@ -41,6 +48,8 @@ class _Follower:
         self.before_clipping: Late[Reals] | None = None
         # What watching had cost in all when its last attempt was accounted for.
         self.cost_before = 0.0
+        # The step whose copies are still there.
+        self.copied_step: int | None = None
 
 
 class Attempts:
@@ -83,14 +92,22 @@ class Attempts:
         self.graphs: dict[int, CapturedGraph] = {}
         self.n_ended = 0
         self._n_new = 0
+        if isinstance(options.keep_steps, int):
+            recording.kept.n_last = options.keep_steps
 
-    def follow(self, optimizer: int) -> None:
-        """Follow one more optimizer."""
+    def follow(self, optimizer: int, *, is_differentiable: bool) -> None:
+        """Follow one more optimizer.
+
+        Args:
+            optimizer: its number.
+            is_differentiable: whether its steps are part of the graph; those are not recorded.
+        """
         self._n_new += optimizer < _LOOKED_AT_CLOSELY
         dense = DENSE if optimizer < _LOOKED_AT_CLOSELY else 0
         self._followers[optimizer] = _Follower(
-            StepObserver(self._census, optimizer, self._failures.run),
+            StepObserver(self._census, optimizer, self._failures.run, self._options.keep),
             Schedule(self._options.budget, self._options.every, dense),
+            is_differentiable=is_differentiable,
         )
 
     @property
@@ -113,9 +130,16 @@ class Attempts:
     def begin(self, optimizer: int, scale: Late[Any] | None, *, has_closure: bool) -> None:
         """Read what there is before an update; with a closure, its gradients come later."""
         began = time.perf_counter()
-        follower = self._followers[optimizer]
-        recorded = follower.schedule.is_recorded(follower.n_attempts)
-        reading = follower.open = follower.observer.begin(recorded=recorded, scale=scale)
+        follower, options = self._followers[optimizer], self._options
+        is_asked_for = options.keeps_step(self.n_ended)
+        recorded = is_asked_for or follower.schedule.is_recorded(follower.n_attempts)
+        recorded = recorded and not follower.is_differentiable
+        keeps = recorded and (is_asked_for or isinstance(options.keep_steps, int))
+        if recorded:
+            follower.copied_step = None
+        reading = follower.open = follower.observer.begin(
+            recorded=recorded, scale=scale, keeps=keeps and bool(options.keep)
+        )
         if not has_closure:
             follower.observer.read_gradients(reading)
         reading.seconds += time.perf_counter() - began
@@ -139,6 +163,22 @@ class Attempts:
             self._followers[optimizer].observer.read_gradients(reading)
             self._consume(optimizer, reading)
             reading.seconds += time.perf_counter() - began
+
+    def weight(
+        self, step: int, param: int, position: int, index: tuple[int, ...]
+    ) -> WeightStep | None:
+        """Return any weight around the last recorded step of an optimizer; None for other steps.
+
+        Args:
+            step: the step.
+            param: number of the parameter.
+            position: of the weight in the flattened parameter, a complex number being two.
+            index: of the weight in the parameter.
+        """
+        for follower in self._followers.values():
+            if follower.copied_step == step:
+                return follower.observer.weight(param, position, index)
+        return None
 
     def backward_ended(self) -> None:
         """Note a backward; one inside a step makes what was read before it out of date.
@@ -267,6 +307,9 @@ class Attempts:
                 recorder.record_state(run, step, optimizer, params, when, state)
         if reading.state_after is not None:
             recorder.record_moments(run, step, optimizer, params, reading, anatomy)
+        if reading.anatomy is not None:
+            self._followers[optimizer].copied_step = step
+        self._keep(step, reading)
         if reading.tracked is not None and (tracked := reading.tracked.value()) is not None:
             run.track(step, tracked)
         recorder.record_step(
@@ -284,3 +327,21 @@ class Attempts:
         for number in record.attempt.backwards:
             if number in self.graphs:
                 run.graphs[step] = self.graphs.pop(number)
+
+    def _keep(self, step: int, reading: StepReading) -> None:
+        """Keep the tensors that the program asked for."""
+        run = self._recording
+        for place, (tensors, common) in reading.kept.items():
+            scale = float(reading.scale.value()) if reading.scaled and reading.scale else 1.0
+            had_forgotten = run.kept.forgot
+            run.kept.keep(
+                step,
+                int(reading.params[place]),
+                tensors.value(),
+                replace(common.value(), loss_scale=scale),
+            )
+            if run.kept.forgot and not had_forgotten:
+                run.notes.append(
+                    f"kept tensors came to more than {MOST_BYTES >> 20} MiB at step {step}: from "
+                    "here on the oldest make room for the latest"
+                )

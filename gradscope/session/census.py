@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import fnmatch
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -232,6 +233,14 @@ class Census:
             return True
         return is_wrapper(module) and id(module._orig_mod) in self.members
 
+    def match(self, params: Integers, patterns: tuple[str, ...]) -> npt.NDArray[np.bool_]:
+        """Return bool[n], which of these parameters have a name that matches a pattern."""
+        entries = (self._recording.parameters[param] for param in params.tolist())
+        return np.array(
+            [any(_matches(name, patterns) for name in (e.name, *e.aliases)) for e in entries],
+            np.bool_,
+        )
+
     def knows(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is a parameter of a watched model or optimizer."""
         return self._number(tensor) is not None
@@ -289,10 +298,8 @@ class Census:
             self.refresh_groups(number)
 
     def _is_watched(self, name: str) -> bool:
-        matches: Callable[[tuple[str, ...]], bool] = lambda patterns: any(  # noqa: E731
-            fnmatch.fnmatchcase(name, pattern) for pattern in patterns
-        )
-        return (not self._include or matches(self._include)) and not matches(self._exclude)
+        is_included = not self._include or _matches(name, self._include)
+        return is_included and not _matches(name, self._exclude)
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -306,6 +313,10 @@ def is_compiled(model: nn.Module) -> bool:
 def is_wrapper(module: nn.Module) -> bool:
     """Whether a module is what ``torch.compile(model)`` returns."""
     return type(module).__name__ == "OptimizedModule"
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _describe(parameter: torch.Tensor, entry: ParameterEntry) -> None:

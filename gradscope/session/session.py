@@ -21,6 +21,7 @@ from gradscope.instruments.autograd_graph import capture_graph
 from gradscope.instruments.late import Known, Late, scalar_of
 from gradscope.run.captured_graph import CapturedGraph
 from gradscope.run.recording import Recording
+from gradscope.run.weight_step import WeightStep
 from gradscope.session.all_gradients import AllGradients
 from gradscope.session.attempts import Attempts
 from gradscope.session.census import Census
@@ -151,7 +152,15 @@ class Session:
 
     def watch_optimizer(self, optimizer: torch.optim.Optimizer, name: str) -> None:
         """Take an optimizer in."""
-        self._attempts.follow(self._census.add_optimizer(optimizer, name))
+        is_differentiable = any(group.get("differentiable") for group in optimizer.param_groups)
+        number = self._census.add_optimizer(optimizer, name)
+        self._attempts.follow(number, is_differentiable=is_differentiable)
+        if is_differentiable:
+            self.event(
+                "unobserved",
+                f"{self.recording.optimizers[number].name} is differentiable: its steps are part "
+                "of the graph, so its state and its updates are not read",
+            )
         self._tell_holdings()
 
     def start(self) -> None:
@@ -186,15 +195,26 @@ class Session:
         """Wait for values that are still under way, and account for everything seen so far."""
         self._guarded("ledger", lambda: self._in_order.settle(wait=True))
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds watched so far, pauses left out."""
+        clock = time.perf_counter() - self._began if self._began else 0.0
+        return self.recording.seconds + clock
+
+    def weight(
+        self, step: int, param: int, position: int, index: tuple[int, ...]
+    ) -> WeightStep | None:
+        """Return any weight around the last recorded step; None if its copies are gone."""
+        return self._attempts.weight(step, param, position, index)
+
     def event(self, event: str, detail: str = "", location: Location | None = None) -> None:
         """Add a row to ``events``; an error in doing so goes where all errors of ours go."""
         self._guarded("events", lambda: self._record_event(event, detail, location))
 
     def _record_event(self, event: str, detail: str, location: Location | None) -> None:
-        clock = time.perf_counter() - self._began if self._began else 0.0
         self.recording.rows("events").append(
             {
-                "time": self.recording.seconds + clock,
+                "time": self.elapsed,
                 "step": self._attempts.n_ended,
                 "event": event,
                 "detail": detail,

@@ -12,11 +12,12 @@ import torch
 from gradscope.instruments.anatomy import Anatomy
 from gradscope.instruments.gradients import GradientReader
 from gradscope.instruments.hyperparameters import GroupReading, read_groups
+from gradscope.instruments.kept_tensors import Array, TensorKeeper
 from gradscope.instruments.late import Late, scalar_of
 from gradscope.instruments.optimizer_state import StateReader, StateReading
 from gradscope.instruments.statistics import Reals, Statistics
 from gradscope.instruments.step_copies import StepCopies, group_numbers
-from gradscope.run.weight_step import TrackedWeights, WeightStep
+from gradscope.run.weight_step import GivenTogether, TrackedWeights, WeightStep
 from gradscope.session.census import Census
 from gradscope.session.gradients import GradientLook, Integers, as_slice
 
@@ -48,6 +49,8 @@ class StepReading:
         state_before, state_after: the optimizer's state on both sides of the update.
         anatomy: the update taken apart.
         tracked: a few weights of each parameter.
+        keeps: whether the tensors that the program asked for are kept of this step.
+        kept: these tensors by name, by place of their parameter, and what else the rule was given.
         is_consumed: whether the ledger has been told that the update uses these gradients.
         seconds: spent on all this reading.
     """
@@ -68,6 +71,10 @@ class StepReading:
     state_after: StateReading | None = None
     anatomy: Late[Anatomy] | None = None
     tracked: Late[TrackedWeights | None] | None = None
+    keeps: bool = False
+    kept: dict[int, tuple[Late[dict[str, Array]], Late[GivenTogether]]] = field(
+        default_factory=dict
+    )
     is_consumed: bool = False
     seconds: float = 0.0
 
@@ -95,6 +102,7 @@ class StepReading:
             self.anatomy,
             self.tracked,
             *(value for group in self.groups for value in group.values.values()),
+            *(value for kept in self.kept.values() for value in kept),
         ]
         return [part for part in parts if part is not None]
 
@@ -106,17 +114,27 @@ class StepObserver:
         census: who is who.
         optimizer: number of the optimizer.
         attempt: runs one instrument and keeps its errors away.
+        keep: patterns of the parameters whose tensors the program asked for.
     """
 
-    def __init__(self, census: Census, optimizer: int, attempt: Attempt) -> None:
+    def __init__(
+        self, census: Census, optimizer: int, attempt: Attempt, keep: tuple[str, ...] = ()
+    ) -> None:
         self._census = census
+        self._keep = keep
         self._optimizer = optimizer
         self._attempt = attempt
         self._generation = -1
         self._are_copied = False
 
-    def begin(self, *, recorded: bool, scale: Late[Any] | None) -> StepReading:
-        """Read what there is before the update, the gradients left out."""
+    def begin(self, *, recorded: bool, scale: Late[Any] | None, keeps: bool = False) -> StepReading:
+        """Read what there is before the update, the gradients left out.
+
+        Args:
+            recorded: whether the step is recorded in full.
+            scale: the gradient scaler's scale, if one is in use.
+            keeps: whether the tensors that the program asked for are kept of it.
+        """
         params = self._census.params_of(self._optimizer)
         reading = StepReading(self._optimizer, recorded, params, scale=scale)
         optimizer = self._census.optimizer(self._optimizer)
@@ -135,6 +153,9 @@ class StepObserver:
             reading.state_before = self._attempt(
                 "optimizer_state", self._read_state, optimizer, tensors
             )
+            reading.keeps = keeps and (
+                self._attempt("kept_tensors", self._keeper.before, optimizer, tensors) or False
+            )
         self._was_recorded = False
         return reading
 
@@ -148,6 +169,10 @@ class StepObserver:
         if reading.recorded and self._are_copied:
             self._are_copied = (
                 self._attempt("anatomy", self._copy_gradients, gradients, reading.scaled) or False
+            )
+        if reading.keeps:
+            reading.keeps = (
+                self._attempt("kept_tensors", self._keeper.gradients, gradients) or False
             )
         if not any_there:
             return
@@ -186,6 +211,8 @@ class StepObserver:
                 "optimizer_state", self._read_state, optimizer, tensors
             )
             self._was_recorded = True
+            if reading.keeps:
+                reading.kept = self._attempt("kept_tensors", self._kept, optimizer, tensors) or {}
         return self._look_after(reading, tensors)
 
     def weight(self, param: int, position: int, index: tuple[int, ...]) -> WeightStep | None:
@@ -204,6 +231,10 @@ class StepObserver:
         scale = getattr(optimizer, "grad_scale", None) if is_scaled else None
         self._copies.gradients(gradients, scale)
         return True
+
+    def _kept(self, optimizer: torch.optim.Optimizer, tensors: Sequence[Any]) -> Any:
+        copies = self._keeper.after(optimizer, tensors)
+        return {place: (late, self._copies.common(place)) for place, late in copies.items()}
 
     def _read_state(self, optimizer: torch.optim.Optimizer, tensors: Sequence[Any]) -> StateReading:
         return self._state.read(optimizer, tensors, no_step_since=self._was_recorded)
@@ -237,6 +268,7 @@ class StepObserver:
         self._copies = StepCopies(optimizer, tensors)
         self._group_of = group_numbers(optimizer, tensors)
         self._state = StateReader()
+        self._keeper = TensorKeeper(np.flatnonzero(self._census.match(params, self._keep)).tolist())
         self._was_recorded = False
         self._generation = self._census.generation
         # An update treats the gradients of a group alike: a few tell of all.

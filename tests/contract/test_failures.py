@@ -149,7 +149,7 @@ def train_watched(discovers: bool = False) -> tuple[Scope, list[GradscopeWarning
         if discovers:
             scope = Scope(Session(WatchOptions(), discovers=True))
         else:
-            scope = gradscope.watch(training.models, training.optimizers)
+            scope = gradscope.watch(training.models, training.optimizers, keep="*")
         seen = []
         with scope:
             for number in range(N_STEPS):
@@ -326,6 +326,9 @@ CASES = [
     ("anatomy", "after"),
     ("anatomy", "tracked"),
     ("optimizer_state", "_read_state"),
+    ("kept_tensors", "before"),
+    ("kept_tensors", "gradients"),
+    ("kept_tensors", "_kept"),
     ("gradient_statistics", "statistics"),
     ("gradient_norms", "sums_of_squares"),
     ("autograd_graph", "capture_graph"),

@@ -1,0 +1,123 @@
+"""The tensors around chosen steps that the program asked to keep, as NumPy arrays."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradscope.formulas import FORMULAS
+from gradscope.run.weight_step import GivenTogether, WeightStep
+
+MOST_BYTES = 256 * 2**20
+"""What kept tensors may take; beyond that the oldest steps are forgotten."""
+
+
+class KeptTensors:
+    """Kept tensors by step and parameter, bounded in memory.
+
+    Args:
+        n_last: how many of the latest steps are kept; None for as many as fit.
+
+    Attributes:
+        forgot: whether a step that was asked for had to make room.
+    """
+
+    def __init__(self, n_last: int | None = None) -> None:
+        self.n_last = n_last
+        self.forgot = False
+        self._kept: OrderedDict[int, dict[int, tuple[Mapping[str, Any], GivenTogether]]]
+        self._kept = OrderedDict()
+        self._n_bytes = 0
+
+    def keep(
+        self,
+        step: int,
+        param: int,
+        tensors: Mapping[str, npt.NDArray[Any]],
+        common: GivenTogether,
+    ) -> None:
+        """Keep the tensors of one parameter around one step."""
+        self._kept.setdefault(step, {})[param] = (tensors, common)
+        self._n_bytes += _n_bytes(tensors)
+        while self.n_last is not None and len(self._kept) > self.n_last:
+            self._forget_oldest()
+        while len(self._kept) > 1 and self._n_bytes > MOST_BYTES:
+            self.forgot = True
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        _, gone = self._kept.popitem(last=False)
+        self._n_bytes -= sum(_n_bytes(tensors) for tensors, _ in gone.values())
+
+    def steps_of(self, param: int) -> list[int]:
+        """Return the steps of which tensors of a parameter are there, in order."""
+        return [step for step, params in self._kept.items() if param in params]
+
+    def tensors(self, step: int, param: int) -> dict[str, npt.NDArray[Any]] | None:
+        """Return copies of what was kept, by name; None if nothing was."""
+        kept = self._kept.get(step, {}).get(param)
+        if kept is None:
+            return None
+        return {name: array.copy() for name, array in kept[0].items()}
+
+    def weight(
+        self, step: int, param: int, position: int, index: tuple[int, ...]
+    ) -> WeightStep | None:
+        """Return one weight around a step; None if it was not kept.
+
+        Args:
+            step: the step.
+            param: number of the parameter.
+            position: of the weight in the flattened parameter, a complex number being two.
+            index: of the weight in the parameter.
+        """
+        kept = self._kept.get(step, {}).get(param)
+        if kept is None or "weight_after" not in kept[0]:
+            return None
+        tensors, common = kept
+        formula = FORMULAS.get(common.formula or "")
+        names = dict(formula.state) if formula is not None else {}
+        given, stored = dict(common.given), {}
+        is_whole = formula is not None and not formula.elementwise
+        shape = tensors["weight_before"].shape
+
+        def pick(array: npt.NDArray[Any]) -> Any:
+            real = _real(array)
+            if is_whole or not real.ndim or array.shape != shape:
+                return np.float64(real) if not real.ndim else real
+            return np.float64(real.reshape(-1)[position])
+
+        given["weight_before"] = pick(tensors["weight_before"])
+        if "gradient" in tensors:
+            given["g"] = pick(tensors["gradient"]) / common.loss_scale
+        if "touched" in tensors:
+            given["touched"] = pick(tensors["touched"].astype(np.float64))
+        for key in {name.rpartition("_")[0] for name in tensors} - {"weight", ""}:
+            name = names.get(key, key)
+            if f"{key}_before" in tensors:
+                given[f"{name}_before"] = pick(tensors[f"{key}_before"])
+            if f"{key}_after" in tensors:
+                stored[name] = pick(tensors[f"{key}_after"])
+        after = _real(tensors["weight_after"])
+        return WeightStep(
+            common.formula,
+            given,
+            index,
+            float(after[index] if is_whole else after.reshape(-1)[position]),
+            stored,
+        )
+
+
+def _real(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Complex numbers as pairs of real ones."""
+    if not np.iscomplexobj(array):
+        return array
+    return np.stack([array.real, array.imag], axis=-1)
+
+
+def _n_bytes(tensors: Mapping[str, npt.NDArray[Any]]) -> int:
+    return sum(array.nbytes for array in tensors.values())
