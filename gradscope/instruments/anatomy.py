@@ -19,8 +19,12 @@ from gradscope.instruments.segments import DeviceSegments, HostSegments, HostWho
 Reals = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
-_BLOCK = 65_536
-"""Elements worked out at a time: few enough for a core's cache, enough to repay the calls."""
+_BLOCK = 32_768
+"""Elements worked out at a time: few enough for a core's cache, enough to repay the calls.
+
+Results twice as long come, in some programs, from the system page by page, which takes longer than
+the arithmetic.
+"""
 
 LARGE = 8_192
 """From how many elements on a parameter is worked out alone."""
@@ -302,8 +306,7 @@ def _evaluate(block: _Block, load: Callable[[torch.Tensor], Any]) -> dict[str, A
     for name in ("denominator", "effective_lr"):
         values = flat.get(name)
         if values is not None:
-            if not hasattr(values, "ndim"):
-                values = np.asarray(values)
+            values = segments.stretched(values)
             found[name] = segments.total(values)
             found[f"{name}_min"] = segments.least(values)
             found[f"{name}_max"] = segments.greatest(values)

@@ -13,6 +13,9 @@ from gradscope.instruments.flat_copies import Integers
 class Segments(Protocol):
     """A flat array of some length, cut into segments of at least one element each."""
 
+    def stretched(self, values: Any) -> Any:
+        """Return an array, or a number for every element, as an array of the whole length."""
+
     def total(self, values: Any) -> Any:
         """Return the sum of each segment."""
 
@@ -39,9 +42,13 @@ class HostWhole:
     def __init__(self, length: int) -> None:
         self._length = length
 
+    def stretched(self, values: Any) -> Any:
+        """Return an array of the whole length."""
+        return values if np.ndim(values) else np.broadcast_to(values, (self._length,))
+
     def total(self, values: Any) -> Any:
         """Return the sum."""
-        return values.sum() if values.ndim else values * self._length
+        return values.sum()
 
     def product(self, left: Any, right: Any) -> Any:
         """Return the dot product."""
@@ -72,10 +79,14 @@ class HostSegments:
         self._starts = starts
         self._length = length
 
+    def stretched(self, values: Any) -> Any:
+        """Return an array of the whole length."""
+        return values if np.ndim(values) else np.broadcast_to(values, (self._length,))
+
     def total(self, values: Any) -> Any:
         """Return real[k]."""
         # numpy adds pairwise, so float32 loses no more than a few digits of its last place.
-        return np.add.reduceat(self._stretched(values), self._starts)
+        return np.add.reduceat(values, self._starts)
 
     def product(self, left: Any, right: Any) -> Any:
         """Return real[k]."""
@@ -83,20 +94,17 @@ class HostSegments:
 
     def least(self, values: Any) -> Any:
         """Return real[k]."""
-        return np.minimum.reduceat(self._stretched(values), self._starts)
+        return np.minimum.reduceat(values, self._starts)
 
     def greatest(self, values: Any) -> Any:
         """Return real[k]."""
-        return np.maximum.reduceat(self._stretched(values), self._starts)
+        return np.maximum.reduceat(values, self._starts)
 
     def count(self, flags: Any) -> Any:
         """Return int[k]."""
         if not np.any(flags):  # the usual case, at a fraction of the cost
             return np.zeros(self._starts.shape, np.int64)
-        return np.add.reduceat(self._stretched(flags), self._starts, dtype=int)
-
-    def _stretched(self, values: Any) -> Any:
-        return values if np.ndim(values) else np.broadcast_to(values, (self._length,))
+        return np.add.reduceat(self.stretched(flags), self._starts, dtype=int)
 
 
 class DeviceSegments:
@@ -110,6 +118,12 @@ class DeviceSegments:
         if device.type == "cuda":
             host = host.pin_memory()
         self._sizes = host.to(device, non_blocking=True)
+
+    def stretched(self, values: Any) -> Any:
+        """Return a tensor of the whole length."""
+        if not isinstance(values, torch.Tensor):
+            values = torch.full((), values, dtype=torch.float32, device=self._sizes.device)
+        return values.expand(self._length) if values.dim() == 0 else values
 
     def total(self, values: Any) -> Any:
         """Return a tensor[k]."""
@@ -129,11 +143,9 @@ class DeviceSegments:
 
     def count(self, flags: Any) -> Any:
         """Return a tensor[k]."""
-        return self._reduce(flags.to(torch.float32), "sum")
+        return self._reduce(self.stretched(flags).to(torch.float32), "sum")
 
     def _reduce(self, values: Any, reduction: str) -> Any:
-        if values.dim() == 0:
-            values = values.expand(self._length)
         # ``unsafe`` leaves out a check of the sizes that would wait for the device.
         return torch.segment_reduce(
             values.contiguous(), reduction, lengths=self._sizes, unsafe=True
