@@ -10,6 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import worked_examples
+
 from gradscope.rules import RULES
 from gradscope.run.schema import STATUSES, TABLES, Kind
 
@@ -67,7 +69,12 @@ def rule_pages() -> dict[Path, str]:
 
 def pages() -> dict[Path, str]:
     """Every generated page by its path."""
-    return {DOCS / "tables.md": tables_page(), **rule_pages()}
+    one_step = DOCS / "one-step.md"
+    return {
+        DOCS / "tables.md": tables_page(),
+        one_step: worked_examples.filled(one_step.read_text("utf-8")),
+        **rule_pages(),
+    }
 
 
 def main() -> int:
@@ -75,15 +82,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     check = parser.parse_args().check
-    stale = [
-        path
+    stale = {
+        path: text
         for path, text in pages().items()
-        if not path.exists() or path.read_text("utf-8") != text
-    ]
-    for path in stale:
+        if not path.exists() or not worked_examples.agree(path.read_text("utf-8"), text)
+    }
+    for path, text in stale.items():
         if not check:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(pages()[path], "utf-8")
+            path.write_text(text, "utf-8")
         print(("out of date: " if check else "wrote ") + str(path.relative_to(DOCS.parent)))
     return 1 if check and stale else 0
 

@@ -13,10 +13,10 @@ EXAMPLES = ROOT / "examples"
 pytestmark = pytest.mark.slow
 
 
-def run_example(name: str) -> str:
+def run_example(name: str, *arguments: str) -> str:
     """Run as a reader would, on the checkout, and return what it prints."""
     completed = subprocess.run(
-        [sys.executable, "-W", "error", str(EXAMPLES / name), "--steps", "25"],
+        [sys.executable, "-W", "error", str(EXAMPLES / name), *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -29,14 +29,14 @@ def run_example(name: str) -> str:
 
 
 def test_the_healthy_script_ends_with_a_screen_that_finds_nothing() -> None:
-    output = run_example("train_gpt.py")
+    output = run_example("train_gpt.py", "--steps", "25")
     assert "step  20  loss" in output
     assert "no defect found" in output
 
 
 def test_the_broken_script_ends_with_the_finding_and_its_line() -> None:
     name = "train_gpt_without_zero_grad.py"
-    output = run_example(name)
+    output = run_example(name, "--steps", "25")
     source = (EXAMPLES / name).read_text().splitlines()
     line = next(i for i, text in enumerate(source, 1) if "loss.backward()" in text)
     assert "✗ GS201 missing-zero-grad" in output
@@ -44,7 +44,7 @@ def test_the_broken_script_ends_with_the_finding_and_its_line() -> None:
 
 
 def test_the_plain_script_knows_nothing_of_being_watched() -> None:
-    assert "step  20  loss" in run_example("plain_loop.py")
+    assert "step  20  loss" in run_example("plain_loop.py", "--steps", "25")
     assert "gradscope" not in (EXAMPLES / "plain_loop.py").read_text()
 
 
@@ -56,3 +56,12 @@ def test_the_two_watched_scripts_differ_by_the_missing_line() -> None:
     (missing,) = [line for line in healthy if line not in broken]
     assert missing.strip() == "optimizer.zero_grad(set_to_none=True)"
     assert [line for line in healthy if line != missing] == broken
+
+
+def test_a_step_is_explained_summed_up_and_kept() -> None:
+    output = run_example("explain_a_step.py")
+    assert "of 0.weight[3, 0]" in output
+    assert output.count("rounding explains up to") == 2
+    assert "MORE than rounding" not in output
+    assert "exp_avg_sq_after   (1, 16)" in output
+    assert "anatomy" in output
