@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import nan
+
 from gradscope.formulas.arithmetic import is_ruled_out, sqrt, where
 from gradscope.formulas.formula import Formula
 from gradscope.formulas.gradient import ascending, regularized, sum_of_parts
@@ -28,7 +30,7 @@ def _step(s: Worksheet) -> None:
             / ((s.rho_inf - 4) * (s.rho_inf - 2) * s.rho_t)
         )
         # torch adds eps before the bias correction.
-        s.denominator = sqrt(s.v) + s.eps
+        s.denominator = where(is_adaptive, sqrt(s.v) + s.eps, nan)
         s.eps_dominates = (s.denominator < 2 * s.eps) & is_adaptive
         s.effective_lr = where(
             is_adaptive,

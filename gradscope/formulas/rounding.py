@@ -24,9 +24,10 @@ _FORMATS = {
     "bfloat16": (7, -126),
 }
 
-# torch orders operations otherwise than the papers do (lerp, addcdiv), and multiplies the weight
-# by 1 - lr * weight_decay before it adds the rest.
-_SLACK = 2.0
+# torch orders operations otherwise than the papers do (lerp, addcdiv). Before it adds the rest, in
+# up to two sums, it multiplies the weight by 1 - lr * weight_decay, a number rounded itself: the
+# weight is rounded four times where the formula here has one sum.
+_SLACK = 4.0
 
 # Sums of many elements: torch adds them in blocks, so that their errors hardly grow.
 _OF_SUMS = 4.0
@@ -99,7 +100,7 @@ class RoundingErrors:
             self._rounded_once(x) if bound is None else bound
             for x, bound in zip(values, bounds, strict=True)
         ]
-        return float(_propagated(term.operation, abs(value), values, errors))
+        return float(_propagated(term.operation, np.abs(value), values, errors))
 
     def _rounded_once(self, value: float | None) -> float:
         """The error of a number that comes from the host; these small ones are exact."""

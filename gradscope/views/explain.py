@@ -18,6 +18,9 @@ from gradscope.views.parameter_summary import ParameterSummary
 LastCopied = Callable[[int, int, int, tuple[int, ...]], WeightStep | None]
 """``last(step, param, position, index)`` is one weight around the last recorded step."""
 
+_OF_PARTS = {"complex64": "float32", "complex128": "float64"}
+"""The dtype of the real and imaginary parts of complex numbers."""
+
 _OF_SUMMARY = ("grads", "updates", "moments")
 
 
@@ -66,7 +69,7 @@ def explain(
         optimizer_kind=recording.optimizers[optimizer].kind,
         weight_stored=found.weight_stored,
         stored=found.stored,
-        dtype=entry.dtype,
+        dtype=_OF_PARTS.get(entry.dtype, entry.dtype),
         note=_note(recording, at),
     )
 
