@@ -139,7 +139,8 @@ def _versions(values: list[Any]) -> list[int] | None:
 def _shape(value: Any) -> Any:
     """The shape of a tensor, () for a number, None for anything else."""
     if isinstance(value, torch.Tensor):
-        return value.shape
+        # A complex number is no number of the table, but has a norm as any tensor has.
+        return torch.Size([1]) if value.is_complex() and not value.ndim else value.shape
     return () if isinstance(value, int | float) else None
 
 
@@ -197,7 +198,8 @@ def _number(value: Any) -> Any:
     """A number as a float; one on a device as a tensor of a common dtype."""
     if not isinstance(value, torch.Tensor):
         return float(value)
-    if is_elsewhere(value) and value.numel() == 1 and not value.is_complex():
+    is_number = value.numel() == 1 and not value.is_complex() and not value.is_meta
+    if is_elsewhere(value) and is_number:
         return value.detach().reshape(()).float()
     return scalar_of(value).value()
 

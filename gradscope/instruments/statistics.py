@@ -201,7 +201,11 @@ class StatisticsReader:
         result.numel[at] = self._sizes[present]
         result.min[at] = np.minimum.reduceat(self._flat, starts)[present]
         result.max[at] = np.maximum.reduceat(self._flat, starts)[present]
-        result.sum[at] = np.add.reduceat(self._flat, starts)[present]
+        with np.errstate(over="ignore"):
+            sums = np.add.reduceat(self._flat, starts).astype(np.float64)
+        for i in np.flatnonzero(np.isinf(sums)).tolist():
+            sums[i] = self._part(i).sum(dtype=np.float64)
+        result.sum[at] = sums[present]
         squares = self._squares()
         result.sum_of_squares[at] = squares[present]
         if count_zeros:
@@ -315,6 +319,8 @@ def _all_statistics(tensor: torch.Tensor, count_zeros: bool) -> Late[Reals]:
         total = 0.0
         for start in range(0, numel, _BLOCK):
             total += float(elements[start : start + _BLOCK].sum())
+        if math.isinf(total):
+            total = float(elements.sum(dtype=np.float64))
         none = np.count_nonzero(elements == 0) if count_zeros else math.nan
         least, greatest = elements.min(), elements.max()
     return Known(np.array([numel, total, squares, least, greatest, none, unfit]))

@@ -118,8 +118,8 @@ class StepCopies:
         """Return what the rule was given besides tensors, of the parameter in a place."""
         for part in self._parts:
             members = np.flatnonzero(part.copies.places == place)
-            if len(members) and (run := part.run_of(int(members[0]))) is not None:
-                return _Together(run, part.late)
+            if len(members):
+                return part.common(int(members[0]))
         return Known(GivenTogether(None, {}, {}))
 
 
@@ -231,6 +231,15 @@ class _Part:
     def run_of(self, member: int) -> Run | None:
         """Return the run that a member belonged to in the last step; None if it was not copied."""
         return next((run for run in self._runs if run.first <= member < run.last), None)
+
+    def common(self, member: int) -> Late[GivenTogether]:
+        """Return what the rule was given besides tensors, of a member of any turn."""
+        run = self.run_of(member)
+        if run is None:
+            given = dict(self._given[self._groups[member]])
+            given |= {"touched": 1, "dtype": self.copies.names_of_dtypes[member]}
+            run = Run(member, member + 1, self._formula, given, {})
+        return _Together(run, self.late)
 
     def weight(self, member: int, position: int, index: tuple[int, ...]) -> WeightStep | None:
         copies = self.copies

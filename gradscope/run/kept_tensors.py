@@ -62,7 +62,11 @@ class KeptTensors:
         kept = self._kept.get(step, {}).get(param)
         if kept is None:
             return None
-        return {name: array.copy() for name, array in kept[0].items()}
+        tensors, common = kept
+        copies = {name: array.copy() for name, array in tensors.items()}
+        if common.loss_scale != 1 and "gradient" in copies:
+            copies["gradient"] /= common.loss_scale
+        return copies
 
     def weight(
         self, step: int, param: int, position: int, index: tuple[int, ...]
@@ -102,6 +106,12 @@ class KeptTensors:
                 given[f"{name}_before"] = pick(tensors[f"{key}_before"])
             if f"{key}_after" in tensors:
                 stored[name] = pick(tensors[f"{key}_after"])
+        if formula is not None:
+            # What the step was not asked for, because it was others' turn to be copied.
+            arrays = [key for key, name in names.items() if name not in formula.scalars]
+            given.setdefault("is_first", not any(f"{key}_before" in tensors for key in arrays))
+            for name in names.values():
+                given.setdefault(f"{name}_before", 0.0)
         after = _real(tensors["weight_after"])
         return WeightStep(
             common.formula,

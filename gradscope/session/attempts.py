@@ -287,6 +287,17 @@ class Attempts:
 
     def _write(self, record: StepRecord, reading: StepReading, observed: float) -> None:
         run, step, optimizer = self._recording, record.step, record.optimizer
+        if record.outcome == "skipped":
+            # A fused step that found infinite gradients did nothing that could be taken apart.
+            reading = replace(
+                reading,
+                recorded=False,
+                state_before=None,
+                state_after=None,
+                anatomy=None,
+                tracked=None,
+                kept={},
+            )
         params = reading.params
         statistics = reading.statistics.value() if reading.statistics is not None else None
         sums = reading.squares()

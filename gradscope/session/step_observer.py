@@ -13,7 +13,7 @@ from gradscope.instruments.anatomy import Anatomy
 from gradscope.instruments.gradients import GradientReader
 from gradscope.instruments.hyperparameters import GroupReading, read_groups
 from gradscope.instruments.kept_tensors import Array, TensorKeeper
-from gradscope.instruments.late import Late, scalar_of
+from gradscope.instruments.late import Known, Late, scalar_of
 from gradscope.instruments.optimizer_state import StateReader, StateReading
 from gradscope.instruments.statistics import Reals, Statistics
 from gradscope.instruments.step_copies import StepCopies, group_numbers
@@ -212,7 +212,10 @@ class StepObserver:
             )
             self._was_recorded = True
             if reading.keeps:
-                reading.kept = self._attempt("kept_tensors", self._kept, optimizer, tensors) or {}
+                is_copied = reading.anatomy is not None
+                reading.kept = (
+                    self._attempt("kept_tensors", self._kept, optimizer, tensors, is_copied) or {}
+                )
         return self._look_after(reading, tensors)
 
     def weight(self, param: int, position: int, index: tuple[int, ...]) -> WeightStep | None:
@@ -232,9 +235,16 @@ class StepObserver:
         self._copies.gradients(gradients, scale)
         return True
 
-    def _kept(self, optimizer: torch.optim.Optimizer, tensors: Sequence[Any]) -> Any:
+    def _kept(
+        self, optimizer: torch.optim.Optimizer, tensors: Sequence[Any], is_copied: bool
+    ) -> Any:
         copies = self._keeper.after(optimizer, tensors)
-        return {place: (late, self._copies.common(place)) for place, late in copies.items()}
+        # The hyper-parameters are copied with the rest, or else are those of an earlier step.
+        nothing: Late[GivenTogether] = Known(GivenTogether(None, {}, {}))
+        return {
+            place: (late, self._copies.common(place) if is_copied else nothing)
+            for place, late in copies.items()
+        }
 
     def _read_state(self, optimizer: torch.optim.Optimizer, tensors: Sequence[Any]) -> StateReading:
         return self._state.read(optimizer, tensors, no_step_since=self._was_recorded)

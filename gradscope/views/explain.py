@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from gradscope.errors import ScopeStateError, UsageError
 from gradscope.formulas import FORMULAS
+from gradscope.formulas.formula import Formula
+from gradscope.formulas.worksheet import Worksheet
 from gradscope.run.recording import ParameterEntry, Recording
 from gradscope.run.weight_step import WeightStep
 from gradscope.views.explanation import Explanation
@@ -60,7 +63,7 @@ def explain(
         raise ScopeStateError(_unknown(recording, number, shape, place, at))
     optimizer = int(recording.rows("steps").array("optimizer")[at])
     return Explanation(
-        FORMULAS.get(found.formula or ""),
+        _rule_for(found),
         found.given,
         index=place,
         param=entry.name,
@@ -70,7 +73,7 @@ def explain(
         weight_stored=found.weight_stored,
         stored=found.stored,
         dtype=_OF_PARTS.get(entry.dtype, entry.dtype),
-        note=_note(recording, at),
+        note=_note(recording, at, found),
     )
 
 
@@ -199,7 +202,19 @@ def _unknown(
     return f"{text}; without that there is, of this step, {_listed(indices)}" if indices else text
 
 
-def _note(recording: Recording, step: int) -> str:
+def _rule_for(found: WeightStep) -> Formula | None:
+    """The rule by which the weight moved; where it has no gradient, no optimizer moves it."""
+    rule = FORMULAS.get(found.formula or "")
+    return rule if rule is None or "g" in found.given else replace(rule, apply=_stay)
+
+
+def _stay(sheet: Worksheet) -> None:
+    sheet.update = 0.0
+
+
+def _note(recording: Recording, step: int, found: WeightStep) -> str:
+    if "g" not in found.given:
+        return "It had no gradient at this step, and what has none is left alone."
     facts = recording.rows_of("steps", step=step).iloc[0]
     if facts["scaled"]:
         return (

@@ -334,7 +334,7 @@ def _options(given: Mapping[str, Any]) -> Iterator[str]:
         if isinstance(value, str):
             yield f"{name} = {value!r}"
         elif isinstance(value, bool | np.bool_) and value:
-            yield name
+            yield "first step" if name == "is_first" else name
 
 
 def _used(formula: Formula | None, sheet: TracedWorksheet, element: Element) -> Iterator[Given]:

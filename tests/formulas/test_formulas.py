@@ -17,7 +17,6 @@ from gradscope.formulas.worksheet import Worksheet
 
 CPU = torch.device("cpu")
 INFOS = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ != "LBFGS"}
-IMPLEMENTATIONS = ["for-loop", "foreach", "fused"]
 STEPS = 7  # the first at which RAdam, with its usual betas, is adaptive is the sixth
 
 ANY_SHAPE: list[tuple[int, ...]] = [(), (0,), (7,), (4, 3), (2, 3, 4)]
@@ -81,6 +80,18 @@ def _float64_by_default() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+def with_implementations(some: list[Any]) -> list[Any]:
+    """Cases once for each implementation that torch has on the CPU."""
+    found = []
+    for case in some:
+        info = INFOS[case.values[0]]
+        for each in ("for-loop", "foreach", "fused"):
+            on_cpu = each != "fused" or "cpu" in info.supports_fused_on
+            if each == "for-loop" or (each in info.supported_impls and on_cpu):
+                found.append(pytest.param(*case.values, each, id=f"{case.id}-{each}"))
+    return found
 
 
 in_float64 = pytest.mark.usefixtures("_float64_by_default")
@@ -212,10 +223,6 @@ def optimizer_of(
     info = INFOS[name]
     chosen = {flag: flag == implementation for flag in ("foreach", "fused")}
     chosen = {flag: on for flag, on in chosen.items() if flag in info.supported_impls}
-    if implementation != "for-loop" and implementation not in chosen:
-        pytest.skip(f"torch has no {implementation} {name}")
-    if chosen.get("fused") and "cpu" not in info.supports_fused_on:
-        pytest.skip(f"torch has no fused {name} on the CPU")
     dtype = torch.get_default_dtype()
     own = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     return info.optim_cls(parameters, **own, **chosen)
@@ -253,8 +260,7 @@ def test_every_optimizer_of_torch_but_lbfgs_has_a_formula() -> None:
 
 
 @in_float64
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("name", "arguments"), cases())
+@pytest.mark.parametrize(("name", "arguments", "implementation"), with_implementations(cases()))
 def test_update_and_state(name: str, arguments: dict[str, Any], implementation: str) -> None:
     parameters = parameters_of(name, torch.float64)
     for update in updates(optimizer_of(name, arguments, parameters, implementation)):
@@ -263,8 +269,7 @@ def test_update_and_state(name: str, arguments: dict[str, Any], implementation: 
         assert list(written)[-1] == "update"
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("name", "arguments"), cases())
+@pytest.mark.parametrize(("name", "arguments", "implementation"), with_implementations(cases()))
 def test_update_in_float32(name: str, arguments: dict[str, Any], implementation: str) -> None:
     parameters = parameters_of(name, torch.float32)
     for update in updates(optimizer_of(name, arguments, parameters, implementation)):
