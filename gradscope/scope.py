@@ -391,7 +391,7 @@ def _check_keep(recording: Recording, options: WatchOptions) -> None:
     for pattern in options.keep:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-            raise UsageError(f"keep={pattern!r} is the name of no parameter; there is {some}")
+            raise UsageError(f"keep={pattern!r} matches no parameter; there is {some}")
 
 
 def _checked_models(model: Any) -> list[nn.Module]:

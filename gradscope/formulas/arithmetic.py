@@ -81,6 +81,8 @@ def machine_epsilon(dtype: str) -> float:
 def lerp(start: Any, end: Any, weight: Any, dtype: str) -> Any:
     """Return ``start + weight * (end - start)``, of arrays with every rounding of torch's own.
 
+    A term needs a method of this name.
+
     Args:
         start: an array, or a number for an array of that value.
         end: an array.
@@ -88,7 +90,7 @@ def lerp(start: Any, end: Any, weight: Any, dtype: str) -> Any:
         dtype: that in which torch does it, and rounds the result.
     """
     if not _is_array(end):
-        return start + weight * (end - start)
+        return end.lerp(start, weight, dtype)
     import torch
 
     tensor, own = _tensor(end), getattr(torch, dtype)

@@ -29,6 +29,7 @@ _SYMBOLS = {
     "t_before": ("t_before", r"t_{\mathrm{before}}"),
     "dampening": ("τ", r"\tau"),
     "g_total": ("g_total", r"g_t^{\mathrm{total}}"),
+    "g_negated": ("g_negated", r"g_t^{\mathrm{negated}}"),
     "v_max": ("v_maxₜ", r"v_t^{\max}"),
     "v_max_before": ("v_maxₜ₋₁", r"v_{t-1}^{\max}"),
     "bias_correction1": ("bias_correction1", r"\mathrm{bias}_1"),

@@ -1,7 +1,7 @@
 """How far a step that is worked out in a tensor's dtype may be from the same step in float64.
 
-A first-order bound of the rounding errors, carried along the expression of each quantity; Higham
-(2002), Accuracy and Stability of Numerical Algorithms, sections 2.2 and 3.1. Every operation on
+A bound of the rounding errors, carried along the expression of each quantity; Higham (2002),
+Accuracy and Stability of Numerical Algorithms, sections 2.1, 2.2 and 3.1. Every operation on
 elements rounds once. Numbers that optimizers keep on the host (hyper-parameters, and in most of
 them bias corrections) are worked out in double precision there, and rounded once where they meet
 an element.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
@@ -63,21 +64,30 @@ class RoundingErrors:
         in_tensors: Collection[str],
         host_dtype: str = "float64",
     ) -> None:
-        self._unit = unit_in_last_place(1.0, dtype) / 2
+        bits, least = _FORMATS.get(dtype, (0, 0))
+        self._is_known = dtype in _FORMATS
+        self._roundoff = math.ldexp(0.5, -bits)
         # An element of double precision may have met a number of single precision.
-        self._host = max(1.0, unit_in_last_place(1.0, host_dtype) / 2 / self._unit)
-        self._least = unit_in_last_place(0.0, dtype)
+        self._of_host = max(self._roundoff, unit_in_last_place(1.0, host_dtype) / 2)
+        self._least_normal = math.ldexp(1.0, least)
+        self._greatest = math.ldexp(2.0 - 2 * self._roundoff, 1 - least)
         self._element = element
-        # In units of roundoff; None for numbers on the host.
+        # None for numbers on the host.
         self._bounds: dict[str, float | None] = dict.fromkeys(in_tensors, 0.0)
 
     def bound(self, name: str, expression: Term) -> float:
-        """Return how far this element may be off; NaN in a dtype of which nothing is known."""
+        """Return how far this element may be off; infinite where it cannot be bounded.
+
+        It cannot where a quantity on the way is too large for the dtype, or a divisor so small
+        that it may round to 0. NaN in a dtype of which nothing is known.
+        """
+        if not self._is_known:
+            return math.nan
         with np.errstate(all="ignore"):
             bound = self._bounds[name] = self._of(expression)
-            if bound is None:  # stored in a tensor after all
-                bound = self._rounded_once(self._element.of(expression.value))
-            return float(_SLACK * (self._unit * bound + self._least))
+        if bound is None:  # stored in a tensor after all
+            bound = self._from_host(self._element.of(expression.value))
+        return float(_SLACK * (bound + 2 * self._roundoff * self._least_normal))
 
     def _of(self, term: Term) -> float | None:
         if term.operation == NAME:
@@ -88,52 +98,58 @@ class RoundingErrors:
             mask, yes, no = term.operands
             return self._of(yes if self._element.of(mask.value) else no)
         if term.operation == "newton_schulz":
-            return _OF_NEWTON_SCHULZ / self._unit
+            return _OF_NEWTON_SCHULZ
         bounds = [self._of(operand) for operand in term.operands]
         if all(bound is None for bound in bounds):
             return None
         value = self._element.of(term.value)
-        if value is None:
-            return math.inf
         values = [self._element.of(operand.value) for operand in term.operands]
         errors = [
-            self._rounded_once(x) if bound is None else bound
+            self._from_host(x) if bound is None else bound
             for x, bound in zip(values, bounds, strict=True)
         ]
-        return float(_propagated(term.operation, np.abs(value), values, errors))
+        if value is None or None in values:
+            return math.inf
+        error = self._propagated(term.operation, abs(value), np.abs(values), errors)
+        return math.inf if abs(value) + error > self._greatest else error
 
-    def _rounded_once(self, value: float | None) -> float:
+    def _from_host(self, value: float | None) -> float:
         """The error of a number that comes from the host; these small ones are exact."""
         if value is None:
             return math.inf
-        return 0.0 if value in (0.0, 1.0, 2.0) else abs(value) * self._host
+        return 0.0 if value in (0.0, 1.0, 2.0) else self._of_host * self._at_least_normal(value)
 
+    def _at_least_normal(self, value: float) -> float:
+        """Below the least normal number all are as far apart as there; 0 is exact."""
+        return max(abs(value), self._least_normal) if value else 0.0
 
-def _propagated(
-    operation: str, result: float, values: list[float | None], errors: list[float]
-) -> float:
-    x, y = np.abs(np.array([np.nan if v is None else v for v in values] + [0.0])[:2])
-    ex, ey = (*errors, 0.0)[:2]
-    match operation:
-        case "+" | "-":
-            return ex + ey + result
-        case "*":
-            return _times(x, ey) + _times(y, ex) + result
-        case "/":
-            return _times(1 / y, ex) + _times(result / y, ey) + result
-        case "**":
-            by_base = _times(y * x ** (y - 1), ex)
-            return by_base + _times(result * abs(np.log(x)), ey) + result
-        case "sqrt":
-            return _times(0.5 / result, ex) + result
-        case "neg" | "abs":
-            return ex
-        case "max" | "min":
-            return max(ex, ey)
-        case "sign":
-            return 0.0
-        case _:
-            return _OF_SUMS * result
+    def _propagated(self, operation: str, result: float, values: Any, errors: list[float]) -> float:
+        x, y = (*values, 0.0)[:2]
+        ex, ey = (*errors, 0.0)[:2]
+        own = self._roundoff * self._at_least_normal(result)
+        match operation:
+            case "+" | "-":
+                return ex + ey + own
+            case "*" | "matmul":  # of matrices only the outer product has an element for each
+                return _times(x, ey) + _times(y + ey, ex) + own
+            case "/" if ey:
+                return (ex + _times(result, ey)) / (y - ey) + own if ey < y else math.inf
+            case "/":
+                return _times(1 / y, ex) + own
+            case "**":
+                by_base = _times(y * x ** (y - 1), ex)
+                return by_base + _times(result * abs(np.log(x)), ey) + own
+            case "sqrt":
+                both = result + np.sqrt(np.maximum(x - ex, 0.0))
+                return min(_times(1 / both, ex), math.sqrt(ex)) + own
+            case "neg" | "abs":
+                return ex
+            case "max" | "min":
+                return max(ex, ey)
+            case "sign":
+                return 0.0
+            case _:
+                return _OF_SUMS * own
 
 
 def _times(factor: float, error: float) -> float:

@@ -41,6 +41,6 @@ RPROP = Formula(
         "step_size": r"\eta_t",
         "etas": r"\eta^{\mp}",
         "step_sizes": r"\Gamma",
-        "agreement": r"g_t g^{\mathrm{prev}}_{t-1}",
+        "agreement": r"g_t\,g^{\mathrm{prev}}_{t-1}",
     },
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gradscope.formulas.arithmetic import newton_schulz
+from gradscope.formulas.arithmetic import lerp, newton_schulz
 from gradscope.formulas.worksheet import Worksheet
 
 NAME, NUMBER = "name", "number"
@@ -178,21 +178,9 @@ class Term:
 
     __hash__ = None  # type: ignore[assignment]  # equal values do not make equal terms
 
-    def abs(self) -> Term:
-        """Return the magnitude."""
-        return abs(self)
-
     def sqrt(self) -> Term:
         """Return the square root."""
         return _operation("sqrt", np.sqrt, self)
-
-    def exp(self) -> Term:
-        """Return e to this power."""
-        return _operation("exp", np.exp, self)
-
-    def log(self) -> Term:
-        """Return the natural logarithm."""
-        return _operation("log", np.log, self)
 
     def sign(self) -> Term:
         """Return -1, 0 or 1; 0 for NaN, as torch does."""
@@ -206,61 +194,28 @@ class Term:
         """Return the lesser of the two, element by element."""
         return _binary("min", np.minimum, self, other)
 
-    def mean(self, axis: int | None = None, keepdim: bool = False, **named: Any) -> Term:
-        """Return the mean over an axis, or over all elements."""
-        return self._reduced("mean", np.mean, axis, keepdim, **named)
+    def mean(self, axis: int, keepdims: bool) -> Term:
+        """Return the mean over an axis."""
+        return _operation(
+            "mean", lambda x: np.mean(x, axis=axis, keepdims=keepdims), self, label=str(axis)
+        )
 
-    def sum(self, axis: int | None = None, keepdim: bool = False, **named: Any) -> Term:
-        """Return the sum over an axis, or over all elements."""
-        return self._reduced("sum", np.sum, axis, keepdim, **named)
+    def norm(self) -> Term:
+        """Return the L2 norm of all elements."""
+        return _operation("norm", lambda x: np.sqrt(np.sum(np.square(x))), self)
 
-    def norm(self, axis: int | None = None, keepdim: bool = False, **named: Any) -> Term:
-        """Return the L2 norm over an axis, or of all elements."""
-
-        def l2(x: Any, **over: Any) -> Any:
-            return np.sqrt(np.sum(np.square(x), **over))
-
-        return self._reduced("norm", l2, axis, keepdim, **named)
-
-    def _reduced(
-        self,
-        operation: str,
-        function: Callable[..., Any],
-        axis: int | None,
-        keepdim: bool,
-        *,
-        dim: int | None = None,
-        keepdims: bool = False,
-    ) -> Term:
-        # torch says dim and keepdim, NumPy axis and keepdims.
-        over = axis if dim is None else dim
-        kept = keepdim or keepdims
-        with np.errstate(all="ignore"):
-            value = function(self.value, axis=over, keepdims=kept)
-        return Term(operation, (self,), _float64(value), "" if over is None else str(over))
-
-    def matmul(self, other: Any) -> Any:
-        """Return the matrix product."""
-        return self @ other
+    def lerp(self, start: Any, weight: Any, dtype: str) -> Term:
+        """Return what ``arithmetic.lerp`` does from ``start`` to this, as the sum that it is."""
+        spelled: Term = start + weight * (self - start)
+        if self.ndim:
+            base = np.broadcast_to(_term(start).value, self.shape).copy()
+            spelled.value = lerp(base, self.value, float(weight), dtype)
+        return spelled
 
     def newton_schulz(self, coefficients: Sequence[Any], steps: Any, eps: Any) -> Term:
         """Return about the nearest semi-orthogonal matrix, as ``arithmetic.newton_schulz`` does."""
         value = newton_schulz(self.value, coefficients, steps, eps)
         return Term("newton_schulz", (self,), _float64(value), f"{float(steps):g}")
-
-    def transpose(self, *_: int) -> Term:
-        """Return the matrix with its last two dimensions exchanged."""
-        return _operation("transpose", lambda x: np.swapaxes(x, -1, -2), self)
-
-    @property
-    def T(self) -> Term:  # noqa: N802 (as NumPy and torch call it)
-        """The matrix transposed."""
-        return self.transpose()
-
-    @property
-    def mT(self) -> Term:  # noqa: N802 (as NumPy and torch call it)
-        """The matrix transposed."""
-        return self.transpose()
 
 
 class Truth:
@@ -279,20 +234,6 @@ class Truth:
 
     def __and__(self, other: Any) -> Truth:
         return Truth(self.holds & _holds(other))
-
-    def __or__(self, other: Any) -> Truth:
-        return Truth(self.holds | _holds(other))
-
-    def __invert__(self) -> Truth:
-        return Truth(~self.holds)
-
-    def any(self) -> bool:
-        """Return whether it holds anywhere."""
-        return bool(np.any(self.holds))
-
-    def all(self) -> bool:
-        """Return whether it holds everywhere."""
-        return bool(np.all(self.holds))
 
 
 class TracedWorksheet(Worksheet):
@@ -344,10 +285,12 @@ def _holds(truth: Any) -> Any:
     return truth.holds if isinstance(truth, Truth) else truth
 
 
-def _operation(operation: str, function: Callable[..., Any], *operands: Term) -> Term:
+def _operation(
+    operation: str, function: Callable[..., Any], *operands: Term, label: str = ""
+) -> Term:
     with np.errstate(all="ignore"):
         value = function(*(operand.value for operand in operands))
-    return Term(operation, operands, _float64(value))
+    return Term(operation, operands, _float64(value), label)
 
 
 def _binary(operation: str, function: Callable[..., Any], x: Any, y: Any) -> Any:

@@ -19,7 +19,7 @@ _SUM, _QUOTIENT, _PRODUCT, _POWER, _ATOM = range(1, 6)
 _SUPERSCRIPTS = str.maketrans("0123456789t−", "⁰¹²³⁴⁵⁶⁷⁸⁹ᵗ⁻")
 
 # What has no meaning for one element alone is shown as the number that came of it.
-_OF_WHOLE_ARRAYS = {"mean", "sum", "norm", "matmul", "transpose", "newton_schulz"}
+_OF_WHOLE_ARRAYS = {"mean", "norm", "matmul", "newton_schulz"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +170,11 @@ class TextWriter:
                 return _Written(f"√({x})", _ATOM)
             case "abs":
                 return _Written(f"|{x}|", _ATOM)
-            case "norm" if not term.label:
+            case "norm":
                 return _Written(f"‖{x}‖", _ATOM)
-            case "transpose":
-                return _Written(f"{self._base(self._part(term.operands[0]))}ᵀ", _POWER)
-        if term.operation == "newton_schulz":
-            return _Written(f"newton_schulz({x})", _ATOM)
-        over = [f"axis {term.label}".replace("-", self.minus)] if term.label else []
-        return _Written(f"{term.operation}({', '.join([x, *others, *over])})", _ATOM)
+            case "mean":
+                others = [f"axis {term.label}".replace("-", self.minus)]
+        return _Written(f"{term.operation}({', '.join([x, *others])})", _ATOM)
 
 
 class LatexWriter(TextWriter):
@@ -191,7 +188,7 @@ class LatexWriter(TextWriter):
             outside = without
         if re.search("[-+]", outside):
             return _Written(symbol.latex, _SUM)
-        if re.search(r"\\(prod|sum|frac)\b", symbol.latex):
+        if re.search(r"\\(prod|frac)(?![A-Za-z])", symbol.latex):
             return _Written(symbol.latex, _QUOTIENT)
         return _Written(symbol.latex, _POWER if "^" in outside else _ATOM)
 
@@ -238,12 +235,10 @@ class LatexWriter(TextWriter):
             case "abs":
                 return _Written(rf"\left|{x}\right|", _ATOM)
             case "norm":
-                return _Written(rf"\left\lVert {x} \right\rVert{below}", _ATOM)
-            case "transpose":
-                return _Written(rf"{self._base(self._part(term.operands[0]))}^{{\top}}", _POWER)
+                return _Written(rf"\left\lVert {x} \right\rVert", _ATOM)
             case "newton_schulz":
                 return _Written(rf"\operatorname{{NewtonSchulz}}{below}{self._group(x)}", _ATOM)
-            case "max" | "min" | "exp" | "log":
+            case "max" | "min":
                 return _Written(rf"\{term.operation}{self._group(inside)}", _ATOM)
         return _Written(rf"\operatorname{{{term.operation}}}{below}{self._group(inside)}", _ATOM)
 

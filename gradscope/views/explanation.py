@@ -53,7 +53,8 @@ class Line:
         value: what it comes to for this weight, in float64; None where it is no single number.
         key: under which the optimizer keeps it: ``exp_avg`` …, ``weight``; empty where it does not.
         stored: what is kept there after the step; None where nothing is.
-        rounding: by how much rounding can explain that they differ; NaN where unknown.
+        rounding: by how much rounding can explain that they differ; infinite where a quantity on
+            the way is too large or too small for the dtype, NaN where nothing is known of that.
         latex: symbol, right side in symbols and in numbers, in math mode.
     """
 
@@ -72,11 +73,11 @@ class Line:
         """Whether rounding explains how the stored value differs; None where it cannot be told."""
         if self.value is None or self.stored is None:
             return None
-        if not (math.isfinite(self.value) and math.isfinite(self.stored)):
-            return repr(self.value) == repr(self.stored)
-        if self.value == self.stored:
+        if self.value == self.stored or (math.isnan(self.value) and math.isnan(self.stored)):
             return True
-        return None if math.isnan(self.rounding) else abs(self.difference) <= self.rounding
+        if not math.isfinite(self.value):
+            return False
+        return abs(self.difference) <= self.rounding if math.isfinite(self.rounding) else None
 
     @property
     def difference(self) -> float:
@@ -279,8 +280,11 @@ class Explanation:
         return _verdict(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data, ready for JSON."""
-        return {
+        """Return everything as plain data for JSON, which has no numbers but finite ones.
+
+        Others are the texts ``nan``, ``inf`` and ``-inf``, of which ``float()`` makes them again.
+        """
+        plain = {
             "param": self.param,
             "index": list(self.index),
             "step": self.step,
@@ -289,8 +293,8 @@ class Explanation:
             "dtype": self.dtype,
             "rule": self.rule,
             "source": self.source,
-            "quantities": dict(self.quantities),
-            "stored": dict(self.stored),
+            "quantities": self.quantities,
+            "stored": self.stored,
             "lines": [
                 {
                     "name": line.name,
@@ -305,8 +309,10 @@ class Explanation:
             "residual": self.residual,
             "rounding": self.rounding,
             "agrees": self.agrees,
+            "verdict": self.verdict,
             "note": self.note,
         }
+        return {name: _for_json(value) for name, value in plain.items()}
 
     def to_latex(self) -> str:
         """Return the lines as an ``aligned`` environment, for math mode."""
@@ -421,6 +427,17 @@ def _plain(value: Any, element: Element) -> Any:
     return float(plain) if isinstance(plain, int) and not isinstance(plain, bool) else plain
 
 
+def _for_json(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {name: _for_json(part) for name, part in value.items()}
+        case tuple() | list():
+            return [_for_json(part) for part in value]
+        case float() if not math.isfinite(value):
+            return str(value)
+    return value
+
+
 def _verdict(e: Explanation) -> str:
     if not e.lines:
         return (
@@ -430,27 +447,40 @@ def _verdict(e: Explanation) -> str:
     weight = e.lines[-1]
     if weight.stored is None or weight.value is None:
         return ""
-    update = abs(e.quantities["update"])
     if weight.value == weight.stored:
         return "The stored weight is exactly what the formula gives."
     if not (math.isfinite(weight.value) and math.isfinite(weight.stored)):
-        same = "as the formula says" if weight.agrees else "unlike that of the formula"
-        return f"The stored weight is {number(weight.stored)}, {same}."
-    off = f"The stored weight is off by {number(abs(weight.difference), 3)}"
-    if update:
-        off += f", {number(100 * abs(weight.difference) / update, 2)} % of the update"
+        says = (
+            "as the formula says" if weight.agrees else f"the formula says {number(weight.value)}"
+        )
+        off = f"The stored weight is {number(weight.stored)}, {says}"
+    else:
+        off = f"The stored weight is off by {number(abs(weight.difference), 3)}"
+        update = abs(e.quantities["update"])
+        if update:
+            off += f", {number(100 * abs(weight.difference) / update, 2)} % of the update"
     if weight.agrees is None:
-        return f"{off}. How much of that is rounding is unknown for {e.dtype}."
-    ulps = abs(weight.difference) / unit_in_last_place(weight.stored, e.dtype)
+        return f"{off}. {_unknown(weight.rounding, e.dtype)}"
     allowed = f"rounding explains up to {number(weight.rounding, 3)}"
     if not weight.agrees:
+        more = f"MORE than rounding; {allowed}. " if math.isfinite(weight.rounding) else ""
         return (
-            f"{off}: MORE than rounding; {allowed}. Something besides this rule changed the weight "
+            f"{off}: {more}Something besides this rule changed the weight "
             "during the step, or this optimizer follows another rule."
         )
-    if update and weight.stored == e.quantities["weight_before"]:
+    if not math.isfinite(weight.value):
+        return f"{off}."
+    if weight.stored == e.quantities["weight_before"] and e.quantities["update"]:
         return (
             f"{off}: the weight did NOT move. The update is smaller than the rounding of a "
             f"{e.dtype} of this size."
         )
+    ulps = abs(weight.difference) / unit_in_last_place(weight.stored, e.dtype)
     return f"{off}: rounding. That is {number(ulps, 2)} units in the last place; {allowed}."
+
+
+def _unknown(rounding: float, dtype: str) -> str:
+    """Why it cannot be told how much of a difference is rounding."""
+    if math.isinf(rounding):
+        return f"Rounding explains any difference: a number on the way leaves the range of {dtype}."
+    return f"How much of that is rounding is unknown for {dtype}."

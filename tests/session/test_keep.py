@@ -90,8 +90,8 @@ def test_of_which_parameters_tensors_are_kept(keep: Any, expected: set[str]) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": "1.weight"}, r"keep='1\.weight' is the name of no parameter; there is 0\.weight"),
-        ({"keep": ["0.weight", "x*"]}, r"keep='x\*' is the name of no parameter"),
+        ({"keep": "1.weight"}, r"keep='1\.weight' matches no parameter; there is 0\.weight"),
+        ({"keep": ["0.weight", "x*"]}, r"keep='x\*' matches no parameter"),
         ({"keep": 3}, r"keep=3: pass a pattern of parameter names such as 'head\.\*'"),
         ({"keep": [3]}, r"keep=\(3,\): pass a pattern"),
         ({"keep": "*", "keep_steps": 0}, r"keep_steps=0: pass how many of the latest"),
