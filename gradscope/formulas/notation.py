@@ -59,7 +59,7 @@ def number(value: float, digits: int = 6) -> str:
     """Write a number: as short as it is, or to so many significant digits."""
     if math.isfinite(value) and value == int(value) and abs(value) < 1e9:
         return f"{value:.0f}".replace("-", "−") if value else "0"
-    short = repr(value)
+    short = repr(float(value))
     significant = re.sub(r"e.*|\D", "", short).lstrip("0")
     spelled = short if len(significant) <= digits else f"{value:.{digits}g}"
     return spelled.replace("-", "−", 1) if value < 0 else spelled

@@ -110,12 +110,15 @@ class RoundingErrors:
         ]
         if value is None or None in values:
             return math.inf
-        error = self._propagated(term.operation, abs(value), np.abs(values), errors)
+        if term.operation in ("max", "min"):
+            error = _of_chosen(value, values, errors)
+        else:
+            error = self._propagated(term.operation, abs(value), np.abs(values), errors)
         return math.inf if abs(value) + error > self._greatest else error
 
     def _from_host(self, value: float | None) -> float:
         """The error of a number that comes from the host; these small ones are exact."""
-        if value is None:
+        if value is None or abs(value) > self._greatest:
             return math.inf
         return 0.0 if value in (0.0, 1.0, 2.0) else self._of_host * self._at_least_normal(value)
 
@@ -144,12 +147,18 @@ class RoundingErrors:
                 return min(_times(1 / both, ex), math.sqrt(ex)) + own
             case "neg" | "abs":
                 return ex
-            case "max" | "min":
-                return max(ex, ey)
             case "sign":
-                return 0.0
+                return 2.0 if x <= ex and ex else 0.0
             case _:
                 return _OF_SUMS * own
+
+
+def _of_chosen(value: float, values: list[float], errors: list[float]) -> float:
+    """The error of the greater or lesser of two; of either if each might be it."""
+    (x, y), (ex, ey) = values, errors
+    if abs(x - y) <= ex + ey:
+        return max(ex, ey)
+    return ex if value == x else ey
 
 
 def _times(factor: float, error: float) -> float:
