@@ -114,7 +114,8 @@ class RoundingErrors:
             error = _of_chosen(value, values, errors)
         else:
             error = self._propagated(term.operation, abs(value), np.abs(values), errors)
-        return math.inf if abs(value) + error > self._greatest else error
+        # Not so either where it is NaN, as of 0 times what has no bound.
+        return error if abs(value) + error <= self._greatest else math.inf
 
     def _from_host(self, value: float | None) -> float:
         """The error of a number that comes from the host; these small ones are exact."""

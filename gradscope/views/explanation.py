@@ -312,7 +312,7 @@ class Explanation:
             "verdict": self.verdict,
             "note": self.note,
         }
-        return {name: _for_json(value) for name, value in plain.items()}
+        return {name: for_json(value) for name, value in plain.items()}
 
     def to_latex(self) -> str:
         """Return the lines as an ``aligned`` environment, for math mode."""
@@ -427,15 +427,18 @@ def _plain(value: Any, element: Element) -> Any:
     return float(plain) if isinstance(plain, int) and not isinstance(plain, bool) else plain
 
 
-def _for_json(value: Any) -> Any:
+def for_json(value: Any) -> Any:
+    """Return plain data for JSON: not finite numbers as texts, and pandas' NA as None."""
     match value:
         case Mapping():
-            return {name: _for_json(part) for name, part in value.items()}
+            return {name: for_json(part) for name, part in value.items()}
         case tuple() | list():
-            return [_for_json(part) for part in value]
+            return [for_json(part) for part in value]
+        case np.generic():
+            return for_json(value.item())
         case float() if not math.isfinite(value):
             return str(value)
-    return value
+    return None if str(value) == "<NA>" else value
 
 
 def _verdict(e: Explanation) -> str:
@@ -447,13 +450,13 @@ def _verdict(e: Explanation) -> str:
     weight = e.lines[-1]
     if weight.stored is None or weight.value is None:
         return ""
-    if weight.value == weight.stored:
-        return "The stored weight is exactly what the formula gives."
     if not (math.isfinite(weight.value) and math.isfinite(weight.stored)):
         says = (
             "as the formula says" if weight.agrees else f"the formula says {number(weight.value)}"
         )
         off = f"The stored weight is {number(weight.stored)}, {says}"
+    elif weight.value == weight.stored:
+        return "The stored weight is exactly what the formula gives."
     else:
         off = f"The stored weight is off by {number(abs(weight.difference), 3)}"
         update = abs(e.quantities["update"])

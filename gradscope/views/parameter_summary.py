@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from gradscope.formulas.notation import number
+from gradscope.views.explanation import for_json
 
 _WIDTH = 100
 
@@ -138,8 +139,11 @@ class ParameterSummary:
         return f"one weight of it: scope.explain({self.param!r}, index)"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the rows that it was made from."""
-        return {"param": self.param, "step": self.step, **self.rows}
+        """Return the rows that it was made from, as plain data for JSON.
+
+        Numbers that are not finite are the texts ``nan``, ``inf`` and ``-inf``.
+        """
+        return {"param": self.param, "step": self.step, **for_json(self.rows)}
 
     def __str__(self) -> str:
         labels = max((len(label) for label, _ in self.facts), default=0)

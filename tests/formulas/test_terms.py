@@ -13,6 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_formulas import (
+    FURTHER,
     Update,
     _float64_by_default,  # noqa: F401 (a fixture)
     as_python,
@@ -54,18 +55,18 @@ def value_of(quantity: Any) -> Any:
 def test_terms_give_what_arrays_give(name: str, arguments: dict[str, Any]) -> None:
     """Whole arrays where the rule needs them, otherwise every element for itself."""
     for update in updates(
-        optimizer_of(name, arguments, parameters_of(name, torch.float64, [(3, 2)]))
+        optimizer_of(name, arguments, parameters_of(name, torch.float64, [(2, 2)]))
     ):
         expected = update.worked_out()
         elementwise = update.formula.elementwise
-        for at in np.ndindex(3, 2) if elementwise else [...]:
+        for at in np.ndindex(2, 2) if elementwise else [...]:
             array = element(at, float) if elementwise else lambda tensor: tensor.numpy()
             sheet = traced(update.given(array, as_python), update.formula.apply)
             assert list(sheet.written) == list(expected)
             lines = [line for line, _ in sheet.lines]
             assert set(lines) == set(expected) - {"eps_dominates"}
             for quantity, values in expected.items():
-                wanted = np.broadcast_to(values, (3, 2))[at] if elementwise else values
+                wanted = np.broadcast_to(values, (2, 2))[at] if elementwise else values
                 assert_close(value_of(sheet.written[quantity]), wanted, 1e-12, quantity)
 
 
@@ -288,7 +289,7 @@ def terms(values: Mapping[str, float]) -> st.SearchStrategy[Term]:
 VALUES = st.fixed_dictionaries(dict.fromkeys(NAMES, NUMBERS))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None, derandomize=True)
 @given(data=st.data(), values=VALUES)
 def test_an_expression_read_back_has_its_value(data: st.DataObject, values: Any) -> None:
     """In symbols and in numbers, as text and as LaTeX: precedence, signs and all."""
@@ -354,7 +355,7 @@ def test_numbers_are_short(value: float, text: str, latex: str) -> None:
     assert latex_number(value) == latex
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(2, 12))
+@given(st.floats(-1e300, 1e300), st.integers(2, 12))
 def test_a_number_keeps_its_digits(value: float, digits: int) -> None:
     found = float(number(value, digits).replace("−", "-"))
     assert abs(found - value) <= 0.5001 * 10 ** (1 - digits) * abs(value)
@@ -408,7 +409,7 @@ def test_the_unit_in_the_last_place_is_that_of_torch(dtype: torch.dtype) -> None
 LARGE = st.floats(2.0**-20, 2.0**20, width=32)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=250, deadline=None, derandomize=True)
 @given(data=st.data(), values=st.fixed_dictionaries(dict.fromkeys(NAMES, LARGE)))
 def test_a_bound_holds_for_single_precision(data: st.DataObject, values: Any) -> None:
     """Every operation in float32, one after the other, against the same ones in float64."""
@@ -497,14 +498,23 @@ def a_few_steps(name: str, arguments: dict[str, Any], dtype: torch.dtype) -> Ite
         kept = torch.rand(parameter.shape) < 0.9
         return (size * torch.randn(parameter.shape) * kept).to(dtype)
 
-    shape = (3,) if FORMULAS[name].elementwise else (3, 2)
+    shape = (2,) if FORMULAS[name].elementwise else (3, 2)
     yield from updates(
         optimizer_of(name, arguments, parameters_of(name, dtype, [shape])), gradient, steps=6
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("name", "arguments"), cases())
+USUAL, OTHER = (torch.float32, torch.bfloat16), (torch.float64, torch.float16)
+# The arguments that make most of a rule.
+TELLING = [case for case in cases() if str(case.id) in FURTHER or "default" in str(case.id)]
+IN_DTYPES = [
+    pytest.param(*case.values, dtype, id=f"{case.id}-{str(dtype).removeprefix('torch.')}")
+    for case in cases()
+    for dtype in USUAL + (OTHER if case.id in {each.id for each in TELLING} else ())
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "dtype"), IN_DTYPES)
 def test_an_honest_step_agrees(name: str, arguments: dict[str, Any], dtype: torch.dtype) -> None:
     # Until torch 2.13 Muon divides a bfloat16 buffer itself by its norm, as no copy is made of it.
     spoilt = {"b"} if dtype == torch.bfloat16 and arguments.get("nesterov") is False else set()
@@ -522,7 +532,9 @@ def test_an_honest_step_agrees(name: str, arguments: dict[str, Any], dtype: torc
     assert n_told > 6
 
 
-@pytest.mark.parametrize(("name", "arguments"), cases(lambda name: name != "Muon"))
+@pytest.mark.parametrize(
+    ("name", "arguments"), [case for case in TELLING if case.values[0] != "Muon"]
+)
 def test_a_weight_off_by_a_hundredth_of_its_update_does_not_agree(
     name: str, arguments: dict[str, Any]
 ) -> None:
@@ -535,10 +547,9 @@ def test_a_weight_off_by_a_hundredth_of_its_update_does_not_agree(
             # The rounding of the weight is 6e-8 of it.
             if cancels or abs(honest.update) < 2e-4 * abs(honest.weight_before):
                 continue
-            for sign_ in (1, -1):
-                off = explained(update, at, off=sign_ * 0.01 * honest.update)
-                assert off.agrees is False, str(off)
-                assert "MORE than rounding" in off.verdict
+            off = explained(update, at, off=(-1) ** n_tried * 0.01 * honest.update)
+            assert off.agrees is False, str(off)
+            assert "MORE than rounding" in off.verdict
             n_tried += 1
     assert n_tried
 
