@@ -19,15 +19,34 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from gradscope.capturing import Capture, capture, graph
+    from gradscope.dot import make_dot
     from gradscope.errors import GradscopeError, GradscopeWarning
+    from gradscope.graphs.autograd_graph import AutogradGraph
     from gradscope.scope import Scope, watch
 
-__all__ = ["GradscopeError", "GradscopeWarning", "Scope", "__version__", "watch"]
+__all__ = [
+    "AutogradGraph",
+    "Capture",
+    "GradscopeError",
+    "GradscopeWarning",
+    "Scope",
+    "__version__",
+    "capture",
+    "graph",
+    "make_dot",
+    "watch",
+]
 
 _HOMES = {
+    "AutogradGraph": "gradscope.graphs.autograd_graph",
+    "Capture": "gradscope.capturing",
     "GradscopeError": "gradscope.errors",
     "GradscopeWarning": "gradscope.errors",
     "Scope": "gradscope.scope",
+    "capture": "gradscope.capturing",
+    "graph": "gradscope.capturing",
+    "make_dot": "gradscope.dot",
     "watch": "gradscope.scope",
 }
 

@@ -11,6 +11,10 @@ from gradscope.errors import UsageError
 
 OnError = Literal["record", "raise"]
 
+GraphSteps = Literal["first", "changed", "every"] | frozenset[int] | None
+"""Of which steps the autograd graph is captured: each optimizer's first one; besides, those whose
+forward makes another number of nodes than before; every one; those of these numbers; or none."""
+
 KEEP_STEPS = 16
 """Of how many of the latest recorded steps tensors are kept where nothing else is asked for."""
 
@@ -29,6 +33,7 @@ class WatchOptions:
             were before and after recorded steps.
         keep_steps: the steps of which they are kept, which are then recorded in any case; or how
             many of the latest recorded steps.
+        graph: of which steps the autograd graph is captured.
         on_error: ``record`` keeps an error of gradscope's own away from the training;
             ``raise`` lets it out, for gradscope's own tests.
     """
@@ -39,6 +44,7 @@ class WatchOptions:
     exclude: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     keep_steps: int | frozenset[int] = KEEP_STEPS
+    graph: GraphSteps = "first"
     on_error: OnError = "record"
 
     def __post_init__(self) -> None:
@@ -85,6 +91,26 @@ def as_steps(name: str, steps: object) -> int | frozenset[int]:
         raise UsageError(
             f"{name}={steps!r}: pass how many of the latest recorded steps to keep, or the numbers "
             "of the steps, such as range(100, 110)"
+        )
+    return frozenset(numbers)
+
+
+def as_graph_steps(steps: object) -> GraphSteps:
+    """Return what ``watch(graph=)`` was told, several step numbers as a set.
+
+    Raises:
+        UsageError: if it is none of the words, no step number and no iterable of them.
+    """
+    if steps is None or steps in ("first", "changed", "every"):
+        return steps
+    if type(steps) is int:
+        steps = [steps]
+    is_listing = isinstance(steps, Iterable) and not isinstance(steps, str)
+    numbers = list(steps) if is_listing else [-1]  # type: ignore[call-overload]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise UsageError(
+            f"graph={steps!r}: pass 'first', 'changed' or 'every', the numbers of the steps whose "
+            "autograd graph to capture, such as [0, 100], or None to capture none"
         )
     return frozenset(numbers)
 

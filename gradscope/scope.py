@@ -14,6 +14,7 @@ from gradscope.config import (
     KEEP_STEPS,
     OnError,
     WatchOptions,
+    as_graph_steps,
     as_patterns,
     as_steps,
     switched_off,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gradscope.graphs.autograd_graph import AutogradGraph
+    from gradscope.graphs.overlay import StepFacts
     from gradscope.rules.finding import Findings
     from gradscope.run.weight_step import WeightStep
     from gradscope.views.explanation import Explanation
@@ -196,6 +198,8 @@ class Scope:
     def graph(self, step: int | None = None) -> AutogradGraph:
         """Return the autograd graph behind the loss of a captured step.
 
+        Which steps are captured is told to :func:`watch`.
+
         Args:
             step: number of the step, as in ``steps``; by default the last one captured.
 
@@ -209,15 +213,39 @@ class Scope:
         if not graphs:
             raise ScopeStateError(
                 "no graph was captured: that happens in the first step, when backward has run "
-                "and its optimizer has stepped"
+                "and its optimizer has stepped; watch(graph=...) asks for others"
             )
         if step is None:
             step = max(graphs)
         if step not in graphs:
             raise ScopeStateError(
-                f"the graph of step {step} was not captured; captured: {sorted(graphs)}"
+                f"the graph of step {step} was not captured; captured: {sorted(graphs)}; "
+                f"watch(graph=[{step}]) asks for it"
             )
-        return AutogradGraph(graphs[step], step=step)
+        return AutogradGraph(graphs[step], step=step, facts=lambda: self._facts_of(step))
+
+    def _facts_of(self, step: int) -> StepFacts:
+        """What is known of the parameters at a step, each by the parameter's name."""
+        from gradscope.graphs.overlay import StepFacts
+
+        grads = self._recording.rows_of("grads", step=step)
+        updates = self._recording.rows_of("updates", step=step)
+
+        def by_param(rows: pd.DataFrame, column: str) -> dict[str, Any]:
+            known = rows.dropna(subset=[column])
+            return dict(zip(known["param"], known[column], strict=True))
+
+        named: dict[str, list[str]] = {}
+        for finding in self.findings:
+            for param in finding.params:
+                named.setdefault(param, []).append(finding.code)
+        return StepFacts(
+            grad_norm=by_param(grads, "norm"),
+            grad_status=by_param(grads, "status"),
+            nonfinite=by_param(grads, "nonfinite"),
+            update_ratio=by_param(updates, "update_ratio"),
+            findings={param: ", ".join(codes) for param, codes in named.items()},
+        )
 
     def explain(
         self, param: str, index: int | tuple[int, ...] | None = None, step: int = -1
@@ -329,6 +357,7 @@ def watch(
     exclude: str | Iterable[str] = (),
     keep: str | Iterable[str] = (),
     keep_steps: int | Iterable[int] = KEEP_STEPS,
+    graph: Literal["first", "changed", "every"] | int | Iterable[int] | None = "first",
     on_error: OnError = "record",
 ) -> Scope:
     """Watch a training loop from the inside.
@@ -351,6 +380,10 @@ def watch(
             they were before and after recorded steps, for ``scope.tensors`` and ``scope.explain``.
         keep_steps: the numbers of the steps of which they are kept, such as ``range(100, 110)``,
             which are then recorded in any case; or how many of the latest recorded steps.
+        graph: of which steps the autograd graph is captured, with the module call that made each
+            node: ``"first"``, each optimizer's first step; ``"changed"``, also those whose forward
+            makes another number of nodes than before; ``"every"``; the numbers of the steps; or
+            None for none.
         on_error: ``"record"`` keeps an error of gradscope's own away from the training and tells
             it once as a warning; ``"raise"`` lets it out.
 
@@ -367,6 +400,7 @@ def watch(
         exclude=as_patterns("exclude", exclude),
         keep=as_patterns("keep", keep),
         keep_steps=as_steps("keep_steps", keep_steps),
+        graph=as_graph_steps(graph),
         on_error=on_error,
     )
     if switched_off():

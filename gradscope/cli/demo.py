@@ -170,11 +170,11 @@ def _train_watched(loop: Callable[..., Iterator[float]], n_steps: int, seed: int
 
 
 def _write(scope: Scope, folder: Path) -> list[Path]:
-    """Write the graph as SVG and PNG and every table as CSV; return the paths, graph first."""
+    """Write the graph as pictures and as a page, and every table as CSV; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     try:
-        for path in (folder / "graph.svg", folder / "graph.png"):
+        for path in (folder / "graph.svg", folder / "graph.png", folder / "graph.html"):
             scope.graph().render(path)
             written.append(path)
     except RenderError as error:

@@ -1,25 +1,41 @@
-"""The autograd graph of one backward as tables and as a picture."""
+"""The autograd graph of one backward: as tables, as a picture, as text, as a page to explore."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from gradscope.errors import RenderError, UsageError
+from gradscope.garbage import no_collection
+from gradscope.graphs.detail import MAX_NODES, Views, checked_depth, checked_max_nodes
 from gradscope.graphs.draw import draw, title
-from gradscope.graphs.layout import MAX_BOXES, MAX_CROSSED_ROWS, lay_out
-from gradscope.graphs.ranks import crossed_rows
+from gradscope.graphs.layout import TIME_LIMIT, LayoutTooSlowError, lay_out
+from gradscope.graphs.likeness import checked_likeness
+from gradscope.graphs.overlay import StepFacts, overlay_named, saved_bytes_of_nodes
+from gradscope.graphs.tables import edges_frame, modules_frame, nodes_frame, unreached_frame
+from gradscope.graphs.theme import theme_named
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable, Iterator
 
     import graphviz
+    import networkx  # type: ignore[import-untyped]
     import pandas as pd
 
-    from gradscope.run.captured_graph import CapturedGraph
+    from gradscope.graphs.detail import Depth
+    from gradscope.graphs.difference import GraphDifference
+    from gradscope.graphs.fold import Folded
+    from gradscope.graphs.likeness import Likeness
+    from gradscope.graphs.overlay import Overlay, OverlayName
+    from gradscope.graphs.theme import Theme, ThemeName
+    from gradscope.run.captured_graph import CapturedGraph, LongIntegers
 
 _LAID_OUT: Final = (".svg", ".png", ".pdf")
 _AS_DOT: Final = (".dot", ".gv")
+_AS_PAGE: Final = ".html"
+_NOT_IN_TIME: Final = "coarser than asked for, because laying it out took too long"
 
 
 class AutogradGraph:
@@ -30,15 +46,25 @@ class AutogradGraph:
     Args:
         captured: the graph as plain arrays.
         step: the training step it belongs to, if known.
+        facts: tells what is known of the parameters at that step, for overlays; called once, when
+            it is needed.
 
     Attributes:
         captured: the graph as plain arrays.
         step: the training step it belongs to, or None.
     """
 
-    def __init__(self, captured: CapturedGraph, *, step: int | None = None) -> None:
+    def __init__(
+        self,
+        captured: CapturedGraph,
+        *,
+        step: int | None = None,
+        facts: Callable[[], StepFacts] = StepFacts,
+    ) -> None:
         self.captured = captured
         self.step = step
+        self._facts = functools.cache(facts)
+        self._views: dict[Likeness | None, Views] = {}
 
     def __len__(self) -> int:
         return len(self.captured)
@@ -46,102 +72,291 @@ class AutogradGraph:
     def __repr__(self) -> str:
         return f"<{title(self.captured, self.step)}, {self.captured.n_edges:,} edges>"
 
+    # -- as tables --------------------------------------------------------------------------
+
     @property
     def nodes(self) -> pd.DataFrame:
         """One row per node, indexed by ``node``, the number by which ``edges`` refers to it.
 
         Columns: ``op`` (the autograd node as torch spells it), ``sequence_nr`` (grows with time in
-        the forward; -1 for a leaf), ``param`` (the first name of the parameter, None for an
+        the forward; -1 for a leaf), ``module`` and ``module_type`` (of the innermost module that
+        made it; ``""`` is the model itself, missing what no module made), ``call`` (the row of
+        ``modules``, -1 for none), ``param`` (the first name of the parameter; missing for an
         operation and for a leaf that is no known parameter), ``aliases`` (tuple of all its names),
-        ``output_shape`` and ``output_dtype`` (one element per output of the operation), ``is_root``
-        (the backward starts here).
+        ``output_shape`` and ``output_dtype`` (an element for each output of the operation),
+        ``saved_bytes`` (what it keeps for the backward: parameters left out, memory that several
+        nodes keep counted at the first), ``is_root`` (the backward starts here), ``is_crossing``
+        (it belongs to an earlier step), ``file`` and ``line`` (of the program, where known).
         """
-        import pandas as pd
-
-        captured = self.captured
-        aliases = [captured.params[leaf] if leaf >= 0 else () for leaf in captured.param.tolist()]
-        roots = set(captured.roots.tolist())
-        return pd.DataFrame(
-            {
-                "op": pd.Series([captured.ops[op] for op in captured.op.tolist()], dtype=object),
-                "sequence_nr": captured.sequence_nr,
-                "param": pd.Series(
-                    [names[0] if names else None for names in aliases], dtype=object
-                ),
-                "aliases": pd.Series(aliases, dtype=object),
-                "output_shape": pd.Series(captured.output_shape, dtype=object),
-                "output_dtype": pd.Series(captured.output_dtype, dtype=object),
-                "is_root": pd.Series([node in roots for node in range(len(captured))], dtype=bool),
-            },
-            index=pd.RangeIndex(len(captured), name="node"),
-        )
+        return nodes_frame(self._folded, self._saved_bytes)
 
     @property
     def edges(self) -> pd.DataFrame:
         """One row per use of an output, in the direction in which the data flowed.
 
         Columns: ``source`` and ``target`` (nodes), ``source_output`` (which output of the source,
-        from 0). An operation that uses a tensor twice has two rows.
+        from 0), ``shape`` (of that output). An operation that uses a tensor twice has two rows.
         """
-        import pandas as pd
+        return edges_frame(self.captured)
 
-        captured = self.captured
-        return pd.DataFrame(
-            {
-                "source": captured.source,
-                "target": captured.target,
-                "source_output": captured.source_output,
-            }
-        )
+    @property
+    def modules(self) -> pd.DataFrame:
+        """One row per call of a module in the forward, indexed by ``call``, in order.
 
-    def to_graphviz(self) -> graphviz.Digraph:
+        Columns: ``module`` (path) and ``module_type``, ``parent`` (the call around it, -1 for
+        none), ``nodes_made`` and ``nodes_reached`` (operations, those of inner calls included; what
+        was made and is not reached does not lead to the loss), ``saved_bytes`` (likewise),
+        ``without_grad`` (gradients were switched off). Empty where calls were not followed.
+        """
+        return modules_frame(self._folded, self._saved_bytes)
+
+    @property
+    def unreached(self) -> pd.DataFrame:
+        """One row per module or parameter that does not lead to the loss, and why.
+
+        Columns: ``path``, ``type`` (class of the module, or ``parameter``), ``why`` (``cut off``:
+        it made operations, none of which leads to the loss; ``no grad``: it ran while gradients
+        were switched off; ``not called``; ``frozen``; ``unused``: its module leads to the loss, but
+        not by way of this parameter), ``nodes_made`` (operations), ``params`` (names of the
+        parameters concerned), ``taken_by`` (paths of the modules that were given its result after
+        it had been cut from its graph). Of modules inside one another only the outermost is told.
+        """
+        return unreached_frame(self.captured)
+
+    @property
+    def crossing(self) -> pd.DataFrame:
+        """The rows of ``nodes`` that belong to earlier steps: the graph grows from step to step."""
+        nodes = self.nodes
+        return nodes[nodes["is_crossing"]]
+
+    # -- as a picture -----------------------------------------------------------------------
+
+    @no_collection()
+    def to_graphviz(
+        self,
+        *,
+        fold: Likeness | None = "shape",
+        depth: Depth = None,
+        max_nodes: int = MAX_NODES,
+        overlay: OverlayName | None = None,
+        theme: ThemeName = "light",
+    ) -> graphviz.Digraph:
         """The picture as a :class:`graphviz.Digraph`, to be changed or rendered by hand.
 
-        Node ``n7`` of it is row 7 of ``nodes``. This works for a graph of any size.
-        """
-        return draw(self.captured, step=self.step)
+        Args:
+            fold: what must agree for a repetition to be drawn once: ``"op"`` operations and wiring,
+                ``"shape"`` shapes and the names of modules too, ``"exact"`` dtypes too; None draws
+                every copy.
+            depth: how many levels of modules are opened, 0 for none; ``"all"`` gives every
+                operation and parameter a box of its own; by default the size of the graph decides.
+            max_nodes: how many boxes there may be; what is asked for with ``depth`` is made
+                coarser until it fits, and the picture says so.
+            overlay: facts of the step to colour the boxes by: ``"grad_norm"``, ``"grad_status"``,
+                ``"nonfinite"``, ``"update_ratio"``, ``"saved_bytes"`` or ``"findings"``.
+            theme: ``"light"`` or ``"dark"``.
 
-    def render(self, path: str | os.PathLike[str]) -> Path:
+        Raises:
+            UsageError: if an argument is none of these.
+            ScopeStateError: if nothing is known of what the overlay shows.
+        """
+        return next(self._pictures(fold, depth, max_nodes, overlay, theme))
+
+    @no_collection()
+    def render(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fold: Likeness | None = "shape",
+        depth: Depth = None,
+        max_nodes: int = MAX_NODES,
+        overlay: OverlayName | None = None,
+        theme: ThemeName = "light",
+        time_limit: float = TIME_LIMIT,
+    ) -> Path:
         """Draw the graph into a file; an existing file is overwritten.
 
         Args:
-            path: where to; its suffix says what: ``.svg``, ``.png``, ``.pdf``, or ``.dot`` (also
-                ``.gv``) for the DOT text, which needs no Graphviz and has no limit of size.
+            path: where to; its suffix says what: ``.svg``, ``.png``, ``.pdf``, ``.html`` for a page
+                to explore (see :meth:`to_html`), or ``.dot`` (also ``.gv``) for the DOT text, which
+                needs no Graphviz.
+            fold: see :meth:`to_graphviz`.
+            depth: see :meth:`to_graphviz`.
+            max_nodes: see :meth:`to_graphviz`.
+            overlay: see :meth:`to_graphviz`.
+            theme: see :meth:`to_graphviz`.
+            time_limit: seconds after which a layout is given up for a coarser picture.
 
         Returns:
             The path of the file.
 
         Raises:
-            UsageError: if the suffix is none of these.
-            RenderError: if Graphviz is missing, or the graph is too large to be laid out in a few
-                seconds (:data:`~gradscope.graphs.layout.MAX_BOXES`,
-                :data:`~gradscope.graphs.layout.MAX_CROSSED_ROWS`). No file is written then.
+            UsageError: if the suffix is none of these, or as for :meth:`to_graphviz`.
+            ScopeStateError: if nothing is known of what the overlay shows.
+            RenderError: if Graphviz is missing, or refuses even the coarsest picture. No file is
+                written then.
         """
         path = Path(path)
         suffix = path.suffix.lower()
-        if suffix in _AS_DOT:
-            path.write_text(self.to_graphviz().source, encoding="utf-8")
+        options = (fold, depth, max_nodes, overlay, theme)
+        if suffix == _AS_PAGE:
+            path.write_text(self.to_html(fold=fold), encoding="utf-8", errors="replace")
+        elif suffix in _AS_DOT:
+            path.write_text(next(self._pictures(*options)).source, encoding="utf-8")
         elif suffix in _LAID_OUT:
-            path.write_bytes(self._lay_out(suffix[1:]))
+            path.write_bytes(self._lay_out(suffix[1:], self._pictures(*options), time_limit))
         else:
-            supported = ", ".join(_LAID_OUT + _AS_DOT)
+            supported = ", ".join((*_LAID_OUT, _AS_PAGE, *_AS_DOT))
             what = f"the suffix {path.suffix!r}" if suffix else "no suffix"
             raise UsageError(f"cannot render {str(path)!r}: it has {what}; use one of {supported}")
         return path
 
+    @no_collection()
+    def to_html(self, *, fold: Likeness | None = "shape", theme: ThemeName | None = None) -> str:
+        """The graph as one page to explore, which needs no network.
+
+        Modules and repetitions open and close by click; there is a search, and a card for each
+        node with its shapes, what it keeps for the backward and what is known of its gradient.
+
+        Args:
+            fold: see :meth:`to_graphviz`.
+            theme: ``"light"`` or ``"dark"``; by default as the reader's system is set.
+
+        Raises:
+            UsageError: if an argument is none of these.
+            RenderError: if Graphviz is missing.
+        """
+        likeness = checked_likeness(fold)
+        if theme is not None:
+            theme_named(theme)
+        from gradscope.graphs.explorer import explorer_page
+
+        return explorer_page(
+            self.captured, step=self.step, facts=self._facts(), likeness=likeness, theme=theme
+        )
+
     def _repr_svg_(self) -> str | None:
         try:
-            return self._lay_out("svg").decode()
+            pictures = self._pictures("shape", None, MAX_NODES, None, "light")
+            return self._lay_out("svg", pictures, TIME_LIMIT).decode()
         except RenderError:  # a notebook then shows the repr
             return None
 
-    def _lay_out(self, file_format: str) -> bytes:
-        n_boxes = len(self)
-        too_large = n_boxes > MAX_BOXES
-        if too_large or crossed_rows(self.captured) > MAX_CROSSED_ROWS:
-            why = f"more than {MAX_BOXES:,}" if too_large else "with edges that reach too far"
-            raise RenderError(
-                f"the graph has {n_boxes:,} nodes, {why} to be laid out in reasonable time; "
-                "render it to a .dot file for a tool of your own, or look at .nodes and .edges"
-            )
-        return lay_out(self.to_graphviz().source, file_format)
+    def _pictures(
+        self,
+        fold: object,
+        depth: object,
+        max_nodes: object,
+        overlay: object,
+        theme: object,
+    ) -> Iterator[graphviz.Digraph]:
+        """Yield pictures, each coarser than the one before, which took too long to lay out."""
+        likeness, asked = checked_likeness(fold), checked_depth(depth)
+        at_most, colours = checked_max_nodes(max_nodes), theme_named(theme)
+        laid_over = self._overlay(overlay, colours)
+        n_boxes = None
+        for shown in self._views_of(likeness).shown(asked, at_most):
+            if n_boxes is not None and len(shown.diagram.boxes) >= n_boxes:
+                continue
+            notes = [shown.detail.note] if shown.detail.note else []
+            if n_boxes is not None:
+                notes.append(_NOT_IN_TIME)
+            n_boxes = len(shown.diagram.boxes)
+            yield draw(shown.diagram, colours, step=self.step, overlay=laid_over, notes=notes)
+
+    def _views_of(self, likeness: Likeness | None) -> Views:
+        if likeness not in self._views:
+            self._views[likeness] = Views(self.captured, likeness)
+        return self._views[likeness]
+
+    # -- compared, and for other tools ------------------------------------------------------
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that are equal for equal graphs, in whichever step or process.
+
+        They change with every operation, its wiring, shape, dtype and module, with names of
+        parameters and with the roots; not with what is kept for the backward, nor with lines.
+        """
+        from gradscope.graphs.fingerprint import fingerprint
+
+        return fingerprint(self.captured)
+
+    def diff(self, other: AutogradGraph) -> GraphDifference:
+        """What appeared, vanished or changed from this graph to another one.
+
+        Args:
+            other: a graph of another step or another run.
+
+        Returns:
+            An object that prints as text, is false if the graphs are equal, and has the DataFrames
+            ``appeared``, ``vanished`` and ``changed``.
+        """
+        from gradscope.graphs.comparison import difference
+
+        return difference(self.captured, other.captured)
+
+    def to_text(self, *, depth: int | None = None, max_lines: int = 60, width: int = 100) -> str:
+        """The graph as a tree for terminals: modules, repetitions, and what they consist of.
+
+        Args:
+            depth: how many levels are shown; by default as many as there is room for.
+            max_lines: how many lines there may be.
+            width: how many characters a line may have.
+
+        Raises:
+            UsageError: if an argument is no such number.
+        """
+        from gradscope.graphs.text_tree import text_tree
+
+        folded = self._views_of("shape").chained
+        return text_tree(folded, depth=depth, max_lines=max_lines, width=width)
+
+    def to_networkx(self) -> networkx.MultiDiGraph[int]:
+        """The graph as a :class:`networkx.MultiDiGraph`, in the direction of the data.
+
+        Nodes and edges have the columns of ``nodes`` and ``edges`` as attributes.
+        """
+        from gradscope.graphs.interchange import to_networkx
+
+        return to_networkx(self.captured)
+
+    def to_json(self) -> str:
+        """The graph as JSON, complete; :meth:`from_json` reads it back."""
+        from gradscope.graphs.interchange import to_json
+
+        return to_json(self.captured, self.step)
+
+    @classmethod
+    def from_json(cls, text: str) -> AutogradGraph:
+        """Read a graph that :meth:`to_json` has written; facts for overlays are not in it.
+
+        Raises:
+            UsageError: if the text is cut off, is something else, or comes from a newer gradscope.
+        """
+        from gradscope.graphs.interchange import from_json
+
+        captured, step = from_json(text)
+        return cls(captured, step=step)
+
+    @property
+    def _folded(self) -> Folded:
+        return self._views_of("shape").folded
+
+    @property
+    def _saved_bytes(self) -> LongIntegers:
+        return saved_bytes_of_nodes(self._folded)
+
+    def _overlay(self, name: object, theme: Theme) -> Overlay | None:
+        if name is None:
+            return None
+        return overlay_named(name, self._facts(), theme, has_saved=len(self.captured.saved) > 0)
+
+    def _lay_out(self, file_format: str, pictures: Iterator[Any], time_limit: float) -> bytes:
+        for picture in pictures:
+            try:
+                return lay_out(picture.source, file_format, time_limit)
+            except LayoutTooSlowError:
+                continue
+        raise RenderError(
+            f"Graphviz did not lay out even the coarsest picture of this graph in {time_limit:g} "
+            "seconds; render it to a .dot file for a tool of your own, or look at .nodes and .edges"
+        )

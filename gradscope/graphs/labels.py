@@ -1,79 +1,70 @@
-"""What stands in the boxes of a picture: names and shapes as text, escaped for Graphviz.
+"""Captions as labels of Graphviz, escaped and broken into lines.
 
-Labels are Graphviz's HTML-like ones (https://graphviz.org/doc/info/shapes.html#html), so that name
-and shape may differ in size. A parameter's name may hold any character.
+Labels are Graphviz's HTML-like ones (https://graphviz.org/doc/info/shapes.html#html), so that title
+and small print may differ in size. A parameter's name may hold any character.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from html import escape
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from gradscope.run.captured_graph import Shape
-
-INK: Final = "#1f2933"
-FAINT: Final = "#52606d"
+    from gradscope.graphs.wording import Caption
 
 # A line is as high as its largest character; a blank of full size keeps a small one off the others.
 _SMALL: Final = '<FONT POINT-SIZE="14">\u200a</FONT><FONT POINT-SIZE="9">'
-_BACKWARD_STARTS: Final = f"{_SMALL}▲ backward starts here</FONT>"
-_TIMES: Final = " \N{MULTIPLICATION SIGN} "
 _LONGEST_LINE: Final = 28
 _LONGEST_NAME: Final = 120
-_MOST_NAMES: Final = 6
-_MOST_SHAPES: Final = 3
-_BUILT_IN: Final = re.compile(r"(?P<op>.+)Backward\d+")
-_WORD_START: Final = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z0-9])(?=[A-Z][a-z])")
+_BACKWARD_STARTS: Final = "▲ backward starts here"
 
 
-def operation_name(op: str) -> str:
-    """What an operation is called in a picture, from the name of its autograd node.
+def label(caption: Caption, faint: str, *, bold: bool, is_root: bool = False) -> str:
+    """The label of a box.
 
-    Built-in operations get the name they have in torch (``"NllLossBackward0"`` → ``"nll_loss"``),
-    a custom Function keeps its class's (``"MyClipBackward"`` → ``"MyClip"``), anything else stays.
+    Args:
+        caption: what stands in it.
+        faint: the colour of the small print.
+        bold: whether the title is set in bold.
+        is_root: whether to say that the backward starts here.
     """
-    built_in = _BUILT_IN.fullmatch(op)
-    if built_in is None:
-        return op.removesuffix("Backward") or op
-    name = _WORD_START.sub("_", built_in["op"]).lower()
-    return "t (transpose)" if name == "t" else name
+    lines = [line for title in caption.title for line in _broken(title, caption.breaks_at)]
+    if bold:
+        lines = [f"<B>{line}</B>" for line in lines]
+    if caption.kind:
+        kind = f'<FONT POINT-SIZE="9" COLOR="{faint}">{as_text(caption.kind)}</FONT>'
+        fits = sum(map(len, caption.title)) + len(caption.kind) <= _LONGEST_LINE
+        lines = [*lines[:-1], f"{lines[-1]}  {kind}"] if fits else [*lines, kind]
+    small = [line for text in caption.small for line in _broken(text, " ")]
+    lines += [f'{_SMALL}<FONT COLOR="{faint}">{text}</FONT></FONT>' for text in small]
+    if is_root:
+        lines.append(f"{_SMALL}{_BACKWARD_STARTS}</FONT>")
+    return f"<{'<BR/>'.join(lines)}>"
 
 
-def shape_text(shape: Shape) -> str:
-    """A shape as it is written in a picture: its extents with crosses between, or ``"scalar"``."""
-    return _TIMES.join(map(str, shape)) if shape else "scalar"
+def frame_label(title: str, kind: str, faint: str) -> str:
+    """The label of a frame: one line, cut where it is too long."""
+    behind = f'  <FONT COLOR="{faint}">{as_text(kind)}</FONT>' if kind else ""
+    return f"<<B>{_escaped(_shortened(with_glyphs(title)))}</B>{behind}>"
 
 
-def operation_label(op: str, shapes: tuple[Shape, ...], *, is_root: bool) -> str:
-    """The label of an operation: its name above the shapes of its outputs."""
-    lines = _lines(operation_name(op), "_")
-    shown = [
-        shape_text(shape) + (f" ({n} outputs)" if n > 1 else "")
-        for shape, n in Counter(shapes).most_common(_MOST_SHAPES)
-    ]
-    if len(set(shapes)) > _MOST_SHAPES:
-        shown.append(f"… {len(shapes)} outputs")
-    return _label([_bold(line) for line in lines] if is_root else lines, shown, is_root)
-
-
-def leaf_label(names: tuple[str, ...], shape: Shape, *, is_root: bool) -> str:
-    """The label of a parameter, with all names of a tied one, or of another leaf without names."""
-    lines = []
-    for position, name in enumerate(names[:_MOST_NAMES]):
-        first, *others = _lines(name, ".")
-        lines += [_bold(f"= {first}" if position else first), *map(_bold, others)]
-    if len(names) > _MOST_NAMES:
-        lines.append(f"… {len(names)} names")
-    return _label(lines or ["leaf tensor"], [shape_text(shape)], is_root)
+def as_text(text: str) -> str:
+    """``text`` as it has to be written in a plain label, which ends up in small print."""
+    return _escaped(with_glyphs(text))
 
 
 def as_tooltip(text: str) -> str:
     """``text`` as it has to be written in a Graphviz tooltip."""
     # Graphviz resolves the backslashes of a tooltip twice (seen in 2.43 and 14.1).
-    return _escaped(_with_glyphs(text)).replace("\\", "\\\\")
+    return _escaped(with_glyphs(text)).replace("\\", "\\\\")
+
+
+def with_glyphs(text: str) -> str:
+    """Write out line ends, NUL, lone surrogates and the like, which an SVG may not contain."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def _escaped(text: str) -> str:
@@ -81,30 +72,15 @@ def _escaped(text: str) -> str:
     return escape(text).replace("\\", "\\\\")
 
 
-def _with_glyphs(text: str) -> str:
-    """Write out line ends, NUL, lone surrogates and the like, which an SVG may not contain."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
-def _lines(name: str, separator: str) -> list[str]:
+def _broken(name: str, separator: str) -> list[str]:
     """Break a name after separators, so that a long one cannot stretch the whole picture."""
-    name = _with_glyphs(name)
-    if len(name) > _LONGEST_NAME:
-        name = name[: _LONGEST_NAME - 1] + "…"
     lines = [""]
-    for part in re.split(f"(?<={re.escape(separator)})", name):
+    for part in re.split(f"(?<={re.escape(separator)})", _shortened(with_glyphs(name))):
         if lines[-1] and len(lines[-1]) + len(part) > _LONGEST_LINE:
             lines.append("")
         lines[-1] += part
     return [_escaped(line) for line in lines]
-
-
-def _label(lines: list[str], small: list[str], is_root: bool) -> str:
-    lines = lines + [f'{_SMALL}<FONT COLOR="{FAINT}">{text}</FONT></FONT>' for text in small]
-    return f"<{'<BR/>'.join(lines + [_BACKWARD_STARTS] * is_root)}>"
-
-
-def _bold(html: str) -> str:
-    return f"<B>{html}</B>"

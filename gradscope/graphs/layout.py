@@ -1,66 +1,77 @@
-"""Turns DOT into a picture file with whichever Graphviz is at hand.
+"""Turns DOT into picture files with whichever Graphviz is at hand, in a process of its own.
 
 The library that the wheels of pygraphviz carry comes first: it needs nothing but pip. The program
-``dot`` on the PATH is the alternative.
+``dot`` on the PATH is the alternative. Either runs outside of this process, so that a layout that
+takes too long can be ended, and whatever Graphviz does to its own memory is not done to ours.
 """
 
 from __future__ import annotations
 
-import importlib
-import warnings
-from typing import TYPE_CHECKING, Any
+import importlib.util
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
 
 from gradscope.errors import RenderError
+from gradscope.graphs.layout_worker import packed, unpacked
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+TIME_LIMIT: Final = 20.0
+"""Seconds that a layout may take before it is given up."""
 
-MAX_BOXES = 2_000
-"""Boxes in a picture that Graphviz is asked to lay out.
-
-Measured with Graphviz 14.1 on one core: a GPT of 12 layers (759 boxes) takes 0.2 s, one of 30
-layers (1,875 boxes) 1.3 s, one of 48 layers (2,991 boxes) 3 s.
-"""
-
-MAX_CROSSED_ROWS = 30_000
-"""Rows crossed by edges, summed, in a picture that Graphviz is asked to lay out.
-
-An LSTM cell run for 60 time steps has 57,000 and takes 2 s, a densely connected net of 40 layers
-33,000 and as long; 230,000 were not done after 12 s. They are counted by
-:func:`gradscope.graphs.ranks.crossed_rows`.
-"""
-
-MAX_CURVED_ROWS = 4_000
-"""Rows crossed, summed, up to which edges are curves led around the boxes; then they are straight.
-
-Leading them around is what costs: 0.7 to 3 s at 4,000, 15 s at four times as many.
-"""
+_WORKER: Final = Path(__file__).with_name("layout_worker.py")
 
 
-def lay_out(dot: str, file_format: str) -> bytes:
-    """Lay out a graph and draw it.
+class LayoutTooSlowError(RenderError):
+    """The layout was given up after the time it was allowed."""
+
+
+def lay_out(dot: str, file_format: str, time_limit: float = TIME_LIMIT) -> bytes:
+    """Lay out a graph and draw it; see :func:`lay_out_all`."""
+    return lay_out_all([dot], file_format, time_limit)[0]
+
+
+def lay_out_all(
+    dots: Sequence[str], file_format: str, time_limit: float = TIME_LIMIT
+) -> list[bytes]:
+    """Lay out graphs one after the other and draw each.
 
     Args:
-        dot: the graph in the DOT language.
-        file_format: ``"svg"``, ``"png"`` or ``"pdf"``.
+        dots: the graphs in the DOT language.
+        file_format: any that Graphviz knows, such as ``"svg"``, ``"png"``, ``"pdf"``, ``"json"``.
+        time_limit: seconds that all of them together may take.
 
     Returns:
-        The contents of the picture file.
+        The contents of a picture file for each.
 
     Raises:
-        RenderError: if neither pygraphviz nor ``dot`` is there, or they refuse the graph.
+        LayoutTooSlowError: if they take longer.
+        RenderError: if neither pygraphviz nor ``dot`` is there, or they refuse a graph.
     """
+    ends = time.monotonic() + time_limit
+    inputs = [dot.encode("utf-8", "backslashreplace") for dot in dots]
     refusals = []
-    for engine in _ENGINES:
+    if sys.executable and importlib.util.find_spec("pygraphviz") is not None:
+        # -P: the folder of the worker has modules of its own, which are not for import by name.
+        command = [sys.executable, "-P", str(_WORKER), file_format]
         try:
-            return engine(dot, file_format)
-        except _NotInstalledError:
-            continue
-        except Exception as error:
-            refusals.append((engine, error))
+            pictures, said = unpacked(_run(command, packed(inputs), ends))
+            if len(pictures) == len(inputs):
+                return pictures
+        except _RefusedError as refusal:
+            said = str(refusal)
+        refusals.append(f"pygraphviz: {said}")
+    if (program := shutil.which("dot")) is not None:
+        command = [program, "-Kdot", f"-T{file_format}"]
+        try:
+            return list(_one_by_one(command, inputs, ends))
+        except _RefusedError as refusal:
+            refusals.append(f"dot: {refusal}")
     if refusals:
-        said = "; ".join(f"{_ENGINES[engine]}: {error}" for engine, error in refusals)
-        raise RenderError(f"Graphviz could not draw the picture ({said})") from refusals[0][1]
+        raise RenderError(f"Graphviz could not draw the picture ({'; '.join(refusals)})")
     raise RenderError(
         "drawing a picture needs Graphviz, and none was found: `pip install pygraphviz` brings it "
         "along (or install Graphviz itself, so that `dot` is on the PATH). A .dot file can be "
@@ -68,38 +79,25 @@ def lay_out(dot: str, file_format: str) -> bytes:
     )
 
 
-class _NotInstalledError(Exception):
-    """This engine is not there."""
+class _RefusedError(Exception):
+    """This engine did not draw it, for the reason given."""
 
 
-def _by_library(dot: str, file_format: str) -> bytes:
+def _one_by_one(command: list[str], inputs: list[bytes], ends: float) -> Iterator[bytes]:
+    for dot in inputs:
+        yield _run(command, dot, ends)
+
+
+def _run(command: list[str], given: bytes, ends: float) -> bytes:
     try:
-        with warnings.catch_warnings():
-            # Extension modules made with SWIG warn about themselves on newer Pythons.
-            warnings.simplefilter("ignore")
-            pygraphviz: Any = importlib.import_module("pygraphviz")
-    except (ImportError, OSError) as error:  # OSError: its libraries do not load
-        raise _NotInstalledError from error
-    graph = pygraphviz.AGraph(string=dot)
-    try:
-        # draw() asks for this number only to write to stderr that 1,000 nodes may take long.
-        graph.number_of_nodes = lambda: 0
-        picture: bytes = graph.draw(format=file_format, prog="dot")
-    finally:
-        graph.close()
-    return picture
-
-
-def _by_program(dot: str, file_format: str) -> bytes:
-    import graphviz
-
-    try:
-        return graphviz.pipe("dot", file_format, dot.encode(), quiet=True)  # type: ignore[no-any-return]
-    except graphviz.ExecutableNotFound as error:
-        raise _NotInstalledError from error
-
-
-_ENGINES: dict[Callable[[str, str], bytes], str] = {
-    _by_library: "pygraphviz",
-    _by_program: "dot",
-}
+        done = subprocess.run(
+            command, input=given, capture_output=True, timeout=max(0.1, ends - time.monotonic())
+        )
+    except subprocess.TimeoutExpired:
+        raise LayoutTooSlowError("Graphviz took too long to lay out the picture") from None
+    except OSError as error:
+        raise _RefusedError(str(error)) from error
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip()
+        raise _RefusedError(said[-300:] or f"it ended with status {done.returncode}")
+    return done.stdout

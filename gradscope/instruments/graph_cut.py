@@ -19,6 +19,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradscope.taps.module_calls import module_calls
+from gradscope.taps.tap import Listener
 from gradscope.taps.torch_functions import TorchFunctionTap
 from gradscope.taps.user_frame import Location, user_location
 
@@ -86,9 +87,12 @@ class GraphCutFinder:
 
     Args:
         on_failure: told when following a call raises; after that no more calls are followed.
+        also: whoever else listens to the calls as long as they are followed.
     """
 
-    def __init__(self, on_failure: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, on_failure: Callable[[Exception], None], also: Iterable[Listener] = ()
+    ) -> None:
         self._on_failure = on_failure
         self._blind = False
         self._origins: dict[int, _Origin] = {}
@@ -100,6 +104,9 @@ class GraphCutFinder:
         self._thread = threading.get_ident()
         self._torch_functions = TorchFunctionTap()
         self._torch_functions.add(self)
+        self._also = tuple(also)
+        for listener in self._also:
+            self._torch_functions.add(listener)
         module_calls.add(self)
 
     def failed(self, where: str, error: Exception) -> None:
@@ -118,11 +125,12 @@ class GraphCutFinder:
         if self._suspended_by is not None:
             self._suspended_by = None
             self._torch_functions.resume()
-        self._torch_functions.remove(self)
+        for listener in (self, *self._also):
+            self._torch_functions.remove(listener)
         module_calls.remove(self)
         self._origins.clear()
 
-    def module_started(self, module: nn.Module) -> None:
+    def module_started(self, module: nn.Module, args: Any) -> None:
         """Note a module call, and look away during one without gradients or with other bits."""
         if self._suspended_by is not None or threading.get_ident() != self._thread:
             return
@@ -149,7 +157,7 @@ class GraphCutFinder:
                         self._remember(output, frozenset({cut}), _NOTHING)
 
     def torch_function_called(
-        self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any
+        self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any, first_node: int
     ) -> None:
         """Take one call into account."""
         if self._blind:

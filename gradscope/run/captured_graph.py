@@ -1,16 +1,129 @@
-"""The autograd graph behind one backward, as flat arrays that hold nothing of torch."""
+"""The autograd graph behind one loss, as flat arrays that hold nothing of torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import numpy as np
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
+
+    Integers: TypeAlias = npt.NDArray[np.int32]
+    LongIntegers: TypeAlias = npt.NDArray[np.int64]
 
 Shape: TypeAlias = tuple[int, ...]
 """The extent of each dimension; ``()`` is a scalar."""
+
+SCALAR: Final[Shape] = ()
+
+
+def _no_integers() -> Integers:
+    return np.zeros(0, np.int32)
+
+
+def _no_long_integers() -> LongIntegers:
+    return np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a node gave in the forward, an entry for each of its outputs.
+
+    Attributes:
+        shapes: their shapes; nothing where torch does not tell, as for nested tensors.
+        dtypes: their element types, spelled without ``torch.`` (``"float32"``).
+    """
+
+    shapes: tuple[Shape, ...] = ()
+    dtypes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A parameter that a model has registered, whether or not the graph reaches it.
+
+    Attributes:
+        names: all its names, several if it is tied.
+        shape: its shape.
+        requires_grad: False for a frozen one, which no graph reaches.
+    """
+
+    names: tuple[str, ...]
+    shape: Shape
+    requires_grad: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModuleCalls:
+    """The calls of modules during the forward, in the order in which they began.
+
+    Below, *c* is the number of calls.
+
+    Attributes:
+        modules: (path, class name) of each module that was called. The path is that of
+            ``model.named_modules()``: ``""`` for the model itself, with the model's own name in
+            front where there are several. A module outside of the models is called by its class
+            name in angle brackets: ``"<CrossEntropyLoss>"``.
+        module: int32[c], index into ``modules``.
+        parent: int32[c], the call inside of which this one was made; -1 for none.
+        first: int64[c], the autograd sequence number when the call began.
+        last: int64[c], the sequence number when it ended: it made those from ``first`` up to, and
+            not including, ``last``.
+        without_grad: bool[c], whether gradients were switched off when it began.
+        feeds: (giver, taker) of each call that was given, without a graph, memory in which an
+            earlier call had put its result: what ``detach()`` and ``no_grad`` leave of an edge.
+    """
+
+    modules: tuple[tuple[str, str], ...] = ()
+    module: Integers = field(default_factory=_no_integers)
+    parent: Integers = field(default_factory=_no_integers)
+    first: LongIntegers = field(default_factory=_no_long_integers)
+    last: LongIntegers = field(default_factory=_no_long_integers)
+    without_grad: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    feeds: tuple[tuple[int, int], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.module)
+
+    def path(self, call: int) -> str:
+        """The path of the module that was called."""
+        path, _ = self.modules[int(self.module[call])]
+        return path
+
+    def kind(self, call: int) -> str:
+        """The class name of the module that was called."""
+        _, kind = self.modules[int(self.module[call])]
+        return kind
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SavedTensors:
+    """What nodes keep for the backward, as they keep it: nothing is unpacked to find out.
+
+    Below, *s* is the number of saved tensors.
+
+    Attributes:
+        names: every name that occurs, as torch has it without ``_saved_`` (``"result"``).
+        node: int32[s], the node that keeps it.
+        name: int32[s], index into ``names``.
+        shapes: the shape of each; None for what a hook has packed, such as a checkpoint's.
+        n_bytes: int64[s], its size; 0 for what a hook has packed.
+        storage: int32[s], number of the memory it lies in, by which what two nodes keep together is
+            counted once; -1 for a parameter or other leaf, which is there anyway, and for what a
+            hook has packed.
+    """
+
+    names: tuple[str, ...] = ()
+    node: Integers = field(default_factory=_no_integers)
+    name: Integers = field(default_factory=_no_integers)
+    shapes: tuple[Shape | None, ...] = ()
+    n_bytes: LongIntegers = field(default_factory=_no_long_integers)
+    storage: Integers = field(default_factory=_no_integers)
+
+    def __len__(self) -> int:
+        return len(self.node)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,7 +145,7 @@ class CapturedGraph:
         sequence_nr: int64[n], the number autograd gave the node when the forward made it; it grows
             with time within one thread. -1 for ``AccumulateGrad``, which has none.
         source: int32[e], the node whose output flows along the edge.
-        target: int32[e], the node that used this output as an input.
+        target: int32[e], the node that used this output as an input; in ascending order.
         source_output: int32[e], which output of ``source`` it is, counted from 0.
         param: int32[n], index into ``params`` for the ``AccumulateGrad`` of a leaf, -1 for all
             other nodes.
@@ -40,25 +153,45 @@ class CapturedGraph:
             empty tuple for a leaf that is not a known parameter, such as an input that requires
             grad.
         param_shape: the shape of each of the *p* leaves.
-        output_shape: of each of the *n* nodes the shapes of its forward outputs. An empty tuple
-            where torch does not tell, as for nested tensors.
-        output_dtype: of each of the *n* nodes the dtypes of its forward outputs, spelled without
-            ``torch.`` (``"float32"``); same lengths as in ``output_shape``.
+        outputs: every combination of output shapes and dtypes that occurs, once.
+        output: int32[n], index into ``outputs``.
         roots: int32[r], the nodes from which the backward starts. A root without a graph has none.
+        call: int32[n], index into ``calls`` of the innermost module call that made the node; -1 for
+            a leaf, and for what was made outside of every module or while nobody looked.
+        calls: the module calls of the forward; empty if they were not followed.
+        registered: the parameters of the models; empty if no model is known.
+        saved: what the nodes keep for the backward; empty if it was not read.
+        began: the sequence number at which the step began: a node below it belongs to an earlier
+            step. None if unknown.
+        line: int32[n], index into ``lines`` of the line of the program that made the node, -1 where
+            it is not known; empty if lines were not followed.
+        lines: (file, line) of every line that occurs.
     """
 
     ops: tuple[str, ...]
-    op: npt.NDArray[np.int32]
-    sequence_nr: npt.NDArray[np.int64]
-    source: npt.NDArray[np.int32]
-    target: npt.NDArray[np.int32]
-    source_output: npt.NDArray[np.int32]
-    param: npt.NDArray[np.int32]
+    op: Integers
+    sequence_nr: LongIntegers
+    source: Integers
+    target: Integers
+    source_output: Integers
+    param: Integers
     params: tuple[tuple[str, ...], ...]
     param_shape: tuple[Shape, ...]
-    output_shape: tuple[tuple[Shape, ...], ...]
-    output_dtype: tuple[tuple[str, ...], ...]
-    roots: npt.NDArray[np.int32]
+    outputs: tuple[Outputs, ...]
+    output: Integers
+    roots: Integers
+    call: Integers = field(default_factory=_no_integers)
+    calls: ModuleCalls = field(default_factory=ModuleCalls)
+    registered: tuple[Registered, ...] = ()
+    saved: SavedTensors = field(default_factory=SavedTensors)
+    began: int | None = None
+    line: Integers = field(default_factory=_no_integers)
+    lines: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("call", "line"):
+            if not len(getattr(self, name)):
+                object.__setattr__(self, name, np.full(len(self.op), -1, np.int32))
 
     def __len__(self) -> int:
         return len(self.op)
@@ -78,3 +211,13 @@ class CapturedGraph:
     def n_params(self) -> int:
         """How many known parameters are reached; a tied one counts once, other leaves not."""
         return sum(1 for names in self.params if names)
+
+    def op_of(self, node: int) -> str:
+        """What torch calls the operation of a node."""
+        name: str = self.ops[int(self.op[node])]
+        return name
+
+    def outputs_of(self, node: int) -> Outputs:
+        """What a node gave in the forward."""
+        outputs: Outputs = self.outputs[int(self.output[node])]
+        return outputs

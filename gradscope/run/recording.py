@@ -30,6 +30,10 @@ MOST_TRACKED_BYTES = 64 * 2**20
 """What the tracked weights of all steps may take before every second step is forgotten."""
 
 
+MOST_GRAPHS = 512
+"""How many graphs are kept before every second one is forgotten."""
+
+
 @dataclass(slots=True)
 class ParameterEntry:
     """What is known of one parameter; its number is its place in :attr:`Recording.parameters`.
@@ -192,6 +196,13 @@ class Recording:
         if self._tracked_bytes > MOST_TRACKED_BYTES:
             for forgotten in list(self.tracked)[1:-1:2]:
                 self._tracked_bytes -= self.tracked.pop(forgotten).n_bytes
+
+    def keep_graph(self, step: int, graph: CapturedGraph) -> None:
+        """Keep the graph of a step; their number is bounded, so old ones are thinned out."""
+        self.graphs[step] = graph
+        if len(self.graphs) > MOST_GRAPHS:
+            for forgotten in list(self.graphs)[1:-1:2]:
+                del self.graphs[forgotten]
 
     def numels_and_roundoffs(self, params: np.ndarray[Any, Any]) -> tuple[Any, Any]:
         """Return facts of some parameters that do not change, remembered for the same array.

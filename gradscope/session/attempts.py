@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from gradscope.config import WatchOptions
 from gradscope.instruments.late import Late
@@ -24,9 +27,9 @@ from gradscope.session.schedule import DENSE, Schedule
 from gradscope.session.step_observer import StepObserver, StepReading
 
 if TYPE_CHECKING:
-    import torch
-
     from gradscope.instruments.statistics import Reals
+
+_sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 _LOOKED_AT_CLOSELY = 8
 """How many optimizers have their first steps looked at closely; a program may make one per task."""
@@ -48,6 +51,8 @@ class _Follower:
         self.before_clipping: Late[Reals] | None = None
         # What watching had cost in all when its last attempt was accounted for.
         self.cost_before = 0.0
+        # autograd's sequence number at the end of its last attempt: where this step's nodes begin.
+        self.first_node = _sequence_nr()
         # The step whose copies are still there.
         self.copied_step: int | None = None
 
@@ -254,6 +259,7 @@ class Attempts:
         self.n_ended += 1
         observed = self._costs.total - follower.cost_before
         follower.cost_before += observed
+        first_node, follower.first_node = follower.first_node, _sequence_nr()
 
         def account() -> None:
             began = time.perf_counter()
@@ -273,7 +279,7 @@ class Attempts:
             record = self._ledger.end_attempt(
                 optimizer, consumption, outcome="skipped" if skipped else outcome, now=now
             )
-            self._write(record, reading, observed)
+            self._write(record, reading, observed, first_node)
             self._costs.end("tables")
             writing = time.perf_counter() - began
             follower.schedule.measured(
@@ -285,7 +291,9 @@ class Attempts:
 
         self._in_order.do(account, *reading.awaited())
 
-    def _write(self, record: StepRecord, reading: StepReading, observed: float) -> None:
+    def _write(
+        self, record: StepRecord, reading: StepReading, observed: float, first_node: int
+    ) -> None:
         run, step, optimizer = self._recording, record.step, record.optimizer
         if record.outcome == "skipped":
             # A fused step that found infinite gradients did nothing that could be taken apart.
@@ -337,7 +345,7 @@ class Attempts:
         )
         for number in record.attempt.backwards:
             if number in self.graphs:
-                run.graphs[step] = self.graphs.pop(number)
+                run.keep_graph(step, replace(self.graphs.pop(number), began=first_node))
 
     def _keep(self, step: int, reading: StepReading) -> None:
         """Keep the tensors that the program asked for."""

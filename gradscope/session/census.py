@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from gradscope.instruments.call_log import paths_of
+from gradscope.run.captured_graph import Registered
 from gradscope.run.recording import ModelEntry, OptimizerEntry, ParameterEntry, Recording
 from gradscope.session.gradients import Integers
 
@@ -226,6 +228,22 @@ class Census:
             return ()
         entry = self._recording.parameters[number]
         return (entry.name, *entry.aliases)
+
+    def registered(self) -> tuple[Registered, ...]:
+        """Return every watched parameter of the models, reached or not."""
+        return tuple(
+            Registered((entry.name, *entry.aliases), entry.shape, entry.requires_grad)
+            for entry in self._recording.parameters
+            if entry.in_model and self._is_watched(entry.name)
+        )
+
+    def paths_of_modules(self) -> dict[int, str]:
+        """Return the path of every module of the models by its id."""
+        several = len(self._models) > 1
+        models = [(known.name, known.module()) for known in self._models]
+        return paths_of(
+            (f"{name}." if several else "", module) for name, module in models if module is not None
+        )
 
     def is_member(self, module: nn.Module) -> bool:
         """Whether a module is a watched model, a part of one, or its compiled wrapper."""

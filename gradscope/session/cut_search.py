@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gradscope.instruments.graph_cut import Cut, GraphCutFinder
+from gradscope.instruments.source_lines import SourceLines
 from gradscope.session.census import is_compiled
 from gradscope.session.failures import Failures
 
@@ -21,10 +22,12 @@ class CutSearch:
     Args:
         failures: runs the finder.
         event: adds a row to ``events``.
+        lines: notes the lines of the program while calls are followed.
     """
 
-    def __init__(self, failures: Failures, event: Callable[..., None]) -> None:
+    def __init__(self, failures: Failures, event: Callable[..., None], lines: SourceLines) -> None:
         self._failures = failures
+        self._lines = lines
         self._event = event
         self._finder: GraphCutFinder | None = None
         self._n_searches = 0
@@ -48,7 +51,7 @@ class CutSearch:
             return
         self._n_searches += 1
         self._suspicious = False
-        self._finder = self._failures.run("graph_cut", GraphCutFinder, self._failed)
+        self._finder = self._failures.run("graph_cut", GraphCutFinder, self._failed, (self._lines,))
         if self._finder is not None:
             self._event("armed", "graph_cut")
 

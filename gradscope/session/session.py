@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from gradscope.config import WatchOptions
-from gradscope.instruments.autograd_graph import capture_graph
 from gradscope.instruments.late import Known, Late, scalar_of
+from gradscope.instruments.source_lines import SourceLines
 from gradscope.run.captured_graph import CapturedGraph
 from gradscope.run.recording import Recording
 from gradscope.run.weight_step import WeightStep
@@ -28,6 +28,7 @@ from gradscope.session.census import Census
 from gradscope.session.costs import Costs
 from gradscope.session.cut_search import CutSearch
 from gradscope.session.failures import Failures
+from gradscope.session.graph_capture import GraphCapture
 from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger
 from gradscope.session.source_names import assigned_name, called_name
@@ -57,9 +58,6 @@ _MOST_GRAPHS_WAITING = 8
 
 _SHARE_OF_LOOKING_AROUND = 0.005
 """The share of time that may go into finding out whether the models have changed."""
-
-_MOST_GRAPHS = 64
-"""How many graphs are captured at first steps; some optimizer may never make its own."""
 
 _sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
@@ -131,14 +129,15 @@ class Session:
             options,
         )
         self._all = AllGradients(self._census)
-        self._cuts = CutSearch(self._failures, self.event)
+        lines = SourceLines()
+        self._cuts = CutSearch(self._failures, self.event, lines)
+        self._graphs = GraphCapture(options.graph, self._census, self._failures, lines)
         self._call: tuple[float, int] = (0.0, 0)
         self._backward: tuple[float, int, CapturedGraph | None] | None = None
         self._scale: Late[Any] | None = None
         self._scaler_stepped = False
         self._broken = False
         self._began = 0.0
-        self._n_captured = 0
         self._next_look = 0.0
         self._started_in = 0
         self._thread: int | None = None
@@ -253,7 +252,9 @@ class Session:
             return False
         if not self._census.is_member(module) and not self._discover_model(module):
             return False
-        self._cuts.call_started(module, someone_is_new=self._attempts.someone_is_new)
+        is_new = self._attempts.someone_is_new
+        self._cuts.call_started(module, someone_is_new=is_new)
+        self._graphs.call_started(module, self._attempts.n_ended, someone_is_new=is_new)
         self._call = (time.perf_counter(), _sequence_nr())
         return True
 
@@ -350,13 +351,13 @@ class Session:
             self._tell_holdings()
             look = self._all.look()
             self._in_order.do(lambda: self._ledger.backward_started(look.value()), look)
-            if (
-                self._attempts.someone_is_new
-                and self._n_captured < _MOST_GRAPHS
-                and len(self._attempts.graphs) < _MOST_GRAPHS_WAITING
+            if len(self._attempts.graphs) < _MOST_GRAPHS_WAITING and self._graphs.wanted(
+                self._attempts.n_ended,
+                call.location,
+                _sequence_nr() - self._call[1],
+                someone_is_new=self._attempts.someone_is_new,
             ):
-                self._n_captured += 1
-                captured = self._capture(call)
+                captured = self._graphs.capture(call.roots)
         self._backward = (time.perf_counter(), _sequence_nr(), captured)
 
     @_timed
@@ -378,7 +379,7 @@ class Session:
         is_foreign = False
         if not self._all.changed:
             leaves: list[torch.Tensor] = []
-            captured = self._capture(call, leaves)
+            captured = self._graphs.capture(call.roots, leaves, whole=captured is not None)
             if all(root.grad_fn is None for root in call.roots):
                 leaves.clear()  # a root that is a leaf itself has no graph behind it
             row["ends_in_cut"] = self._cuts.backward_reached_nothing(call.roots, leaves)
@@ -450,6 +451,7 @@ class Session:
             return
         recorded = self._attempts.end(number)
         self._cuts.step_ended()
+        self._graphs.step_ended(number, self._attempts.optimizers)
         if recorded:
             self._look_around()
 
@@ -501,6 +503,7 @@ class Session:
 
     def _hush(self) -> None:
         self._guarded("graph_cut", self._cuts.give_up)
+        self._guarded("module_calls", self._graphs.give_up)
         for tap in (*_TAPS, optimizer_creation):
             tap.remove(self)
         self.recording.seconds += time.perf_counter() - self._began
@@ -571,21 +574,6 @@ class Session:
     def _optimizers_of(self, module: nn.Module) -> list[int]:
         optimizers = self._attempts.optimizers
         return optimizers if len(optimizers) == 1 else self._census.optimizers_of(module)
-
-    def _capture(
-        self, call: BackwardCall, leaves: list[torch.Tensor] | None = None
-    ) -> CapturedGraph | None:
-        """Capture the graph of a backward; its leaves are added to ``leaves``."""
-
-        def names_of(leaf: torch.Tensor) -> tuple[str, ...]:
-            if leaves is not None:
-                leaves.append(leaf)
-            return self._census.names_of(leaf)
-
-        graph: CapturedGraph | None = self._failures.run(
-            "autograd_graph", capture_graph, call.roots, names_of
-        )
-        return graph
 
     def _record_backward(self, number: int, value: Late[Any], row: dict[str, Any]) -> None:
         self.recording.rows("backwards").append(

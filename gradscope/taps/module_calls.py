@@ -19,7 +19,7 @@ from gradscope.taps.tap import Tap
 
 
 class ModuleCallTap(Tap):
-    """Emits ``module_started(module)`` and ``module_ended(module, result)``.
+    """Emits ``module_started(module, args)`` and ``module_ended(module, result)``.
 
     The latter also comes after a call that raised, with None for a result.
     """
@@ -39,7 +39,7 @@ class ModuleCallTap(Tap):
             handle.remove()
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        self.emit("module_started", module)
+        self.emit("module_started", module, args)
 
     def _after(self, module: nn.Module, args: Any, result: Any) -> None:
         self.emit("module_ended", module, result)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, ClassVar, Protocol
 
-import torch
+from torch._C import DisableTorchFunction as _DisableTorchFunction
 from torch._C import _len_torch_dispatch_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -26,7 +26,7 @@ def out_of_sight(handle: Callable[..., Any], *arguments: Any) -> Any:
     would behave differently otherwise.
     """
     hidden = _disable_current_modes() if _len_torch_dispatch_stack() else nullcontext()
-    with torch._C.DisableTorchFunction(), hidden:
+    with _DisableTorchFunction(), hidden:
         return handle(*arguments)
 
 
@@ -77,6 +77,10 @@ class Tap:
             if handle is None:
                 continue
             try:
-                out_of_sight(handle, *arguments)
+                if _len_torch_dispatch_stack():
+                    out_of_sight(handle, *arguments)
+                else:  # as good as always, and this runs around every call of every module
+                    with _DisableTorchFunction():
+                        handle(*arguments)
             except Exception as error:
                 listener.failed(event, error)

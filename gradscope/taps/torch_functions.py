@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode_stack,
@@ -17,6 +18,8 @@ from torch.overrides import (
 )
 
 from gradscope.taps.tap import Tap
+
+_sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 
 class _CallMode(TorchFunctionMode):
@@ -32,13 +35,16 @@ class _CallMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        first_node = _sequence_nr()
         result = func(*args, **kwargs)
-        self.tap.emit("torch_function_called", func, args, kwargs, result)
+        self.tap.emit("torch_function_called", func, args, kwargs, result, first_node)
         return result
 
 
 class TorchFunctionTap(Tap):
-    """Emits ``torch_function_called(function, args, kwargs, result)`` in one thread.
+    """Emits ``torch_function_called(function, args, kwargs, result, first_node)`` in one thread.
+
+    ``first_node`` is autograd's sequence number before the call; its nodes have that or later ones.
 
     Function modes belong to a thread, and so does a tap of this kind: it is made for the thread
     that adds its listener, and has to be left there.

@@ -30,6 +30,7 @@ import gradscope
 from gradscope.config import WatchOptions
 from gradscope.errors import GradscopeWarning
 from gradscope.instruments import graph_cut
+from gradscope.instruments.call_log import CallLog
 from gradscope.instruments.gradients import GradientReader
 from gradscope.instruments.graph_cut import GraphCutFinder
 from gradscope.instruments.optimizer_state import StateReader
@@ -282,6 +283,8 @@ def test_a_failing_handler_does_not_disturb_step_hooks_of_others(
         (Session, "call_ended"),
         (GraphCutFinder, "module_started"),
         (GraphCutFinder, "module_ended"),
+        (CallLog, "module_started"),
+        (CallLog, "module_ended"),
     ],
 )
 def test_a_failing_handler_does_not_hide_the_programs_own_exception(
@@ -331,7 +334,8 @@ CASES = [
     ("kept_tensors", "_kept"),
     ("gradient_statistics", "statistics"),
     ("gradient_norms", "sums_of_squares"),
-    ("autograd_graph", "capture_graph"),
+    ("autograd_graph", "captured"),
+    ("module_calls", "_follow"),
     ("graph_cut", "GraphCutFinder"),
     ("graph_cut", "cut_of"),
 ]
@@ -395,7 +399,7 @@ def test_the_list_of_instruments_is_complete(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_failing_instrument_is_told_once_and_falls_silent(
     part: str, name: str, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if first and name in ("capture_graph", "GraphCutFinder", "cut_of"):
+    if first and name in ("captured", "_follow", "GraphCutFinder", "cut_of"):
         pytest.skip("not called that often where nothing is wrong")
     healthy, _ = train_watched()
     failing = break_instrument(monkeypatch, part, name, first)

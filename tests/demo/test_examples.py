@@ -65,3 +65,17 @@ def test_a_step_is_explained_summed_up_and_kept() -> None:
     assert "MORE than rounding" not in output
     assert "exp_avg_sq_after   (1, 16)" in output
     assert "anatomy" in output
+
+
+def test_a_graph_is_drawn_and_asked(tmp_path: Path) -> None:
+    output = run_example("draw_a_graph.py", "--out", str(tmp_path))
+    assert "×12" in output
+    assert "cut off" in output
+    assert (tmp_path / "gpt2.svg").read_text().startswith("<?xml")
+    assert "<script" in (tmp_path / "gpt2.html").read_text()
+
+
+def test_the_networks_to_draw_know_nothing_of_being_drawn() -> None:
+    output = run_example("architectures.py")
+    assert "gpt2" in output
+    assert "gradscope" not in (EXAMPLES / "architectures.py").read_text()

@@ -42,10 +42,15 @@ def test_every_warning_slug_is_documented() -> None:
 
 def test_the_public_names_are_these() -> None:
     assert sorted(gradscope.__all__) == [
+        "AutogradGraph",
+        "Capture",
         "GradscopeError",
         "GradscopeWarning",
         "Scope",
         "__version__",
+        "capture",
+        "graph",
+        "make_dot",
         "watch",
     ]
     for name in gradscope.__all__:
@@ -57,6 +62,24 @@ def test_the_table_of_the_readme_names_only_what_a_scope_has() -> None:
 
     readme = (ROOT / "README.md").read_text("utf-8")
     table = readme.partition("## Use it")[2].partition("##")[0]
-    named = set(re.findall(r"`(?:scope)?\.(\w+)", table)) - {"to_pandas", "render"}
+    named = set(re.findall(r"`(?:scope)?\.(\w+)", table)) - {"to_pandas", "render", "html"}
     assert named
-    assert named <= set(dir(Scope))
+    assert named <= set(dir(Scope)) | set(dir(gradscope.AutogradGraph))
+
+
+def test_the_page_about_graphs_names_only_what_a_graph_has() -> None:
+    page = (ROOT / "docs" / "graphs.md").read_text("utf-8")
+    named = set(re.findall(r"`graph\.(\w+)", page)) - {"html"}
+    assert {"nodes", "unreached", "diff", "to_html"} <= named
+    assert named <= set(dir(gradscope.AutogradGraph))
+
+
+def test_the_page_about_graphs_shows_every_architecture() -> None:
+    page = (ROOT / "docs" / "graphs.md").read_text("utf-8")
+    source = (ROOT / "docs" / "pictures.py").read_text("utf-8")
+    examples = (ROOT / "examples" / "architectures.py").read_text("utf-8")
+    listed = re.search(r"ARCHITECTURES[^=]*= {(.*?)^}", examples, re.DOTALL | re.MULTILINE)
+    assert listed is not None
+    for name in re.findall(r'"(\w+)":', listed[1]):
+        assert f"images/graphs/{name}.svg" in page
+        assert f'"{name}":' in source

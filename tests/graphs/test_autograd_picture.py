@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,9 +16,8 @@ import pytest
 from gradscope.errors import RenderError, UsageError
 from gradscope.graphs import autograd_graph, layout
 from gradscope.graphs.autograd_graph import AutogradGraph
-from gradscope.graphs.labels import operation_label, operation_name, shape_text
-from gradscope.graphs.ranks import crossed_rows, ranks
-from gradscope.run.captured_graph import CapturedGraph
+from gradscope.graphs.wording import operation_name, shape_text, shapes_text
+from gradscope.run.captured_graph import CapturedGraph, Outputs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,8 +48,8 @@ def captured(
         param=leaf,
         params=tuple(params.values()),
         param_shape=((2, 3),) * len(params),
-        output_shape=(((2, 3),),) * n,
-        output_dtype=(("float32",),) * n,
+        outputs=(Outputs(((2, 3),), ("float32",)),) if n else (),
+        output=np.zeros(n, dtype=np.int32),
         roots=np.array(roots, dtype=np.int32),
     )
 
@@ -88,11 +88,18 @@ class TestTables:
             {
                 "op": ["SumBackward0", "MulBackward0", "AccumulateGrad"],
                 "sequence_nr": [3, 2, -1],
+                "module": pd.Series([None] * 3, dtype=object),
+                "module_type": pd.Series([None] * 3, dtype=object),
+                "call": np.array([-1] * 3, dtype=np.int32),
                 "param": pd.Series([None, None, "wte"], dtype=object),
                 "aliases": [(), (), ("wte", "head")],
                 "output_shape": [((2, 3),)] * 3,
                 "output_dtype": [("float32",)] * 3,
+                "saved_bytes": [0, 0, 0],
                 "is_root": [True, False, False],
+                "is_crossing": [False] * 3,
+                "file": pd.Series([None] * 3, dtype=object),
+                "line": pd.Series([None] * 3, dtype="Int64"),
             },
             index=pd.RangeIndex(3, name="node"),
         ).astype({"op": object})
@@ -104,8 +111,9 @@ class TestTables:
             "source": [1, 2, 2],
             "target": [0, 1, 1],
             "source_output": [0, 0, 0],
+            "shape": [(2, 3)] * 3,
         }
-        assert set(map(str, edges.dtypes)) == {"int32"}
+        assert set(map(str, edges.dtypes)) == {"int32", "object"}
 
     def test_of_an_empty_graph_have_all_columns(self) -> None:
         empty, full = AutogradGraph(captured([], [], roots=())), AutogradGraph(square_of("w"))
@@ -147,8 +155,10 @@ def test_operations_are_called_as_in_torch(op: str, name: str) -> None:
 
 def test_shapes() -> None:
     assert (shape_text((32, 10)), shape_text((7,)), shape_text(())) == ("32 × 10", "7", "scalar")
-    assert "5 × 8 (4 outputs)" in operation_label("Split", ((5, 8),) * 4, is_root=False)
-    assert "… 5 outputs" in operation_label("Split", tuple((n,) for n in range(5)), is_root=False)
+    assert shapes_text(((5, 8),), 1) == "5 × 8"
+    assert shapes_text(((5, 8),), 4) == "4 tensors: 5 × 8"
+    assert shapes_text(tuple((n,) for n in range(5)), 5) == "5 tensors: 0, 1 …"
+    assert shapes_text((), 1) == ""
 
 
 def test_a_picture_says_what_it_shows() -> None:
@@ -157,19 +167,22 @@ def test_a_picture_says_what_it_shows() -> None:
     shown = texts(svg)
     assert "autograd graph of step 3: 2 operations, 1 parameter" in shown
     assert {"wte.weight", "= head.weight", "mul", "sum"} <= set(shown)
-    assert sum("2 × 3" in text for text in shown) == 3
+    # In the box of the parameter, and on the edge between the operations.
+    assert sum("2 × 3" in text for text in shown) == 2
     assert sum("backward starts here" in text for text in shown) == 1
-    assert "parameter and its shape" in " ".join(shown)
+    assert {"parameter", "operation", "loss (root)"} <= {text.strip(" \xa0") for text in shown}
     assert "MulBackward0 float32" in titles(svg)
-    assert "wte.weight, head.weight float32" in titles(svg)
+    assert "wte.weight, head.weight" in titles(svg)
 
 
 def test_the_legend_explains_only_what_is_there() -> None:
-    named = " ".join(texts(AutogradGraph(square_of("w"))._repr_svg_() or ""))
-    unnamed = " ".join(texts(AutogradGraph(square_of())._repr_svg_() or ""))
-    assert "other leaf" not in named
-    assert "parameter and its shape" not in unnamed
-    assert "other leaf that requires grad" in unnamed
+    def legend(graph: CapturedGraph) -> set[str]:
+        return {text.strip(" \xa0") for text in texts(AutogradGraph(graph)._repr_svg_() or "")}
+
+    assert "parameter" in legend(square_of("w"))
+    assert "other leaf that requires grad" not in legend(square_of("w"))
+    assert "parameter" not in legend(square_of())
+    assert "other leaf that requires grad" in legend(square_of())
     empty = AutogradGraph(captured([], [], roots=()), step=0)
     assert "Nothing that requires grad leads to the root: it has no graph." in texts(
         empty._repr_svg_() or ""
@@ -179,15 +192,16 @@ def test_the_legend_explains_only_what_is_there() -> None:
 def test_every_edge_is_drawn_and_data_flows_down() -> None:
     graph = AutogradGraph(square_of("w"))
     source = graph.to_graphviz().source
-    assert re.findall(r"(n\d+) -> (n\d+)", source) == [("n1", "n0"), ("n2", "n1"), ("n2", "n1")]
+    # An operand used twice is one arrow; both operations have a box of their own.
+    assert sorted(re.findall(r"(b\d+) -> (b\d+)", source)) == [("b0", "b1"), ("b2", "b0")]
     svg = ElementTree.fromstring(graph._repr_svg_() or "")
-    assert [g.get("class") for g in svg.iter(f"{SVG}g")].count("edge") == 3
+    assert [g.get("class") for g in svg.iter(f"{SVG}g")].count("edge") == 2
     height = {
         group.findtext(f"{SVG}title"): float(group.find(f".//{SVG}text").get("y"))  # type: ignore[union-attr,arg-type]
         for group in svg.iter(f"{SVG}g")
         if group.get("class") == "node"
     }
-    assert height["n2"] < height["n1"] < height["n0"]
+    assert height["b2"] < height["b0"] < height["b1"]
 
 
 def test_a_dark_page_does_not_show_through() -> None:
@@ -230,7 +244,7 @@ def test_a_name_may_hold_anything(
     ElementTree.fromstring(svg)
     shown = [text.replace("\xa0", " ") for text in texts(svg)]
     assert HOSTILE[name] in shown
-    assert f"{HOSTILE[name]} float32" in [title.replace("\xa0", " ") for title in titles(svg)]
+    assert HOSTILE[name] in [title.replace("\xa0", " ") for title in titles(svg)]
     assert ElementTree.fromstring(svg).find(f".//{SVG}script") is None
     assert "yntax" not in capfd.readouterr().err  # of Graphviz, which then draws without the label
 
@@ -275,7 +289,7 @@ class TestRender:
 
     @pytest.mark.parametrize("name", ["graph.jpeg", "graph", "graph."])
     def test_another_suffix_is_refused_by_name(self, name: str, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match=r"\.svg, \.png, \.pdf, \.dot, \.gv"):
+        with pytest.raises(UsageError, match=r"\.svg, \.png, \.pdf, \.html, \.dot, \.gv"):
             AutogradGraph(square_of("w")).render(tmp_path / name)
         assert not list(tmp_path.iterdir())
 
@@ -293,41 +307,89 @@ class TestRender:
         assert graph._repr_svg_() is None
 
     def test_a_deep_graph_of_dot_text(self, tmp_path: Path) -> None:
-        path = AutogradGraph(chain(20_000)).render(tmp_path / "graph.dot")
-        assert path.read_text(encoding="utf-8").count(" -> ") == 19_999
+        path = AutogradGraph(chain(20_000)).render(tmp_path / "graph.dot", fold=None)
+        assert "20,000 operations" in path.read_text(encoding="utf-8")
+
+
+def boxes(svg: bytes) -> int:
+    root = ElementTree.fromstring(svg)
+    return [group.get("class") for group in root.iter(f"{SVG}g")].count("node")
 
 
 class TestSize:
-    def test_the_largest_is_drawn_and_nothing_said(
-        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    @pytest.mark.parametrize("large", [chain(2_001), chain(200_000), unrolled(400)])
+    @pytest.mark.parametrize("fold", ["shape", None])
+    def test_whatever_the_size_a_picture_has_few_boxes(
+        self,
+        large: CapturedGraph,
+        fold: Any,
+        tmp_path: Path,
+        capfd: pytest.CaptureFixture[str],
     ) -> None:
-        path = AutogradGraph(chain(layout.MAX_BOXES)).render(tmp_path / "graph.svg")
-        assert texts(path.read_bytes()).count("tanh") == layout.MAX_BOXES
+        path = AutogradGraph(large).render(tmp_path / "graph.svg", fold=fold)
+        assert boxes(path.read_bytes()) <= 100
+        assert f"{len(large) - len(large.params):,} operations" in texts(path.read_bytes())[0]
         assert "long time" not in capfd.readouterr().err
 
+    def test_as_many_boxes_as_one_likes(self, tmp_path: Path) -> None:
+        graph = AutogradGraph(chain(250))
+        every = graph.render(tmp_path / "all.svg", fold=None, depth="all", max_nodes=300)
+        few = graph.render(tmp_path / "few.svg", fold=None, depth="all", max_nodes=20)
+        assert boxes(every.read_bytes()) == 250
+        assert boxes(few.read_bytes()) <= 20
+        assert not any(
+            "readable" in text or "too many" in text for text in texts(every.read_bytes())
+        )
+        assert any("readable" in text or "too many" in text for text in texts(few.read_bytes()))
+
+    def test_a_repetition_is_drawn_once(self) -> None:
+        svg = AutogradGraph(unrolled(400))._repr_svg_() or ""
+        assert any("×400" in text or "×399" in text for text in texts(svg))
+
     @pytest.mark.parametrize(
-        "too_large", [chain(layout.MAX_BOXES + 1), chain(200_000), unrolled(400)]
+        ("option", "said"),
+        [
+            ({"fold": "same"}, "fold='same'.*'exact', 'shape', 'op'"),
+            ({"depth": -1}, "depth=-1.*'all'"),
+            ({"depth": "some"}, "depth='some'"),
+            ({"max_nodes": 0}, "max_nodes=0.*from 5 on"),
+            ({"theme": "blue"}, "theme='blue'.*'light' or 'dark'"),
+            ({"overlay": "norm"}, "overlay='norm'.*grad_norm"),
+        ],
     )
-    @pytest.mark.parametrize("suffix", [".svg", ".png", ".pdf"])
-    def test_a_larger_one_is_refused_at_once(
-        self, too_large: CapturedGraph, suffix: str, tmp_path: Path
+    def test_wrong_options_are_named(
+        self, option: dict[str, Any], said: str, tmp_path: Path
     ) -> None:
-        graph = AutogradGraph(too_large)
-        with pytest.raises(RenderError, match=rf"{len(graph):,} nodes.*\.dot.*\.nodes"):
-            graph.render(tmp_path / f"graph{suffix}")
+        with pytest.raises(UsageError, match=said):
+            AutogradGraph(square_of("w")).render(tmp_path / "graph.svg", **option)
         assert not list(tmp_path.iterdir())
-        assert graph._repr_svg_() is None
 
-    def test_far_edges_are_drawn_straight(self) -> None:
-        assert "splines=line" in AutogradGraph(unrolled(150)).to_graphviz().source
-        assert "splines" not in AutogradGraph(unrolled(20)).to_graphviz().source
-        assert AutogradGraph(unrolled(150))._repr_svg_() is not None
 
-    def test_rows(self) -> None:
-        weight = unrolled(4)
-        assert ranks(weight).tolist() == [0, 1, 2, 3, 4]
-        assert crossed_rows(weight) == 3 + 2 + 1
-        assert crossed_rows(chain(5)) == crossed_rows(captured([], [], roots=())) == 0
+class TestTime:
+    @pytest.mark.skipif(os.name == "nt", reason="the stand-in for dot is a script")
+    def test_a_layout_that_takes_too_long_is_given_up_for_a_coarser_one(
+        self, no_pygraphviz: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        script = (
+            "import time\n"
+            "dot = sys.stdin.read()\n"
+            "time.sleep(60 * (dot.count('->') > 30))\n"
+            "print('took too long' in dot)"
+        )
+        put_on_path(monkeypatch, tmp_path / "bin", script)
+        path = AutogradGraph(chain(90)).render(
+            tmp_path / "graph.svg", fold=None, depth="all", time_limit=3
+        )
+        assert path.read_text() == "True\n"
+
+    @pytest.mark.skipif(os.name == "nt", reason="the stand-in for dot is a script")
+    def test_a_layout_that_never_ends_is_an_error(
+        self, no_pygraphviz: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        put_on_path(monkeypatch, tmp_path / "bin", "import time; time.sleep(60)")
+        with pytest.raises(RenderError, match=r"even the coarsest.*\.dot"):
+            AutogradGraph(square_of("w")).render(tmp_path / "graph.svg", time_limit=0.2)
+        assert not (tmp_path / "graph.svg").exists()
 
 
 @pytest.fixture
@@ -367,6 +429,17 @@ class TestEngines:
         assert "-Tpng" in said
         assert "digraph { ö }" in said
 
+    @pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz itself is not installed")
+    def test_the_real_dot_draws_the_same_boxes(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        pytest.importorskip("pygraphviz")
+        graph = AutogradGraph(square_of("wte.weight", "head.weight"))
+        by_library = graph.render(tmp_path / "library.svg")
+        monkeypatch.setitem(sys.modules, "pygraphviz", None)
+        by_program = graph.render(tmp_path / "program.svg")
+        assert texts(by_program.read_bytes()) == texts(by_library.read_bytes())
+
     @pytest.mark.skipif(os.name == "nt", reason="the stand-in for dot is a script")
     def test_dot_failing_is_a_render_error(
         self, no_pygraphviz: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -385,13 +458,13 @@ class TestEngines:
         with pytest.raises(RenderError, match="pygraphviz: "):
             layout.lay_out("digraph { a }", "no such format")
 
-    def test_libraries_that_do_not_load_count_as_missing(
+    def test_libraries_that_do_not_load_are_named(
         self, no_graphviz: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         (tmp_path / "pygraphviz.py").write_text("raise OSError('libcgraph.so: cannot open')")
         monkeypatch.delitem(sys.modules, "pygraphviz")
-        monkeypatch.syspath_prepend(tmp_path)
-        with pytest.raises(RenderError, match="none was found"):
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        with pytest.raises(RenderError, match=r"pygraphviz: OSError: libcgraph\.so: cannot open"):
             layout.lay_out("digraph { a }", "svg")
 
     def test_the_import_is_silent(self) -> None:
@@ -404,7 +477,7 @@ class TestEngines:
 
 
 def test_a_notebook_hears_of_a_real_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(dot: str, file_format: str) -> bytes:
+    def broken(dot: str, file_format: str, time_limit: float) -> bytes:
         raise ZeroDivisionError
 
     monkeypatch.setattr(autograd_graph, "lay_out", broken)

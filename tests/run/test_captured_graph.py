@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from gradscope.run.captured_graph import CapturedGraph
+from gradscope.run.captured_graph import CapturedGraph, Outputs
 
 
 def square_of_a_weight() -> CapturedGraph:
@@ -23,8 +23,8 @@ def square_of_a_weight() -> CapturedGraph:
         param=np.array([-1, -1, 0], dtype=np.int32),
         params=(("w",),),
         param_shape=((3,),),
-        output_shape=(((),), ((3,),), ((3,),)),
-        output_dtype=(("float32",),) * 3,
+        outputs=(Outputs(((),), ("float32",)), Outputs(((3,),), ("float32",))),
+        output=np.array([0, 1, 1], dtype=np.int32),
         roots=np.array([0], dtype=np.int32),
     )
 
@@ -33,6 +33,14 @@ def test_says_how_much_it_holds() -> None:
     captured = square_of_a_weight()
     assert (len(captured), captured.n_edges, captured.n_params) == (3, 3, 1)
     assert repr(captured) == "<CapturedGraph: 3 nodes, 3 edges, 1 parameters, 1 roots>"
+
+
+def test_what_was_not_seen_is_not_there() -> None:
+    captured = square_of_a_weight()
+    assert captured.call.tolist() == captured.line.tolist() == [-1, -1, -1]
+    assert len(captured.calls) == len(captured.saved) == len(captured.registered) == 0
+    assert captured.op_of(1) == "MulBackward0"
+    assert captured.outputs_of(0).shapes == ((),)
 
 
 def test_a_leaf_without_a_name_is_no_parameter() -> None:
