@@ -49,8 +49,9 @@ docs: $(READY) ## write the generated pages of the documentation anew
 	$(BIN)/python docs/generate.py
 
 .PHONY: bench
-bench: $(READY) ## what watching costs: interleaved runs, one process each
+bench: $(READY) ## what watching costs: interleaved runs, one process each; how long graphs take
 	$(BIN)/python tests/benchmarks/watch_overhead.py
+	$(BIN)/python tests/benchmarks/graphs.py
 
 .PHONY: clean
 clean: ## remove the virtual environment and everything generated

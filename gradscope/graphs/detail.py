@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from gradscope.errors import UsageError
-from gradscope.graphs.diagram import Diagram, diagram_of
+from gradscope.graphs.arrange import diagram_of
+from gradscope.graphs.diagram import Diagram
 from gradscope.graphs.fold import Block, Folded
 
 if TYPE_CHECKING:

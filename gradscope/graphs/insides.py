@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 
-from gradscope.graphs.diagram import Diagram, diagram_of
+from gradscope.graphs.arrange import diagram_of
+from gradscope.graphs.diagram import Diagram
 from gradscope.graphs.fold import NO_CALL
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradscope.errors import UsageError
+from gradscope.graphs.arrange import diagram_of
 from gradscope.graphs.detail import Views, checked_depth, checked_max_nodes
-from gradscope.graphs.diagram import NO_FRAME, Box, Diagram, diagram_of
+from gradscope.graphs.diagram import NO_FRAME, Box, Diagram
 from gradscope.graphs.fold import Block, Folded
 from gradscope.graphs.likeness import Likeness
 from gradscope.run.captured_graph import CapturedGraph, Registered, Shape
