@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _LAID_OUT: Final = (".svg", ".png", ".pdf")
 _AS_DOT: Final = (".dot", ".gv")
 _AS_PAGE: Final = ".html"
+_OF_FIRST_COPY: Final = "shapes are those of the first repetition; those of others may differ"
 _NOT_IN_TIME: Final = "coarser than asked for, because laying it out took too long"
 
 
@@ -258,6 +259,8 @@ class AutogradGraph:
             if n_boxes is not None and len(shown.diagram.boxes) >= n_boxes:
                 continue
             notes = [shown.detail.note] if shown.detail.note else []
+            if likeness == "op" and shown.diagram.has_repetitions:
+                notes.append(_OF_FIRST_COPY)
             if n_boxes is not None:
                 notes.append(_NOT_IN_TIME)
             n_boxes = len(shown.diagram.boxes)

@@ -93,6 +93,13 @@ class Diagram:
     shown_place: LongIntegers
     alike: dict[int, list[int]]
 
+    @property
+    def has_repetitions(self) -> bool:
+        """Whether something is drawn once that was done several times."""
+        blocks = [frame.block for frame in self.frames]
+        blocks += [box.block for box in self.boxes if box.block is not None]
+        return any(block.count > 1 for block in blocks)
+
     def parameter_names(self, box: Box) -> list[tuple[str, ...]]:
         """Return the names of the parameters in a box, an entry for each."""
         captured = self.folded.captured

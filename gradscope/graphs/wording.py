@@ -91,33 +91,41 @@ def call_name(captured: CapturedGraph, call: int, around: str = "") -> str:
     return path[len(around) + 1 :] if around and path.startswith(around + ".") else path
 
 
-def last_call(folded: Folded, block: Block) -> int:
-    """The call of the last copy of a repeated module."""
+def name_in_copies(folded: Folded, module: Block, offset: int, around: str = "") -> str:
+    """The name of a module and, if it is another one, that of its counterpart further on.
+
+    Args:
+        folded: the tree of blocks.
+        module: the block of the module in the first copy.
+        offset: how many places further on the counterpart ends.
+        around: the path of the frame.
+    """
     captured = folded.captured
-    call = int(captured.call[folded.execution.node[block.stop - 1]])
-    around = int(captured.calls.parent[block.call])
-    while int(captured.calls.parent[call]) != around:
-        call = int(captured.calls.parent[call])
-    return call
+    parent = captured.calls.parent
+    call = int(captured.call[folded.execution.node[module.start + module.period - 1 + offset]])
+    while int(parent[call]) != int(parent[module.call]):
+        call = int(parent[call])
+    first, last = (call_name(captured, each, around) for each in (module.call, call))
+    return first if first == last else f"{first} … {last}"
 
 
 def block_title(folded: Folded, block: Block, around: str = "") -> str:
     """The name of a block, with the number of copies; ``around`` is the path of its frame."""
     captured, node = folded.captured, folded.execution.node
     times = f" ×{block.count:,}" if block.count > 1 else ""
+    to_last_copy = block.stop - block.start - block.period
     if block.kind == "module":
-        name = call_name(captured, block.call, around)
-        if block.count > 1:
-            last = call_name(captured, last_call(folded, block), around)
-            name = name if last == name else f"{name} … {last}"
-        return name + times
+        return name_in_copies(folded, block, to_last_copy, around) + times
     if block.kind == "operation":
         return operation_name(captured.op_of(node[block.start])) + times
     if block.kind == "chain":
         ops = node[block.start : block.start + block.period].tolist()
         return " → ".join(operation_name(captured.op_of(op)) for op in ops) + times
     if block.kind == "sequence":
-        return f"×{block.count:,}"
+        modules = (part for part in folded.parts(block) if part.kind == "module")
+        names = (name_in_copies(folded, part, to_last_copy, around) for part in modules)
+        telling = next((name for name in names if "…" in name), "")
+        return (telling + times).strip()
     return counted(block.n_operations, "operation") + times
 
 

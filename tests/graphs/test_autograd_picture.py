@@ -346,6 +346,12 @@ class TestSize:
         svg = AutogradGraph(unrolled(400))._repr_svg_() or ""
         assert any("×400" in text or "×399" in text for text in texts(svg))
 
+    def test_shapes_that_may_differ_between_repetitions_are_not_told_as_everyones(self) -> None:
+        graph = AutogradGraph(unrolled(400))
+        assert "those of the first repetition" in graph.to_graphviz(fold="op").source
+        assert "those of the first repetition" not in graph.to_graphviz(fold="shape").source
+        assert "first repetition" not in AutogradGraph(square_of("w")).to_graphviz(fold="op").source
+
     @pytest.mark.parametrize(
         ("option", "said"),
         [

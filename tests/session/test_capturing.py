@@ -245,3 +245,18 @@ def test_make_dot_hands_over_to_torchviz() -> None:
         deep = deep + 1
     with pytest.raises(gradscope.GradscopeError, match="engine='gradscope'"):
         gradscope.make_dot(deep, engine="torchviz")
+
+
+def test_a_repetition_of_modules_and_operations_is_called_by_its_first_and_last() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([layer(x).tanh() for layer in (self.q, self.k, self.v)])
+
+    model = Heads()
+    with gradscope.capture(model) as c:
+        loss = model(torch.randn(2, 4)).sum()
+    assert "<B>q … v ×3</B>" in c.graph(loss).to_graphviz(fold="op").source
