@@ -53,8 +53,10 @@ def watched(
     seed_everything()
     training = make()
     # Under "raise" nothing can pass because an instrument has failed and fallen silent.
+    # Whoever records every step also captures every graph.
+    graph: Any = "every" if every == 1 else "first"
     with gradscope.watch(
-        training.models, training.optimizers, every=every, on_error="raise"
+        training.models, training.optimizers, every=every, graph=graph, on_error="raise"
     ) as scope:
         seen = run(training, n_steps)
     return everything_of(training, seen), scope, training

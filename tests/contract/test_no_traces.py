@@ -104,10 +104,11 @@ def test_while_watching_there_are_hooks_and_patches_but_none_on_the_programs_obj
 def test_nothing_is_left_after_any_kind_of_loop(make: Callable[[], Training]) -> None:
     training = prepared_step(make)
     before = of(training)
-    with gradscope.watch(training.models, training.optimizers):
-        for number in range(1, 4):
-            training.step(number)
-    assert of(training).differences_from(before) == []
+    for graph in ("first", "every"):
+        with gradscope.watch(training.models, training.optimizers, graph=graph):  # type: ignore[arg-type]
+            for number in range(1, 4):
+                training.step(number)
+        assert of(training).differences_from(before) == []
 
 
 @pytest.mark.parametrize("make", LOOPS, ids=lambda make: make.__name__)

@@ -83,7 +83,10 @@ def test_as_many_tensors_live_at_step_200_as_at_step_20(
 ) -> None:
     seed_everything()
     training = make()
-    with gradscope.watch(training.models, training.optimizers, every=every, on_error="raise"):
+    graph: Any = "every" if every == 1 else "first"
+    with gradscope.watch(
+        training.models, training.optimizers, every=every, graph=graph, on_error="raise"
+    ):
         for number in range(20):
             training.step(number)
         early = live_tensors()
@@ -99,7 +102,8 @@ def test_only_the_graph_of_the_present_step_is_alive(every: int | None) -> None:
         model = Residual()
         optimizer = AdamW(model.parameters(), lr=1e-2)
         counter, alive = Counter(), []
-        scope = gradscope.watch(model, optimizer, every=every, on_error="raise")
+        graph: Any = "every" if every == 1 else "first"
+        scope = gradscope.watch(model, optimizer, every=every, graph=graph, on_error="raise")
         if watched:
             scope.start()
         gc.disable()  # reference counts alone must free everything
