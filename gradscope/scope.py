@@ -217,6 +217,12 @@ class Scope:
             )
         if step is None:
             step = max(graphs)
+        earlier = [known for known in graphs if known < step]
+        if step not in graphs and earlier and step in self._steps_of_backward(max(earlier)):
+            raise ScopeStateError(
+                f"step {step} had no backward of its own: it used the gradients of the one before "
+                f"step {max(earlier)}, whose graph it is"
+            )
         if step not in graphs:
             raise ScopeStateError(
                 f"the graph of step {step} was not captured; captured: {sorted(graphs)}; "
@@ -228,24 +234,34 @@ class Scope:
         """What is known of the parameters at a step, each by the parameter's name."""
         from gradscope.graphs.overlay import StepFacts
 
-        grads = self._recording.rows_of("grads", step=step)
-        updates = self._recording.rows_of("updates", step=step)
+        steps = self._steps_of_backward(step)
 
-        def by_param(rows: pd.DataFrame, column: str) -> dict[str, Any]:
-            known = rows.dropna(subset=[column])
-            return dict(zip(known["param"], known[column], strict=True))
+        def by_param(table: str, column: str) -> dict[str, Any]:
+            known: dict[str, Any] = {}
+            for each in reversed(steps):
+                rows = self._recording.rows_of(table, step=each).dropna(subset=[column])
+                known |= dict(zip(rows["param"], rows[column], strict=True))
+            return known
 
         named: dict[str, list[str]] = {}
         for finding in self.findings:
             for param in finding.params:
                 named.setdefault(param, []).append(finding.code)
         return StepFacts(
-            grad_norm=by_param(grads, "norm"),
-            grad_status=by_param(grads, "status"),
-            nonfinite=by_param(grads, "nonfinite"),
-            update_ratio=by_param(updates, "update_ratio"),
+            grad_norm=by_param("grads", "norm"),
+            grad_status=by_param("grads", "status"),
+            nonfinite=by_param("grads", "nonfinite"),
+            update_ratio=by_param("updates", "update_ratio"),
             findings={param: ", ".join(codes) for param, codes in named.items()},
         )
+
+    def _steps_of_backward(self, step: int) -> list[int]:
+        """A step, and those after it that used gradients of the same backward."""
+        with_backward = set(self._recording.rows("backwards").array("step").tolist())
+        steps = [step]
+        while steps[-1] + 1 < self._recording.n_steps and steps[-1] + 1 not in with_backward:
+            steps.append(steps[-1] + 1)
+        return steps
 
     def explain(
         self, param: str, index: int | tuple[int, ...] | None = None, step: int = -1

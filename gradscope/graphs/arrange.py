@@ -11,6 +11,8 @@ from gradscope.graphs.diagram import NO_FRAME, Box, Diagram, Frame, Link
 from gradscope.graphs.missing_boxes import MissingBoxes
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from gradscope.graphs.fold import Block, Folded
     from gradscope.run.captured_graph import LongIntegers, Shape
 
@@ -64,11 +66,13 @@ class _Builder:
         n_places = len(folded.execution)
         self.box_of_place = np.full(n_places, -1, np.int64)
         self.shown_place = np.arange(n_places)
-        self.carried = np.zeros(len(folded.execution.source), np.bool_)
+        # Of each edge the repetition between whose copies it leads: its frame, counted from 2; 1 is
+        # the block whose inside is shown, 0 none.
+        self.carried = np.zeros(len(folded.execution.source), np.int32)
 
     def diagram(self) -> Diagram:
         self._place_parts(self.top, NO_FRAME, 0)
-        self._repeat(self.top)
+        self._repeat(self.top, NO_FRAME)
         links = self._links()
         self._mark_roots()
         return Diagram(
@@ -86,15 +90,16 @@ class _Builder:
     def _place_parts(self, block: Block, frame: int, depth: int) -> None:
         for part in self.folded.stretched(self.folded.parts(block), self.most_parts):
             if part.can_open and self.is_open(part, depth):
+                number = len(self.frames)
                 self.frames.append(Frame(part, frame))
-                self._place_parts(part, len(self.frames) - 1, depth + (part.kind == "module"))
-                self._repeat(part)
+                self._place_parts(part, number, depth + (part.kind == "module"))
+                self._repeat(part, number)
             else:
                 self.box_of_place[part.start : part.stop] = len(self.boxes)
                 self.boxes.append(Box(frame, part))
                 self._show_first_copy(part)
 
-    def _repeat(self, block: Block) -> None:
+    def _repeat(self, block: Block, frame: int) -> None:
         """Let the first copy of an opened repetition stand for the others."""
         if block.count == 1:
             return
@@ -107,7 +112,8 @@ class _Builder:
         copy_of_source = (edges.source[of] - block.start) // block.period
         # What is carried over inside of the first copy is so inside of the others, too.
         carried = np.tile(self.carried[of].reshape(block.count, -1)[0], block.count)
-        carried |= (edges.source[of] >= block.start) & (copy_of_source < copy_of_target)
+        leads_on = (edges.source[of] >= block.start) & (copy_of_source < copy_of_target)
+        carried[leads_on] = frame + 2
         self.carried[of] = carried
 
     def _show_first_copy(self, block: Block) -> None:
@@ -134,7 +140,7 @@ class _Builder:
         target = self.box_of_place[edges.target]
         inner = (edges.source >= 0) & (target >= 0)
         source = np.where(inner, self.box_of_place[edges.source], -1)
-        inner &= (source >= 0) & ((source != target) | self.carried)
+        inner &= (source >= 0) & ((source != target) | (self.carried > 0))
         links = self._drawn_together(inner, source, target)
         for leaves, users in self._leaf_boxes(target):
             shapes = {self.folded.captured.param_shape[leaf]: None for leaf in leaves}
@@ -159,20 +165,28 @@ class _Builder:
         key = np.stack(
             [source[at], target[at], self.carried[at], shown, edges.source_output[at]], axis=1
         )
-        links: dict[tuple[int, int, bool], Link] = {}
-        shapes: dict[tuple[int, int, bool], dict[Shape, None]] = {}
+        links: dict[tuple[int, int, int], Link] = {}
+        shapes: dict[tuple[int, int, int], dict[Shape, None]] = {}
         for a, b, carried, place, output in np.unique(key, axis=0).tolist():
             of = captured.outputs_of(edges.node[place]).shapes
-            link = links.get((a, b, bool(carried)))
+            link = links.get((a, b, carried))
             if link is None:
-                link = links[a, b, bool(carried)] = Link(a, b, n_tensors=0, carried=bool(carried))
-                shapes[a, b, bool(carried)] = {}
+                turns = self._n_copies(carried)
+                link = links[a, b, carried] = Link(
+                    a, b, n_tensors=0, carried=carried > 0, turns=turns
+                )
+                shapes[a, b, carried] = {}
             link.n_tensors += 1
             if output < len(of):
-                shapes[a, b, bool(carried)][of[output]] = None
+                shapes[a, b, carried][of[output]] = None
         for which, link in links.items():
             link.shapes = tuple(shapes[which])
         return list(links.values())
+
+    def _n_copies(self, carried: int) -> int:
+        if carried == 0:
+            return 1
+        return self.top.count if carried == 1 else self.frames[carried - 2].block.count
 
     def _leaf_boxes(self, target: LongIntegers) -> list[tuple[list[int], list[int]]]:
         """Make the boxes of leaves; return the leaves in each, and which boxes use them.
@@ -189,6 +203,8 @@ class _Builder:
         is_leaf = (edges.leaf >= 0) & (target >= 0)
         # What copies have of their own is shown with the first one.
         is_own = (shown != edges.target) & (edges.leaf != edges.leaf[np.where(is_leaf, first, 0)])
+        if is_own.any():
+            is_own &= ~self._has_several_places(first)[edges.leaf]
         for at in np.flatnonzero(is_leaf & is_own).tolist():
             others = self.alike.setdefault(int(edges.leaf[first[at]]), [])
             others.append(int(edges.leaf[at]))
@@ -212,6 +228,22 @@ class _Builder:
         for leaf, boxes in users.items():
             self.boxes.append(Box(self._common_frame(boxes), leaf=leaf))
         return [([leaf], boxes) for leaf, boxes in users.items()]
+
+    def _has_several_places(self, first: LongIntegers) -> npt.NDArray[np.bool_]:
+        """Return bool[p], which leaves are not the counterpart of one leaf in the first copy alone.
+
+        Such a one is shared with what lies elsewhere, and shown by itself.
+
+        Args:
+            first: int64[e], the edge in the first copy that corresponds to each edge.
+        """
+        edges = self.folded.execution
+        n_leaves = len(self.folded.captured.params)
+        uses = np.flatnonzero(edges.leaf >= 0)
+        lowest, highest = np.full(n_leaves, n_leaves), np.full(n_leaves, -1)
+        np.minimum.at(lowest, edges.leaf[uses], edges.leaf[first[uses]])
+        np.maximum.at(highest, edges.leaf[uses], edges.leaf[first[uses]])
+        return highest > lowest
 
     def _leaves_together(self, users: dict[int, list[int]]) -> list[tuple[list[int], list[int]]]:
         by_frame: dict[int, dict[int, list[int]]] = {}

@@ -200,6 +200,7 @@ class AutogradGraph:
         suffix = path.suffix.lower()
         options = (fold, depth, max_nodes, overlay, theme)
         if suffix == _AS_PAGE:
+            self._overlay(overlay, theme_named(theme))  # chosen on the page, but checked here
             path.write_text(self.to_html(fold=fold), encoding="utf-8", errors="replace")
         elif suffix in _AS_DOT:
             path.write_text(next(self._pictures(*options)).source, encoding="utf-8")
@@ -292,7 +293,12 @@ class AutogradGraph:
         Returns:
             An object that prints as text, is false if the graphs are equal, and has the DataFrames
             ``appeared``, ``vanished`` and ``changed``.
+
+        Raises:
+            UsageError: if ``other`` is no graph.
         """
+        if not isinstance(other, AutogradGraph):
+            raise UsageError(f"other is {type(other).__name__}: pass another graph to compare with")
         from gradscope.graphs.comparison import difference
 
         return difference(self.captured, other.captured)

@@ -60,6 +60,7 @@ class Link:
         shapes: the shapes of the tensors, once each.
         n_tensors: how many tensors there are.
         carried: whether it leads from a copy of a repetition to the next.
+        turns: how many copies that repetition has; 1 if it leads nowhere like that.
         is_cut: whether it is what is left of an edge after a ``detach()`` or the like.
     """
 
@@ -68,6 +69,7 @@ class Link:
     shapes: tuple[Shape, ...] = ()
     n_tensors: int = 1
     carried: bool = False
+    turns: int = 1
     is_cut: bool = False
 
 

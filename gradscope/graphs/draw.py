@@ -95,12 +95,14 @@ def draw(
         more = {"label": f" {as_text(text)} "} if text and not (is_leaf or link.carried) else {}
         if link.carried:
             # It points upwards; the order of the ranks is not its business.
-            more |= {"style": "dashed", "constraint": "false"}
+            more |= {"style": "dashed", "constraint": "false", "label": f" ×{link.turns:,} "}
         if diagram.boxes[link.source].missing is not None:
             more |= {"style": "dashed"}
         if link.is_cut:
             more |= {"style": "dashed", "color": theme.cut, "fontcolor": theme.cut, "label": " ✂ "}
-        tooltip = as_tooltip(f"{text} to the next repetition" if link.carried else text or " ")
+        if link.carried:
+            text += f" to the next of {link.turns:,} repetitions"
+        tooltip = as_tooltip(text or " ")
         picture.edge(f"b{link.source}", f"b{link.target}", tooltip=tooltip, **more)
     return picture
 
@@ -240,6 +242,8 @@ def _heading(
     texts = ["Arrows follow the data through the forward; gradients flow back against them."]
     if any(link.carried for link in diagram.links):
         texts.append("×N: drawn once, done N times; dashed arrows lead to the next repetition.")
+    elif diagram.has_repetitions:
+        texts.append("×N: drawn once, done N times.")
     if overlay is not None:
         texts.append(overlay.legend)
     texts += notes

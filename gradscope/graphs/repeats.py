@@ -4,8 +4,9 @@ A run is a stretch of the order of execution that consists of copies of equal le
 operations at corresponding places are alike and wired alike: each input comes from the
 corresponding place of the same copy or of the copy before, or from one and the same place before
 the run, or, from copy to copy, from places before the run that move on by a constant step (a loop
-over what another loop has made), or from leaves that may stand for each other. Only into the first
-copy may values enter from elsewhere that later copies take from their predecessor.
+over what another loop has made), or from leaves that may stand for each other, the same one in all
+copies or another one in each. Only into the first copy may values enter from elsewhere that later
+copies take from their predecessor.
 """
 
 from __future__ import annotations
@@ -122,12 +123,26 @@ class Wiring:
         reach = self._reach(start[keep], length[keep], count[keep])
         runs = [
             Run(begin, period, times)
-            for begin, times, back in zip(
-                item[keep].tolist(), count[keep].tolist(), reach.tolist(), strict=True
+            for begin, times, back, place, extent in zip(
+                item[keep].tolist(),
+                count[keep].tolist(),
+                reach.tolist(),
+                start[keep].tolist(),
+                length[keep].tolist(),
+                strict=True,
             )
-            if back <= 1
+            if back <= 1 and self._share_all_or_nothing(place, extent, times)
         ]
         return runs, set(reach[reach > 1].tolist())
+
+    def _share_all_or_nothing(self, start: int, length: int, count: int) -> bool:
+        """Whether each leaf of a copy is the same in all copies, or another one in each."""
+        at = self.execution.first_input
+        leaf = self.execution.leaf[at[start] : at[start + length * count]].reshape(count, -1)
+        # What enters the first copy may be a leaf, and in the others is none.
+        leaf = np.sort(leaf[:, leaf[1] >= 0], axis=0)
+        recurs = leaf[1:] == leaf[:-1]
+        return bool((recurs.all(axis=0) | ~recurs.any(axis=0)).all())
 
     def _reach(
         self, start: LongIntegers, length: LongIntegers, count: LongIntegers

@@ -134,6 +134,9 @@ def _modules(captured: CapturedGraph, missing: list[Registered]) -> list[Unreach
         )
     known = {id(param) for each in told for param in each.params}
     called = {around for path, _ in calls.modules for around in (path, *_paths_around(path))}
+    # Of a module that never ran its owner may have used a parameter by itself.
+    for names in captured.params:
+        called |= {around for name in names for around in _paths_around(name)}
     never: dict[str, list[Registered]] = {}
     for param in missing:
         if id(param) not in known:
@@ -149,8 +152,8 @@ def _never_called(name: str, called: set[str]) -> str | None:
 
     Args:
         name: the parameter's name.
-        called: the modules that ran, and those around them: one whose inner modules ran is one that
-            its owner reaches into, such as a ``ModuleList``.
+        called: the modules that ran or had a parameter used, and those around them: one whose inner
+            modules ran is one that its owner reaches into, such as a ``ModuleList``.
     """
     return next((path for path in _paths_around(name) if path not in called), None)
 

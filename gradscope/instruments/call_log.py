@@ -83,6 +83,9 @@ class CallLog:
         self._open: list[int] = []
         self._feeds: dict[tuple[int, int], None] = {}
         self._is_blind = False
+        # Of each other thread that called modules, the sequence number when it first did.
+        self._elsewhere: dict[int, int] = {}
+        self._made_elsewhere = False
 
     def __len__(self) -> int:
         return len(self._began)
@@ -99,7 +102,10 @@ class CallLog:
     def module_started(self, module: nn.Module, args: Any) -> None:
         """Note the beginning of a call."""
         # A checkpoint computes its forward again inside the backward: other nodes, soon gone.
-        if self._is_blind or _thread() != self._thread or _graph_task() != -1:
+        if self._is_blind or _graph_task() != -1:
+            return
+        if _thread() != self._thread:
+            self._elsewhere.setdefault(_thread(), _sequence_nr())
             return
         if not self._open and len(self._began) > _MOST_CALLS:
             self.forget()
@@ -116,7 +122,11 @@ class CallLog:
 
     def module_ended(self, module: nn.Module, result: Any) -> None:
         """Note the end of a call."""
-        if not self._open or _thread() != self._thread:
+        if _thread() != self._thread:
+            began = self._elsewhere.get(_thread())
+            self._made_elsewhere |= began is not None and began != _sequence_nr()
+            return
+        if not self._open:
             return
         call = self._open[-1]
         # A call that was begun while nobody looked is none of ours.
@@ -146,12 +156,20 @@ class CallLog:
     # -- what came of it --------------------------------------------------------------------
 
     def attribute(self, captured: CapturedGraph) -> CapturedGraph:
-        """Return a graph in which every node knows the module call that made it."""
+        """Return a graph in which every node knows the module call that made it.
+
+        Where several threads have made nodes that cannot be told, for each has numbers of its own:
+        the graph is returned as it is.
+        """
+        if self._made_elsewhere:
+            return captured
         began = np.array(self._began, np.int64).reshape(-1, 4)
         first = began[:, 2]
         last = np.array(self._last, np.int64)
         last[self._open] = np.iinfo(np.int64).max  # a loss computed and walked inside of a forward
         call = _innermost(captured.sequence_nr, first, last)
+        began, last, call, feeds = _of_this_graph(began, last, call, self._feeds)
+        first = began[:, 2]
         number_of = {number: key for key, number in self._modules.items()}
         modules = tuple(
             BACKWARD if (key := number_of[number]) == BACKWARD else self._described(key)
@@ -167,7 +185,7 @@ class CallLog:
                 first=first,
                 last=last,
                 without_grad=began[:, 3].astype(np.bool_),
-                feeds=tuple(self._feeds),
+                feeds=feeds,
             ),
         )
 
@@ -246,6 +264,37 @@ def _innermost(sequence_nr: Any, first: Any, last: Any) -> Any:
     call = np.array(innermost, np.int32)[place]
     call[sequence_nr < 0] = -1
     return call
+
+
+def _of_this_graph(
+    began: Any, last: Any, call: Any, feeds: Iterable[tuple[int, int]]
+) -> tuple[Any, Any, Any, tuple[tuple[int, int], ...]]:
+    """Leave out outermost calls that belong to the graph of another loss.
+
+    They made nodes, none of which is in this graph, while another call of the same module has some
+    in it: the earlier micro-batches of an accumulation, a discriminator's turn before the
+    generator's.
+    """
+    n_calls = len(began)
+    outermost = np.arange(n_calls)
+    for each, parent in enumerate(began[:, 1].tolist()):
+        if parent >= 0:
+            outermost[each] = outermost[parent]
+    has_nodes = np.zeros(n_calls, np.bool_)
+    has_nodes[outermost[call[call >= 0]]] = True
+    module, made = began[:, 0], last > began[:, 2]
+    reached = np.unique(module[has_nodes])
+    is_other = made & ~has_nodes & np.isin(module, reached) & (began[:, 1] < 0)
+    keep = np.flatnonzero(~is_other[outermost])
+    if len(keep) == n_calls:
+        return began, last, call, tuple(feeds)
+    number = np.full(n_calls + 1, -1, np.int64)  # the last stands for "none"
+    number[keep] = np.arange(len(keep))
+    kept = began[keep].copy()
+    kept[:, 1] = number[kept[:, 1]]
+    pairs = [(int(number[giver]), int(number[taker])) for giver, taker in feeds]
+    feeds_kept = tuple(pair for pair in pairs if min(pair) >= 0)
+    return kept, last[keep], number[call].astype(np.int32), feeds_kept
 
 
 def paths_of(models: Iterable[tuple[str, nn.Module]]) -> dict[int, str]:

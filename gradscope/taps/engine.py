@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.autograd.graph
+from torch._guards import TracingContext
 
 from gradscope.taps.patch import Patch
 from gradscope.taps.tap import Tap
@@ -28,8 +29,14 @@ def inside_backward() -> bool:
 
 
 def inside_transform() -> bool:
-    """Tell whether a transform of ``torch.func`` is at work, whose tensors hold no values."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Tell whether a transform of ``torch.func`` or a compiler is at work.
+
+    Their tensors hold no values.
+    """
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or TracingContext.try_get() is not None
+    )
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -39,10 +40,12 @@ class ModuleCallTap(Tap):
             handle.remove()
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        self.emit("module_started", module, args)
+        if not is_dynamo_compiling():  # a constant to the compiler, which so sees nothing of us
+            self.emit("module_started", module, args)
 
     def _after(self, module: nn.Module, args: Any, result: Any) -> None:
-        self.emit("module_ended", module, result)
+        if not is_dynamo_compiling():
+            self.emit("module_ended", module, result)
 
 
 module_calls = ModuleCallTap()

@@ -88,34 +88,37 @@ class Naive:
                 place = block.start + (place - block.start) % block.period
         return found
 
-    def is_carried(self, source: int, target: int) -> bool:
-        """Whether two operations lie in different copies of a repetition that is shown."""
+    def carried_in(self, source: int, target: int) -> Block | None:
+        """The outermost repetition in different copies of which two operations lie."""
         pairs = zip(self.seen[source].copies, self.seen[target].copies, strict=False)
         for (frame, copy), (other, other_copy) in pairs:
             if frame is not other:
-                return False
+                return None
             if copy != other_copy:
-                return True
-        return False
+                return frame
+        return None
 
     def box_of(self, place: int) -> int:
         return self.number[id(self.seen[place].box)]
 
-    def links(self) -> dict[tuple[int, int, bool], set[tuple[int, int]]]:
-        """The tensors that each link should stand for: shown place and output."""
-        links: dict[tuple[int, int, bool], set[tuple[int, int]]] = {}
+    def links(self) -> list[tuple[int, int, int, set[tuple[int, int]]]]:
+        """Of each link the boxes, copies, and the tensors it stands for: shown place and output."""
+        links: dict[tuple[int, int, Block | None], set[tuple[int, int]]] = {}
         edges = self.execution
         for source, output, target in zip(
             edges.source.tolist(), edges.source_output.tolist(), edges.target.tolist(), strict=True
         ):
             if source < 0:
                 continue
-            is_carried = self.is_carried(source, target)
+            carried_in = self.carried_in(source, target)
             boxes = self.box_of(source), self.box_of(target)
-            if is_carried or boxes[0] != boxes[1]:
+            if carried_in is not None or boxes[0] != boxes[1]:
                 tensor = self.seen[source].shown, output
-                links.setdefault((*boxes, is_carried), set()).add(tensor)
-        return links
+                links.setdefault((*boxes, carried_in), set()).add(tensor)
+        return [
+            (source, target, frame.count if frame is not None else 1, tensors)
+            for (source, target, frame), tensors in links.items()
+        ]
 
 
 def check(diagram: Diagram, is_open: Callable[[Block, int], bool]) -> None:
@@ -131,13 +134,16 @@ def check(diagram: Diagram, is_open: Callable[[Block, int], bool]) -> None:
     of_operations = [
         link for link in diagram.links if boxes[link.source].block and boxes[link.target].block
     ]
-    wanted = naive.links()
-    assert len(of_operations) == len(wanted)
+    wanted = [
+        (source, target, turns, len(tensors), sorted({shape_of(folded, *each) for each in tensors}))
+        for source, target, turns, tensors in naive.links()
+    ]
+    assert sorted(wanted) == sorted(
+        (link.source, link.target, link.turns, link.n_tensors, sorted(link.shapes))
+        for link in of_operations
+    )
     for link in of_operations:
-        tensors = wanted[link.source, link.target, link.carried]
-        assert link.n_tensors == len(tensors)
-        assert len(set(link.shapes)) == len(link.shapes)
-        assert set(link.shapes) == {shape_of(folded, *tensor) for tensor in tensors}
+        assert link.carried == (link.turns > 1)
         assert not link.is_cut
     assert has_no_circle(diagram)
     check_leaves(diagram, naive)
@@ -194,16 +200,27 @@ def check_leaves(diagram: Diagram, naive: Naive) -> None:
     users: dict[int, set[int]] = {}
     counterparts: dict[int, set[int]] = {}
     first_input = edges.first_input.tolist()
-    for target, leaf, edge in zip(
-        edges.target.tolist(), edges.leaf.tolist(), range(len(edges.leaf)), strict=True
-    ):
-        if leaf < 0:
-            continue
-        box = naive.box_of(target)
+
+    def shown_for(target: int, edge: int) -> int:
         argument = edge - first_input[target]
-        shown = int(edges.leaf[first_input[naive.seen[target].shown] + argument])
+        return int(edges.leaf[first_input[naive.seen[target].shown] + argument])
+
+    uses = [
+        (target, leaf, edge)
+        for edge, (target, leaf) in enumerate(
+            zip(edges.target.tolist(), edges.leaf.tolist(), strict=True)
+        )
+        if leaf >= 0
+    ]
+    shown_as: dict[int, set[int]] = {}
+    for target, leaf, edge in uses:
+        shown_as.setdefault(leaf, set()).add(shown_for(target, edge))
+    for target, leaf, edge in uses:
+        box = naive.box_of(target)
+        shown = shown_for(target, edge)
         assert shown >= 0
-        if shown != leaf:
+        # One that is also used elsewhere is no counterpart of a single one.
+        if shown != leaf and len(shown_as[leaf]) == 1:
             counterparts.setdefault(shown, set()).add(leaf)
             continue
         users.setdefault(leaf, set()).add(box)

@@ -266,3 +266,76 @@ def test_sparse_and_odd_results_are_passed_over() -> None:
     model = Around()
     captured = logged(model, lambda: model(torch.randn(3, requires_grad=True)).sum())
     assert len(captured.calls) == 3
+
+
+def test_where_two_threads_make_nodes_nobody_is_named() -> None:
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.here, self.there = Net(), Net()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            made: list[torch.Tensor] = []
+            thread = threading.Thread(target=lambda: made.append(self.there(x)))
+            thread.start()
+            thread.join()
+            return self.here(x) + made[0]
+
+    model = Parallel()
+    captured = logged(model, lambda: model(torch.randn(2, 4)).sum())
+    assert (captured.call == -1).all()
+    assert len(captured.calls) == 0
+
+
+def test_a_thread_that_makes_no_nodes_takes_no_names_away() -> None:
+    model, other = Net(), Net()
+
+    def loss() -> torch.Tensor:
+        def evaluate() -> None:
+            with torch.no_grad():
+                other(torch.randn(2, 4))
+
+        thread = threading.Thread(target=evaluate)
+        thread.start()
+        thread.join()
+        return model(torch.randn(2, 4)).sum()
+
+    captured = logged(model, loss)
+    assert modules_of(captured, "AddmmBackward0") == ["first", "inner.0"]
+    assert len(captured.calls) == 5
+
+
+def test_calls_of_an_earlier_micro_batch_belong_to_its_own_graph() -> None:
+    model, teacher = Net(), nn.Linear(4, 4)
+    log = CallLog(paths_of([("", model)]))
+    log.start()
+    model(torch.randn(2, 4)).sum().backward()
+    teacher(torch.randn(2, 4))  # leads to no loss at all, and is no part of another's
+    loss = model(torch.randn(2, 4)).sum()
+    log.stop()
+    captured = log.attribute(capture_graph([loss], lambda leaf: ()))
+    calls = captured.calls
+    assert [calls.path(call) for call in range(len(calls))] == [
+        "<Linear>",
+        "",
+        "first",
+        "inner",
+        "inner.0",
+        "inner.1",
+    ]
+    assert calls.parent.tolist() == [-1, -1, 1, 1, 3, 3]
+    assert modules_of(captured, "AddmmBackward0") == ["first", "inner.0"]
+
+
+def test_a_compiled_function_around_a_model_is_one_operation() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+    @torch.compile(backend="aot_eager")
+    def loss_of(x: torch.Tensor) -> torch.Tensor:
+        return model(x).square().mean()
+
+    for _ in range(2):
+        captured = logged(model, lambda: loss_of(torch.randn(2, 4)))
+        assert "CompiledFunctionBackward" in captured.ops
+        # What the compiler makes of it may be a module, too; the model's own are not seen.
+        assert all(path.startswith("<") for path, _ in captured.calls.modules)

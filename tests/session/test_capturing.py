@@ -260,3 +260,88 @@ def test_a_repetition_of_modules_and_operations_is_called_by_its_first_and_last(
     with gradscope.capture(model) as c:
         loss = model(torch.randn(2, 4)).sum()
     assert "<B>q … v ×3</B>" in c.graph(loss).to_graphviz(fold="op").source
+
+
+class Chained(nn.Module):
+    """Six layers in a row; the fourth may take the input of all, or share a weight."""
+
+    def __init__(self, shares: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
+        if shares:
+            self.layers[3].weight = self.layers[1].weight
+            self.layers[5] = self.layers[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x
+
+
+def test_layers_that_share_weights_now_and_then_are_not_drawn_as_those_that_do_not() -> None:
+    sources = []
+    for shares in (False, True):
+        model = Chained(shares)
+        with gradscope.capture(model) as c:
+            loss = model(torch.randn(2, 4, requires_grad=True)).sum()
+        graph = c.graph(loss)
+        sources.append(graph.to_graphviz(depth=3).source)
+    assert "×6" in sources[0]
+    assert "×6" not in sources[1]
+    assert "×5" not in sources[1]
+
+
+def test_a_turn_that_begins_anew_is_drawn_otherwise_than_one_that_goes_on() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.linear(x) + y
+
+    class Turns(nn.Module):
+        def __init__(self, anew: bool) -> None:
+            super().__init__()
+            self.stem, self.anew = nn.Linear(4, 4), anew
+            self.blocks = nn.ModuleList(Block() for _ in range(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            start = h = self.stem(x)
+            seen = []
+            for number, block in enumerate(self.blocks):
+                is_third = number == 3
+                h = block(start if is_third and self.anew else h, start if is_third else h)
+                seen.append(h)
+            return seen[5] + seen[2]
+
+    sources = []
+    for anew in (False, True):
+        torch.manual_seed(0)
+        model = Turns(anew)
+        with gradscope.capture(model) as c:
+            loss = model(torch.randn(2, 4, requires_grad=True)).sum()
+        sources.append(c.graph(loss).to_graphviz().source)
+    assert sources[0] != sources[1]
+
+
+def test_a_module_whose_owner_uses_its_weight_is_not_called_unused() -> None:
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.part.weight)
+
+    model = Owner()
+    with gradscope.capture(model) as c:
+        loss = model(torch.randn(2, 4)).sum()
+    missing = c.graph(loss).unreached
+    assert missing[["path", "why"]].to_numpy().tolist() == [["part.bias", "unused"]]
+
+
+def test_a_graph_is_compared_with_a_graph() -> None:
+    graph = gradscope.graph(torch.ones(1, requires_grad=True).sum())
+    with pytest.raises(UsageError, match="other is int"):
+        graph.diff(3)  # type: ignore[arg-type]

@@ -234,3 +234,57 @@ def test_training_is_the_same_to_the_last_bit(graph: str) -> None:
 
     for ours, theirs in zip(weights(True), weights(False), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_loop_around_a_compiled_function_is_watched() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    @torch.compile(backend="aot_eager")
+    def loss_of(x: torch.Tensor) -> torch.Tensor:
+        return model(x).square().mean()
+
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(torch.randn(3, 4)).backward()
+            optimizer.step()
+    assert list(scope.steps["outcome"]) == ["stepped"] * 3
+    assert "CompiledFunctionBackward" in set(scope.graph().nodes["op"])
+
+
+def test_two_optimizers_that_share_a_backward_share_its_graph(tmp_path: Path) -> None:
+    model = Net()
+    first = torch.optim.SGD(model.body.parameters(), lr=0.1)
+    second = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    norms = []
+    with gradscope.watch(model, [first, second], graph="every") as scope:
+        for _ in range(2):
+            first.zero_grad()
+            second.zero_grad()
+            model(torch.randn(3, 4)).square().mean().backward()
+            norms.append({n: p.grad.norm().item() for n, p in model.named_parameters()})  # type: ignore[union-attr]
+            first.step()
+            second.step()
+    picture = scope.graph(2).render(tmp_path / "graph.svg", overlay="grad_norm").read_text()
+    for norm in norms[1].values():
+        assert f"|grad| {norm:.3g}" in picture
+    with pytest.raises(ScopeStateError, match=r"no backward of its own.*step 2"):
+        scope.graph(3)
+
+
+def test_micro_batches_of_another_length_are_no_difference_but_in_length() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradscope.watch(model, optimizer, graph="every", on_error="raise") as scope:
+        for rounds in (2, 4):
+            optimizer.zero_grad()
+            for _ in range(2):
+                model(torch.randn(3, 4), rounds).sum().backward()
+            optimizer.step()
+    difference = scope.graph(0).diff(scope.graph(1))
+    assert difference
+    assert "cut off" not in repr(difference)
+    assert len(difference.vanished) == 0
+    modules = scope.graph(1).modules
+    assert (modules["nodes_reached"] == modules["nodes_made"]).all()
