@@ -106,7 +106,9 @@ function along(points, {mapX, mapY}) {
 /* Where these points are now. A box does not always fill the place that is kept for it: the ends follow it, in the
    gap before the next box. */
 function moved(samples, a, b, layout) {
-  const shift = (node, [x, y]) => [node.x + (x - node.x0) * node.w / node.w0 - layout.mapX(x), node.y + (y - node.y0) * node.h / node.h0 - layout.mapY(y)];
+  const placed = (v, from, length, now, size) => // just outside of the box it stays as far from it
+    v < from ? now + v - from : v > from + length ? now + size + v - from - length : now + (v - from) * size / length;
+  const shift = (node, [x, y]) => [placed(x, node.x0, node.w0, node.x, node.w) - layout.mapX(x), placed(y, node.y0, node.h0, node.y, node.h) - layout.mapY(y)];
   const first = samples[0], last = samples[samples.length - 1], da = shift(a, first), db = shift(b, last);
   const nearness = (p, end) => Math.max(0, 1 - Math.hypot(p[0] - end[0], p[1] - end[1]) / 14);
   return samples.map(p => {
