@@ -193,7 +193,7 @@ class _Opener:
             return True
         if block.kind != "module":
             return block.kind == "chain" and detail.every_operation
-        if depth >= detail.depth or not (detail.every_operation or _has_modules(block)):
+        if depth >= detail.depth or not (detail.every_operation or block.has_modules):
             return False
         if detail.each_kind_once:
             if block.kin in self._seen:
@@ -204,10 +204,6 @@ class _Opener:
 
 def _opens_nothing(block: Block, depth: int) -> bool:
     return False
-
-
-def _has_modules(block: Block) -> bool:
-    return block.region is not None and bool(block.region.inner)
 
 
 def _count(

@@ -7,11 +7,12 @@ comes back would have to lie inside the stretch.
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from gradscope.graphs.topological import topological_order
 
 if TYPE_CHECKING:
     from gradscope.run.captured_graph import CapturedGraph, Integers, LongIntegers
@@ -79,23 +80,7 @@ def execution_of(captured: CapturedGraph) -> Execution:
 
 def _topological(captured: CapturedGraph, wanted: Integers) -> Integers:
     """Return the operations in an order in which data flows forwards, as near as can be to one."""
-    users: list[list[int]] = [[] for _ in range(len(captured))]
-    unmet = [0] * len(captured)
     inner = captured.param[captured.source] < 0
-    for source, target in zip(
-        captured.source[inner].tolist(), captured.target[inner].tolist(), strict=True
-    ):
-        users[source].append(target)
-        unmet[target] += 1
-    places = wanted.tolist()
-    ready = [(at, node) for node, at in enumerate(places) if at >= 0 and not unmet[node]]
-    heapq.heapify(ready)
-    order = []
-    while ready:
-        _, node = heapq.heappop(ready)
-        order.append(node)
-        for user in users[node]:
-            unmet[user] -= 1
-            if not unmet[user]:
-                heapq.heappush(ready, (places[user], user))
-    return np.array(order, np.int32)
+    arrows = zip(captured.source[inner].tolist(), captured.target[inner].tolist(), strict=True)
+    order = np.array(topological_order(len(captured), arrows, wanted.tolist()), np.int32)
+    return order[captured.param[order] < 0]

@@ -77,6 +77,11 @@ class Block:
         return self.region.kin if self.kind == "module" and self.region is not None else None
 
     @property
+    def has_modules(self) -> bool:
+        """Whether a module calls others, or the program does."""
+        return self.region is not None and bool(self.region.inner)
+
+    @property
     def can_open(self) -> bool:
         """Whether there is something inside that could be shown."""
         return self.kind != "operation"

@@ -6,7 +6,6 @@ page sets the text, so how wide it is is estimated here.
 
 from __future__ import annotations
 
-import heapq
 import time
 import unicodedata
 from collections import defaultdict
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from gradscope.errors import RenderError
 from gradscope.graphs.layout import lay_out_all
+from gradscope.graphs.topological import topological_order
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -250,21 +250,7 @@ def in_column(sketch: Sketch) -> Layout:
 
 def _downwards(sketch: Sketch) -> list[int]:
     """Return the boxes in an order in which arrows lead down, but for those that may point up."""
-    users: dict[int, list[int]] = defaultdict(list)
-    unmet = [0] * len(sketch.sizes)
-    for arrow in sketch.arrows:
-        if not arrow.carried:
-            users[arrow.source].append(arrow.target)
-            unmet[arrow.target] += 1
     place = dict.fromkeys(sketch.top, -1) | dict.fromkeys(sketch.bottom, 1)
-    ready = [(place.get(number, 0), number) for number, n in enumerate(unmet) if not n]
-    heapq.heapify(ready)
-    order = []
-    while ready:
-        _, number = heapq.heappop(ready)
-        order.append(number)
-        for user in users[number]:
-            unmet[user] -= 1
-            if not unmet[user]:
-                heapq.heappush(ready, (place.get(user, 0), user))
-    return order
+    n_boxes = len(sketch.sizes)
+    arrows = ((each.source, each.target) for each in sketch.arrows if not each.carried)
+    return topological_order(n_boxes, arrows, [place.get(number, 0) for number in range(n_boxes)])

@@ -15,6 +15,7 @@ import numpy as np
 from gradscope.graphs.arrange import diagram_of
 from gradscope.graphs.diagram import Diagram
 from gradscope.graphs.fold import NO_CALL
+from gradscope.graphs.ranges import concatenated
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -162,7 +163,8 @@ def insides_of(
 
 def edges_of(edges: Execution, start: int, stop: int, copies: LongIntegers) -> LongIntegers:
     """Return the inputs of a stretch of operations, in all its copies."""
-    return _ranges(edges.first_input[start + copies], edges.first_input[stop + copies])
+    found, _ = concatenated(edges.first_input[start + copies], edges.first_input[stop + copies])
+    return found
 
 
 def _looked_into(
@@ -209,11 +211,10 @@ def _ports(insides: Insides, inside: Inside) -> list[Port]:
     stop = block.start + block.period
     incoming = edges_of(edges, block.start, stop, inside.copies)
     incoming = incoming[edges.source[incoming] >= 0]
-    outgoing = insides.uses[
-        _ranges(
-            insides.first_use[block.start + inside.copies], insides.first_use[stop + inside.copies]
-        )
-    ]
+    used, _ = concatenated(
+        insides.first_use[block.start + inside.copies], insides.first_use[stop + inside.copies]
+    )
+    outgoing = insides.uses[used]
     return [
         *_ports_of(inside, edges.target[incoming], edges.source[incoming], is_input=True),
         *_ports_of(inside, edges.source[outgoing], edges.target[outgoing], is_input=False),
@@ -260,12 +261,3 @@ def _ports_of(
     together = sorted({end for port in rest for end in port.inner})
     carried_all = all(port.carried for port in rest)
     return [*kept, Port(is_input, NO_BOX, len(rest), carried_all, tuple(together))]
-
-
-def _ranges(starts: LongIntegers, stops: LongIntegers) -> LongIntegers:
-    """Return the numbers from each start up to its stop, one range after the other."""
-    lengths = stops - starts
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    ranges: LongIntegers = np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
-    return ranges

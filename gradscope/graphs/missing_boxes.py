@@ -139,7 +139,7 @@ class MissingBoxes:
         takers = {
             self._box_of_call(taker, boxes)
             for giver, taker in self.folded.captured.calls.feeds
-            if self._is_inside(giver, missing.call)
+            if self.folded.captured.calls.is_inside(giver, missing.call)
         }
         is_cut = missing.why != "frozen"
         return [Link(number, box, is_cut=is_cut) for box in sorted(takers - {-1, number})]
@@ -155,15 +155,9 @@ class MissingBoxes:
             return int(self.box_of_place[places[0]])
         for number, box in enumerate(boxes):
             around = -1 if box.missing is None else box.missing.call
-            if around >= 0 and self._is_inside(call, around):
+            if around >= 0 and captured.calls.is_inside(call, around):
                 return number
         return -1
-
-    def _is_inside(self, call: int, around: int) -> bool:
-        parent = self.folded.captured.calls.parent
-        while call > around:
-            call = int(parent[call])
-        return call == around
 
 
 def _likeness(frame: int, missing: Unreached) -> tuple[int, str, str, Why]:

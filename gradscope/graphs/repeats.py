@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from gradscope.graphs.ranges import concatenated
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -107,7 +109,7 @@ class Wiring:
         length = pairs.length[np.searchsorted(pairs.begin, lower, "right") - 1]
         pays = _pays(length, (upper - lower) // length + 1)
         lower, upper, length = lower[pays], upper[pays], length[pays]
-        item, part = _concatenated(
+        item, part = concatenated(
             np.searchsorted(places, lower), np.searchsorted(places, upper - length, "right")
         )
         start, upper, length = places[item], upper[part], length[part]
@@ -150,7 +152,7 @@ class Wiring:
         """Return how many copies back the last copy of each run takes from, within the run."""
         at = self.execution.first_input
         last = start + length * (count - 1)
-        edge, run = _concatenated(at[last], at[last + length])
+        edge, run = concatenated(at[last], at[last + length])
         source = self.execution.source[edge]
         back = -((source - last[run]) // length[run])
         back[source < start[run]] = 0
@@ -185,7 +187,7 @@ class _Pairs:
         self.length = places[first + period] - self.begin
         at = edges.first_input
         low, high = at[self.begin], at[self.end]
-        here, stretch = _concatenated(low, high)
+        here, stretch = concatenated(low, high)
         shift = (at[self.begin + self.length] - low)[stretch]
         there = here + shift
         self.target = edges.target[here]
@@ -389,14 +391,6 @@ def _likely_periods(name: LongIntegers) -> list[int]:
 def _pays(n_places: Any, count: Any) -> Any:
     """Whether copies of so many places are worth being drawn once, for numbers and for arrays."""
     return (count > 2) | ((count == 2) & (n_places >= SMALLEST_PAIR))
-
-
-def _concatenated(first: LongIntegers, stop: LongIntegers) -> tuple[LongIntegers, LongIntegers]:
-    """Return the numbers in all ranges, one range after the other, and the range of each."""
-    length = np.maximum(stop - first, 0)
-    of_range = np.repeat(np.arange(len(first)), length)
-    begins = np.cumsum(length) - length
-    return np.arange(len(of_range)) + (first - begins)[of_range], of_range
 
 
 def _greatest(values: Any, first: LongIntegers, last: LongIntegers) -> Any:

@@ -84,9 +84,6 @@ def modules_frame(folded: Folded, saved_bytes: LongIntegers) -> pd.DataFrame:
     kept = np.bincount(
         captured.call[inside], weights=saved_bytes[inside], minlength=len(calls)
     ).astype(np.int64)
-    for call in range(len(calls) - 1, -1, -1):  # inner calls begin later
-        if calls.parent[call] >= 0:
-            kept[calls.parent[call]] += kept[call]
     numbers = range(len(calls))
     return pd.DataFrame(
         {
@@ -95,7 +92,7 @@ def modules_frame(folded: Folded, saved_bytes: LongIntegers) -> pd.DataFrame:
             "parent": calls.parent,
             "nodes_made": made,
             "nodes_reached": reached,
-            "saved_bytes": kept,
+            "saved_bytes": calls.with_inner(kept),
             "without_grad": calls.without_grad,
         },
         index=pd.RangeIndex(len(calls), name="call"),

@@ -204,7 +204,7 @@ class _Trees:
                 item.inner.append(inner)
                 for path in inner.paths:
                     item_of.setdefault(path, inner)
-                if part[0].kind == "module" and depth < level and _has_modules(part[0]):
+                if part[0].kind == "module" and depth < level and part[0].has_modules:
                     opened.append((inner, part[0], depth + 1))
                 elif part[0].kind == "sequence" and not self._is_plain(part[0]):
                     opened.append((inner, part[0], depth))
@@ -243,7 +243,7 @@ class _Trees:
         name = block_title(self._folded, block, above.around)
         if kind := block_kind(self._folded, block):
             name += f" {kind}"
-        if not _has_modules(block):
+        if not block.has_modules:
             name += f": {self._operations(self._folded.parts(block))}"
         path = self._folded.captured.calls.path(block.call)
         paths = self._paths_of_copies(block)
@@ -353,10 +353,6 @@ def _missing_text(alike: list[Unreached], below: _Item) -> str:
 def _inside(path: str, around: list[str]) -> str:
     """Return what is left of a path inside of the module of ``around`` in which it lies."""
     return next((path[len(each) + 1 :] for each in around if path.startswith(f"{each}.")), path)
-
-
-def _has_modules(block: Block) -> bool:
-    return block.region is not None and bool(block.region.inner)
 
 
 def _ends(n_items: int, at_most: int | None) -> tuple[int, int]:

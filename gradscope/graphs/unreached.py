@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 
 if TYPE_CHECKING:
-    from gradscope.run.captured_graph import CapturedGraph, Integers, LongIntegers, Registered
+    from gradscope.run.captured_graph import CapturedGraph, LongIntegers, Registered
 
 Why: TypeAlias = Literal["cut off", "no grad", "not called", "frozen", "unused"]
 """Why something is not reached.
@@ -74,11 +74,7 @@ def operations_made(captured: CapturedGraph) -> tuple[LongIntegers, LongIntegers
     calls = captured.calls
     made = calls.last - calls.first
     got = np.bincount(captured.call[captured.call >= 0], minlength=len(calls)).astype(np.int64)
-    parents = calls.parent.tolist()
-    for call in range(len(calls) - 1, -1, -1):  # inner calls begin later
-        if parents[call] >= 0:
-            got[parents[call]] += got[call]
-    return made, got
+    return made, calls.with_inner(got)
 
 
 def _modules(captured: CapturedGraph, missing: list[Registered]) -> list[Unreached]:
@@ -116,9 +112,9 @@ def _modules(captured: CapturedGraph, missing: list[Registered]) -> list[Unreach
         taken = {
             taker
             for giver in takers
-            if _is_inside(giver, call, calls.parent)
+            if calls.is_inside(giver, call)
             for taker in takers[giver]
-            if not _is_inside(taker, call, calls.parent)
+            if not calls.is_inside(taker, call)
         }
         outermost = sorted(taker for taker in taken if int(calls.parent[taker]) not in taken)
         told.append(
@@ -171,12 +167,6 @@ def _by_module(params: list[Registered]) -> dict[str, list[Registered]]:
         for path in {path: None for name in param.names for path in _paths_around(name)}:
             inside_of.setdefault(path, []).append(param)
     return inside_of
-
-
-def _is_inside(call: int, around: int, parent: Integers) -> bool:
-    while call > around:
-        call = int(parent[call])
-    return call == around
 
 
 def _hidden_parameters(captured: CapturedGraph, missing: list[Registered]) -> set[int]:

@@ -64,11 +64,6 @@ class CallLog:
         module_calls.remove(self)
         engine.remove(self)
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether no call is going on, so that forgetting leaves none half noted."""
-        return not self._open
-
     def forget(self) -> None:
         """Drop everything noted so far."""
         self._release()

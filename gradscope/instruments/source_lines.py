@@ -26,10 +26,17 @@ class SourceLines:
         # Of each call the numbers of its nodes, from and up to, and the line.
         self._calls: list[tuple[int, int, int]] = []
 
-    def failed(self, where: str, error: Exception) -> None:
-        """Drop everything after an error: no line is better than a wrong one."""
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def forget(self) -> None:
+        """Drop everything noted so far."""
         self._calls.clear()
         self._lines.clear()
+
+    def failed(self, where: str, error: Exception) -> None:
+        """Drop everything after an error: no line is better than a wrong one."""
+        self.forget()
 
     def torch_function_called(
         self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any, first_node: int

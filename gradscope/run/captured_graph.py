@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 Shape: TypeAlias = tuple[int, ...]
 """The extent of each dimension; ``()`` is a scalar."""
-
-SCALAR: Final[Shape] = ()
 
 
 def _no_integers() -> Integers:
@@ -86,6 +84,21 @@ class ModuleCalls:
 
     def __len__(self) -> int:
         return len(self.module)
+
+    def is_inside(self, call: int, around: int) -> bool:
+        """Whether a call was made inside of another one, or is that one."""
+        while call > around:
+            call = int(self.parent[call])
+        return call == around
+
+    def with_inner(self, own: LongIntegers) -> LongIntegers:
+        """Add to what is counted of each call, int64[c], what is counted of those inside of it."""
+        total = own.copy()
+        parents = self.parent.tolist()
+        for call in range(len(self) - 1, -1, -1):  # inner calls begin later
+            if parents[call] >= 0:
+                total[parents[call]] += total[call]
+        return total
 
     def path(self, call: int) -> str:
         """The path of the module that was called."""

@@ -105,17 +105,21 @@ class GraphCapture:
         graph: CapturedGraph | None = self._failures.run("autograd_graph", captured)
         return graph
 
+    @property
+    def has_notes(self) -> bool:
+        """Whether calls or lines were noted, which is so at few steps."""
+        return self._log is not None or len(self._lines) > 0
+
     def step_ended(self, optimizer: int, optimizers: Sequence[int]) -> None:
-        """Forget the calls once every optimizer has stepped: a graph may belong to a later one."""
-        if self._log is None:
-            return
+        """Forget the notes once every optimizer has stepped: a graph may belong to a later one."""
         self._stepped.add(optimizer)
         if self._stepped.issuperset(optimizers) or self._n_first >= _MOST_FIRST:
             self._stepped.clear()
             self.give_up()
 
     def give_up(self) -> None:
-        """Follow module calls no more."""
+        """Follow module calls no more, and forget what was noted."""
+        self._lines.forget()
         if self._log is not None:
             log, self._log = self._log, None
             log.stop()

@@ -451,7 +451,8 @@ class Session:
             return
         recorded = self._attempts.end(number)
         self._cuts.step_ended()
-        self._graphs.step_ended(number, self._attempts.optimizers)
+        if self._graphs.has_notes:
+            self._graphs.step_ended(number, self._attempts.optimizers)
         if recorded:
             self._look_around()
 

@@ -288,3 +288,17 @@ def test_micro_batches_of_another_length_are_no_difference_but_in_length() -> No
     assert len(difference.vanished) == 0
     modules = scope.graph(1).modules
     assert (modules["nodes_reached"] == modules["nodes_made"]).all()
+
+
+def test_lines_and_calls_are_forgotten_with_the_step_that_they_are_of() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        graphs = scope._session._graphs  # type: ignore[union-attr]
+        for noted_before in (True, False):
+            loss = model(torch.randn(3, 4)).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            assert graphs.has_notes == noted_before
+            optimizer.step()
+            assert not graphs.has_notes
