@@ -339,3 +339,21 @@ def test_a_compiled_function_around_a_model_is_one_operation() -> None:
         assert "CompiledFunctionBackward" in captured.ops
         # What the compiler makes of it may be a module, too; the model's own are not seen.
         assert all(path.startswith("<") for path, _ in captured.calls.modules)
+
+
+def test_a_checkpoint_inside_of_a_backward_that_makes_nodes_ends_nobody_elses_call() -> None:
+    model = Net()
+    x = torch.randn(2, 4, requires_grad=True)
+
+    def penalty() -> torch.Tensor:
+        y = checkpoint(model, x, use_reentrant=False).sum()
+        (grad,) = torch.autograd.grad(y, x, create_graph=True)
+        return grad.norm()
+
+    captured = logged(model, penalty)
+    calls = captured.calls
+    assert [calls.path(call) for call in range(len(calls))][-1] == "<autograd.grad>"
+    assert len(calls) == 6
+    # All that the backward has made, up to its last node, and nothing of what came after.
+    assert set(modules_of(captured, "MmBackward0")) == {"<autograd.grad>"}
+    assert modules_of(captured, "LinalgVectorNormBackward0") == [None]

@@ -196,6 +196,14 @@ class TestCapture:
         assert set(nodes["file"]) == {__file__}
         assert "ExpBackward0" in set(nodes["op"])
 
+    def test_knows_no_line_of_what_was_made_after_it(self) -> None:
+        model = nn.Linear(4, 4)
+        with gradscope.capture(model, lines=True) as c:
+            hidden = model(torch.randn(2, 4)).exp()
+        nodes = c.graph(hidden.sin()).nodes.set_index("op")
+        assert nodes.loc["ExpBackward0", "file"] == __file__
+        assert nodes.loc["SinBackward0"].isna()["line"]
+
     def test_several_models_have_names_of_their_own(self) -> None:
         first, second = nn.Linear(4, 4), nn.Linear(4, 4)
         with gradscope.capture([first, second]) as c:

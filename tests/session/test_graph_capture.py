@@ -11,6 +11,7 @@ from torch import nn
 
 import gradscope
 from gradscope.errors import ScopeStateError, UsageError
+from gradscope.graphs.theme import THEMES
 from gradscope.taps.module_calls import module_calls
 
 if TYPE_CHECKING:
@@ -181,6 +182,20 @@ class TestOverlays:
         assert "compounded" in self.svg(graph, "grad_status", tmp_path)
         assert "GS201" in self.svg(graph, "findings", tmp_path)
         assert "keeps 48 B" in self.svg(graph, "saved_bytes", tmp_path)
+
+    def test_alarm_only_where_a_status_or_a_finding_asks_for_it(self, tmp_path: Path) -> None:
+        alarm = THEMES["light"].alarm
+        healthy = train([1, 1], graph="every").graph(1)
+        assert alarm not in self.svg(healthy, "grad_status", tmp_path)
+        assert alarm not in self.svg(healthy, "findings", tmp_path)
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        with gradscope.watch(model, optimizer, graph="every") as scope:
+            for _ in range(2):
+                model(torch.randn(3, 4)).mean().backward()
+                optimizer.step()
+        assert alarm in self.svg(scope.graph(1), "grad_status", tmp_path)
+        assert alarm in self.svg(scope.graph(1), "findings", tmp_path)
 
     def test_mark_what_is_not_finite(self, tmp_path: Path) -> None:
         model = nn.Linear(2, 1)
