@@ -173,6 +173,36 @@ class Scope:
         return self._table("events")
 
     @property
+    def models(self) -> pd.DataFrame:
+        """One row per watched model."""
+        return self._table("models")
+
+    @property
+    def calls(self) -> pd.DataFrame:
+        """One row per closer look and module called in it."""
+        return self._table("calls")
+
+    @property
+    def activations(self) -> pd.DataFrame:
+        """One row per closer look and innermost module: dead, saturated and non-finite outputs."""
+        return self._table("activations")
+
+    @property
+    def batches(self) -> pd.DataFrame:
+        """One row per closer look and tensor given to a model or a loss function."""
+        return self._table("batches")
+
+    @property
+    def losses(self) -> pd.DataFrame:
+        """One row per closer look and call of a loss function."""
+        return self._table("losses")
+
+    @property
+    def strangers(self) -> pd.DataFrame:
+        """One row per closer look and leaf of its graph that belongs to no watched model."""
+        return self._table("strangers")
+
+    @property
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table by its name."""
         self._settle()

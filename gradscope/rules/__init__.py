@@ -1,37 +1,55 @@
 """Every diagnosis, and how a recording is judged by them.
 
 One rule is one file, in the folder of the line of the loop that it is about. A new rule is added to
-:data:`RULES` and is then documented, tested and listed with the others.
+``RULES`` of its folder and is then documented, tested and listed with the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gradscope.errors import UnknownRuleError
+from gradscope.rules import backward, forward, learning, ourselves, parameters, step, zero_grad
+from gradscope.rules.causes import causes_first
 from gradscope.rules.finding import Finding, Findings, Severity
-from gradscope.rules.forward.detached_loss import DetachedLoss
 from gradscope.rules.rule import Rule
-from gradscope.rules.zero_grad.missing_zero_grad import MissingZeroGrad
 from gradscope.run.recording import Recording
 
 __all__ = ["RULES", "Finding", "Findings", "Rule", "Severity", "diagnose", "find_rule"]
 
-RULES: tuple[type[Rule], ...] = (MissingZeroGrad, DetachedLoss)
+RULES: tuple[type[Rule], ...] = tuple(
+    sorted(
+        (
+            *parameters.RULES,
+            *zero_grad.RULES,
+            *forward.RULES,
+            *backward.RULES,
+            *step.RULES,
+            *learning.RULES,
+            *ourselves.RULES,
+        ),
+        key=lambda rule: rule.code,
+    )
+)
 
 
-def diagnose(run: Recording) -> Findings:
-    """Judge a recording by every rule; errors come first, then what began first.
+def diagnose(run: Recording, rules: Sequence[type[Rule]] = RULES) -> Findings:
+    """Judge a recording; causes come before their symptoms, and errors before warnings.
 
     A rule that raises takes nothing but itself out; ``Findings.unchecked`` names it.
+
+    Args:
+        run: the recording.
+        rules: by which it is judged; all by default.
     """
     found: list[Finding] = []
     unchecked: dict[str, str] = {}
-    for rule in RULES:
+    for rule in rules:
         try:
             found += rule().check(run)
         except Exception as error:
             unchecked[rule.code] = f"{type(error).__name__}: {error}"
-    found.sort(key=lambda f: (-f.severity, -1 if f.step_first is None else f.step_first, f.code))
-    return Findings(found, unchecked)
+    return Findings(causes_first(found, rules), unchecked)
 
 
 def find_rule(code_or_name: str) -> type[Rule]:

@@ -39,6 +39,8 @@ class Finding:
         count: at how many steps.
         file, line: the line of the program that matters, or None.
         evidence: the recorded facts behind it.
+        modules: paths of the modules concerned.
+        symptoms: messages of the findings that this one explains.
     """
 
     code: str
@@ -54,6 +56,8 @@ class Finding:
     file: str | None = None
     line: int | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
+    symptoms: tuple[str, ...] = ()
 
     @property
     def location(self) -> str:

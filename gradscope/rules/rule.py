@@ -31,12 +31,15 @@ class Rule(ABC):
         name: kebab-case, to be read as "allow ‹name›".
         severity: of its findings, unless one says otherwise.
         tables: the tables it reads.
+        symptom_of: codes of the rules whose findings explain this one's; see
+            :mod:`gradscope.rules.causes`.
     """
 
     code: ClassVar[str]
     name: ClassVar[str]
     severity: ClassVar[Severity]
     tables: ClassVar[tuple[str, ...]]
+    symptom_of: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def check(self, run: Recording) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from gradscope.run.captured_graph import CapturedGraph
 from gradscope.run.columns import MISSING, Columns
 from gradscope.run.kept_tensors import KeptTensors
-from gradscope.run.schema import PARAMS, TABLES
+from gradscope.run.schema import MODELS, PARAMS, TABLES
 from gradscope.run.weight_step import TrackedWeights
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ _UNIT_ROUNDOFF = {
 MOST_TRACKED_BYTES = 64 * 2**20
 """What the tracked weights of all steps may take before every second step is forgotten."""
 
+
+_MADE_WHEN_ASKED = ("params", "models")
+"""Tables of what is known by now, and not of what happened."""
 
 MOST_GRAPHS = 512
 """How many graphs are kept before every second one is forgotten."""
@@ -52,6 +56,12 @@ class ParameterEntry:
         requires_grad_changed: the step at which it was last seen to flip, or None.
         holders: (optimizer number, group number) of each optimizer that holds it.
         reached: whether any backward has written its gradient.
+        norm_first: L2 norm of its values when it was first met; NaN if not read.
+        norm_last: likewise when the watch ended.
+        n_symmetric_looks: at how many closer looks all rows of its values were equal, and of its
+            gradient too.
+        n_looks: at how many closer looks both were read.
+        copy_of: number of the parameter whose very values it began with, or None.
     """
 
     name: str
@@ -66,6 +76,11 @@ class ParameterEntry:
     requires_grad_changed: int | None = None
     holders: list[tuple[int, int]] = field(default_factory=list)
     reached: bool = False
+    norm_first: float = math.nan
+    norm_last: float = math.nan
+    n_symmetric_looks: int = 0
+    n_looks: int = 0
+    copy_of: int | None = None
 
     @property
     def numel(self) -> int:
@@ -99,10 +114,12 @@ class ModelEntry:
     Attributes:
         name: as the program names it.
         kind: its class.
+        ineffective_freezes: attributes that look like a freeze and are none.
     """
 
     name: str
     kind: str
+    ineffective_freezes: tuple[str, ...] = ()
 
 
 class Recording:
@@ -133,7 +150,9 @@ class Recording:
         self._n_reached = 0
         self._tracked_bytes = 0
         self._facts: tuple[Any, Any, Any] | None = None
-        self._columns = {name: Columns(table) for name, table in TABLES.items() if name != "params"}
+        self._columns = {
+            name: Columns(table) for name, table in TABLES.items() if name not in _MADE_WHEN_ASKED
+        }
         self._frames: dict[str, tuple[Any, pd.DataFrame]] = {}
 
     def rows(self, table: str) -> Columns:
@@ -142,8 +161,8 @@ class Recording:
 
     def frame(self, table: str) -> pd.DataFrame:
         """Return a table as a DataFrame; changing it changes nothing that was recorded."""
-        if table == "params":
-            return self._params_frame()
+        if table in _MADE_WHEN_ASKED:
+            return self._params_frame() if table == "params" else self._models_frame()
         rows = self._columns[table]
         names = [parameter.name for parameter in self.parameters]
         optimizers = [optimizer.name for optimizer in self.optimizers]
@@ -261,6 +280,18 @@ class Recording:
                 last[name] = float(known[-1])
         return last
 
+    def _models_frame(self) -> pd.DataFrame:
+        columns = Columns(MODELS)
+        for model in self.models:
+            columns.append(
+                {
+                    "model": model.name,
+                    "kind": model.kind,
+                    "ineffective_freezes": ", ".join(model.ineffective_freezes),
+                }
+            )
+        return columns.frame([], [])
+
     def _params_frame(self) -> pd.DataFrame:
         columns = Columns(PARAMS)
         optimizers = [optimizer.name for optimizer in self.optimizers]
@@ -281,6 +312,14 @@ class Recording:
                     "group": parameter.holders[0][1] if parameter.holders else MISSING,
                     "aliases": ", ".join(parameter.aliases),
                     "reached": parameter.reached,
+                    "registered": parameter.in_model,
+                    "norm_first": parameter.norm_first,
+                    "norm_last": parameter.norm_last,
+                    "n_symmetric_looks": parameter.n_symmetric_looks,
+                    "n_looks": parameter.n_looks,
+                    "copy_of": ""
+                    if parameter.copy_of is None
+                    else self.parameters[parameter.copy_of].name,
                 }
             )
         return columns.frame([parameter.name for parameter in self.parameters], optimizers)

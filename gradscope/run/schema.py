@@ -86,6 +86,42 @@ PARAMS = Table(
         ("group", O, "its parameter group in the first of them"),
         ("aliases", T, "its other names, comma separated, when modules share it"),
         ("reached", F, "whether any backward has written its gradient in this run"),
+        (
+            "registered",
+            F,
+            "whether a watched model has it registered; False for one that only an optimizer "
+            "holds, or that lies in a plain list or attribute of a module",
+        ),
+        ("norm_first", R, "L2 norm of its values when it was first met"),
+        ("norm_last", R, "L2 norm of its values when the watch ended; equal if nothing moved it"),
+        (
+            "n_symmetric_looks",
+            C,
+            "at how many closer looks all rows of its values were equal, and all rows of its "
+            "gradient too",
+        ),
+        ("n_looks", C, "at how many closer looks both were read"),
+        (
+            "copy_of",
+            T,
+            "the parameter of another kind of module that began with the very same values: an "
+            "output layer and an embedding",
+        ),
+    ),
+)
+
+MODELS = Table(
+    "models",
+    "watched model",
+    _columns(
+        ("model", T, "the model, as the program names it"),
+        ("kind", T, "its class"),
+        (
+            "ineffective_freezes",
+            T,
+            "attributes that look like a freeze and are none, such as `encoder.requires_grad`, "
+            "comma separated",
+        ),
     ),
 )
 
@@ -175,6 +211,15 @@ STEPS = Table(
             "`grads` are too, but `updates`, `moments` and `explain` are not",
         ),
         ("recorded", F, "whether this step was recorded in full"),
+        ("backwards", T, "the backwards whose gradients it is about, as in `4, 5`"),
+        (
+            "discarded",
+            T,
+            "backwards since the last attempt whose gradients were cleared before any step used "
+            "them",
+        ),
+        ("through_scaler", F, "whether it was called by a gradient scaler"),
+        ("in_closure", F, "whether a closure computed its gradients inside the step"),
         ("forward_ms", R, "time in the outermost calls of watched models"),
         ("backward_ms", R, "time in backward"),
         ("step_ms", R, "time since this optimizer's last attempt, the whole loop body"),
@@ -204,6 +249,11 @@ GRADS = Table(
         ("carried_from", O, "the earliest step whose used gradient is still in it"),
         ("edited", F, "changed in place by the program after the last backward wrote it"),
         ("edited_after_use", F, "changed in place by the program after the last step used it"),
+        (
+            "used_by_another",
+            F,
+            "whether a step of another optimizer has used it since it was last written or cleared",
+        ),
         ("norm", R, "L2 norm of what the step reads: after clipping"),
         (
             "norm_before_clipping",
@@ -360,6 +410,20 @@ BACKWARDS = Table(
             "walked, which it is at the first step and when a backward reaches nothing",
         ),
         ("ends_in_cut", F, "whether its graph was seen to end in a tensor cut from another graph"),
+        (
+            "repeats",
+            O,
+            "the earlier backward that started from the very same tensor; missing if none did",
+        ),
+        ("scaled", F, "whether its root came out of a gradient scaler's `scale`"),
+        ("n_nodes", O, "operations in its graph; missing where it was not walked"),
+        (
+            "n_old_nodes",
+            O,
+            "of them, those made before the last attempt but one of any optimizer began; missing "
+            "likewise",
+        ),
+        ("n_alive", C, "earlier backwards whose graph is still held by something"),
         ("retain_graph", F, "as passed"),
         ("create_graph", F, "as passed"),
         ("error", T, "class of the exception it raised, if any"),
@@ -380,15 +444,152 @@ EVENTS = Table(
             "`watch_started`, `watch_stopped`, `paused`, `resumed`, `zero_grad`, `clip`, "
             "`unscale`, `scale_update`, `scheduler`, `armed`, `cut`, `exception`, "
             "`optimizer_found`, `model_found`, `parameters_changed`, `instrument_failed`, "
-            "`unobserved`",
+            "`unobserved`, `nonfinite`, `ended`",
         ),
         ("detail", T, "what exactly"),
+        ("subject", T, "the optimizer concerned, as the program names it; empty if none is"),
         ("file", T, "the line of the program, where one is behind it"),
         ("line", O, "the line of the program, where one is behind it"),
     ),
 )
 
+CALLS = Table(
+    "calls",
+    "closer look and module that was called in it",
+    _columns(
+        ("step", C, "the step that the next attempt had at that time"),
+        ("module", T, "its path, with the model's name in front where there are several"),
+        ("module_type", T, "its class"),
+        ("runs", C, "how often it was called"),
+        ("training", F, "whether it was in training mode, at all of them"),
+        ("with_grad", F, "whether gradients were enabled, at any of them"),
+        ("checkpointed", F, "whether a reentrant checkpoint ran it without gradients"),
+        ("has_graph", F, "whether any output had a `grad_fn`"),
+        ("batch_size", O, "first dimension of its first tensor; missing without one"),
+        ("values_per_channel", O, "of its first tensor: elements in each channel"),
+        ("settings", T, "what its class adds: `momentum=0.1, track_running_stats=True`"),
+    ),
+)
+
+ACTIVATIONS = Table(
+    "activations",
+    "closer look and module without children that gave a tensor",
+    _columns(
+        ("step", C, "the step that the next attempt had at that time"),
+        ("module", T, "its path"),
+        ("module_type", T, "its class"),
+        ("shape", T, "shape of the output"),
+        ("mean", R, "mean of its elements"),
+        ("std", R, "population standard deviation"),
+        ("abs_max", R, "greatest magnitude"),
+        ("zero_fraction", R, "share of exact zeros"),
+        (
+            "dead_fraction",
+            R,
+            "share of units (channels; of a matrix its columns) that are zero for the whole batch",
+        ),
+        (
+            "saturated_fraction",
+            R,
+            "share of elements within 0.001 of the ends of a sigmoid or tanh; NaN for others",
+        ),
+        ("nonfinite", C, "how many elements are NaN or infinite"),
+    ),
+)
+
+BATCHES = Table(
+    "batches",
+    "closer look and tensor given to a model or a loss function",
+    _columns(
+        ("step", C, "the step that the next attempt had at that time"),
+        ("role", T, "`input` of a model, or `target` of a loss function"),
+        ("owner", T, "the model, or the loss function"),
+        ("shape", T, "its shape"),
+        ("dtype", T, "its element type"),
+        ("min", R, "least element"),
+        ("max", R, "greatest element"),
+        ("mean", R, "mean"),
+        ("std", R, "population standard deviation"),
+        (
+            "scale_ratio",
+            R,
+            "of a matrix of floats: largest over smallest standard deviation of a column that is "
+            "no constant; NaN for others",
+        ),
+        ("distinct", O, "how many different values it has; missing for floats of more than 2"),
+        ("nonfinite", C, "how many elements are NaN or infinite"),
+    ),
+)
+
+LOSSES = Table(
+    "losses",
+    "closer look and call of a loss function, or of an operation that broadcasts like one",
+    _columns(
+        ("step", C, "the step that the next attempt had at that time"),
+        ("function", T, "as in `torch.nn.functional`: `cross_entropy`, `mse_loss` …, or `sub`"),
+        ("input_shape", T, "shape of the prediction"),
+        ("target_shape", T, "shape of the target"),
+        ("reduction", T, "`mean`, `sum` or `none`"),
+        ("value", R, "the loss, if a scalar"),
+        ("n_classes", O, "classes of a classification; missing for others"),
+        ("class_dim", O, "the dimension of the classes"),
+        ("input_min", R, "least element of the prediction"),
+        ("input_max", R, "greatest element of the prediction"),
+        ("input_row_sum", R, "mean over the batch of the sum over classes of the prediction"),
+        (
+            "input_made_by",
+            T,
+            "the operation that gave the prediction, views and copies passed over: `Softmax`, "
+            "`LogSoftmax`, `Sigmoid`, `Addmm` …",
+        ),
+        (
+            "input_dim",
+            O,
+            "the dimension over which a softmax or log-softmax that gave it runs",
+        ),
+        ("reached", F, "whether a backward of the same look came past it"),
+        (
+            "left_out",
+            T,
+            "parameters that only losses of that look that no backward came past lead to, comma "
+            "separated",
+        ),
+        ("file", T, "the line of the program"),
+        ("line", O, "the line of the program"),
+    ),
+)
+
+STRANGERS = Table(
+    "strangers",
+    "closer look and leaf of its graph that is no parameter of a watched model or optimizer",
+    _columns(
+        ("step", C, "the step that the next attempt had at that time"),
+        ("shape", T, "its shape"),
+        ("is_parameter", F, "whether it is an `nn.Parameter`"),
+        ("recurs", F, "whether the look before saw the very same tensor"),
+        ("module", T, "the module whose call took it first; empty if none did"),
+        ("file", T, "the line of the program that used it first, where it was seen"),
+        ("line", O, "the line of the program that used it first"),
+    ),
+)
+
 TABLES: dict[str, Table] = {
     table.name: table
-    for table in (PARAMS, GROUPS, STEPS, GRADS, STATE, MOMENTS, UPDATES, BACKWARDS, EVENTS)
+    for table in (
+        MODELS,
+        PARAMS,
+        GROUPS,
+        STEPS,
+        GRADS,
+        STATE,
+        MOMENTS,
+        UPDATES,
+        BACKWARDS,
+        CALLS,
+        ACTIVATIONS,
+        BATCHES,
+        LOSSES,
+        STRANGERS,
+        EVENTS,
+    )
 }

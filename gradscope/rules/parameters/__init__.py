@@ -1,0 +1,5 @@
+"""The line `optimizer = AdamW(m.parameters())`: which parameters will be updated."""
+
+from gradscope.rules.rule import Rule
+
+RULES: tuple[type[Rule], ...] = ()
