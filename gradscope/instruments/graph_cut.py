@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from gradscope.instruments.nested_tensors import nested_tensors
 from gradscope.taps.module_calls import module_calls
 from gradscope.taps.tap import Listener
 from gradscope.taps.torch_functions import TorchFunctionTap
@@ -152,7 +153,7 @@ class GraphCutFinder:
             self._without_grad = None
             if any(parameter.requires_grad for parameter in module.parameters()):
                 cut = Cut("no_grad", self._without_grad_at, self._n_calls)
-                for output in _tensors(result):
+                for output in nested_tensors(result):
                     if output.grad_fn is None:
                         self._remember(output, frozenset({cut}), _NOTHING)
 
@@ -168,12 +169,12 @@ class GraphCutFinder:
             self._origins.clear()
             return
         name = _spelled(function)
-        outputs = [tensor for tensor in _tensors(result) if tensor.grad_fn is None]
+        outputs = [tensor for tensor in nested_tensors(result) if tensor.grad_fn is None]
         if not outputs and name not in _EXITS:
             return
         if name.startswith("new_") or name.endswith("_like"):
             return  # takes a tensor's shape alone: what comes out was never in its graph
-        inputs = list(_tensors((args, kwargs)))
+        inputs = list(nested_tensors((args, kwargs)))
         origins = [self._origin_of(tensor) for tensor in inputs]
         cuts = _NOTHING.union(*(origin.cuts for origin in origins if origin))
         made = _NOTHING.union(*(origin.made for origin in origins if origin))
@@ -260,15 +261,3 @@ def _spelled(function: Callable[..., Any]) -> str:
     if name == "__get__" and owner is not None:
         return getattr(owner, "__name__", name)  # an attribute such as .data
     return name
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, torch.Tensor):
-            yield item
-        elif isinstance(item, list | tuple):
-            stack.extend(item)
-        elif isinstance(item, dict):
-            stack.extend(item.values())

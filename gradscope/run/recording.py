@@ -208,6 +208,11 @@ class Recording:
             self.parameters[number].reached = True
         self._n_reached = sum(parameter.reached for parameter in self.parameters)
 
+    def set_norms(self, when: str, norms: dict[int, float]) -> None:
+        """Note norms of parameters by number, as ``norm_first`` or ``norm_last``."""
+        for number, norm in norms.items():
+            setattr(self.parameters[number], when, norm)
+
     def track(self, step: int, weights: TrackedWeights) -> None:
         """Keep the tracked weights of a step; memory is bounded, so old steps are thinned out."""
         self.tracked[step] = weights

@@ -74,6 +74,7 @@ class Attempts:
             is over.
         n_ended: how many attempts have ended, of all optimizers together. The rows of the latest
             may not have been written yet.
+        on_read: told the norm of the gradients and the loss of each step, once they are known.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Attempts:
         self._followers: dict[int, _Follower] = {}
         self.graphs: dict[int, CapturedGraph] = {}
         self.n_ended = 0
+        self.on_read: Callable[[float, float], None] = lambda grad_norm, loss: None
         self._n_new = 0
         if isinstance(options.keep_steps, int):
             recording.kept.n_last = options.keep_steps
@@ -132,7 +134,14 @@ class Attempts:
         """Whether a step of an optimizer has begun and not ended."""
         return self._followers[optimizer].open is not None
 
-    def begin(self, optimizer: int, scale: Late[Any] | None, *, has_closure: bool) -> None:
+    def begin(
+        self,
+        optimizer: int,
+        scale: Late[Any] | None,
+        *,
+        has_closure: bool,
+        through_scaler: bool = False,
+    ) -> None:
         """Read what there is before an update; with a closure, its gradients come later."""
         began = time.perf_counter()
         follower, options = self._followers[optimizer], self._options
@@ -145,6 +154,8 @@ class Attempts:
         reading = follower.open = follower.observer.begin(
             recorded=recorded, scale=scale, keeps=keeps and bool(options.keep)
         )
+        reading.in_closure = has_closure
+        reading.through_scaler = through_scaler
         if not has_closure:
             follower.observer.read_gradients(reading)
         reading.seconds += time.perf_counter() - began
@@ -228,6 +239,7 @@ class Attempts:
         """Close an attempt in which the optimizer's ``step`` was not called."""
         observer = self._followers[optimizer].observer
         reading = observer.begin(recorded=False, scale=scale)
+        reading.through_scaler = outcome == "skipped"
         observer.read_gradients(reading)
         follower = self._followers[optimizer]
         reading.before_clipping, follower.before_clipping = follower.before_clipping, None
@@ -315,6 +327,8 @@ class Attempts:
         grad_norm, grad_norm_before_clipping = recorder.record_gradients(
             run, step, optimizer, params, record.consumption, statistics, sums, unclipped
         )
+        if record.attempt.taken:
+            self.on_read(grad_norm, record.attempt.loss)
         weight_norm = update_norm = float("nan")
         anatomy = None if reading.anatomy is None else reading.anatomy.value()
         if anatomy is not None:
@@ -340,6 +354,8 @@ class Attempts:
             update_norm=update_norm,
             loss_scale=1.0 if reading.scale is None else float(reading.scale.value()),
             scaled=reading.scaled,
+            through_scaler=reading.through_scaler,
+            in_closure=reading.in_closure,
             recorded=reading.recorded,
             observe_seconds=observed,
         )

@@ -6,9 +6,11 @@ Everything is held weakly: watching keeps no model alive.
 from __future__ import annotations
 
 import fnmatch
+import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from gradscope.instruments.call_log import paths_of
+from gradscope.instruments.weight_facts import are_copies
 from gradscope.run.captured_graph import Registered
 from gradscope.run.recording import ModelEntry, OptimizerEntry, ParameterEntry, Recording
 from gradscope.session.gradients import Integers
@@ -109,8 +112,43 @@ class Census:
                 changed = True
         if changed:
             self._enter_registered()
+            self._find_copies()
             self.generation += 1
+        self._find_ineffective_freezes()
         return changed
+
+    def adopt_unregistered(self, leaves: Iterable[torch.Tensor]) -> None:
+        """Take in tensors that lie in plain lists, dicts or attributes of a model's modules."""
+        wanted = {id(leaf) for leaf in leaves if self._number(leaf) is None}
+        several = len(self._models) > 1
+        for known in self._models:
+            model = known.module()
+            if model is None or not wanted:
+                continue
+            prefix = f"{known.name}." if several else ""
+            for path, holder, leaf in _unregistered_in(model):
+                if id(leaf) not in wanted:
+                    continue
+                wanted.discard(id(leaf))
+                entry = self._recording.parameters[self._enter(leaf)]
+                entry.name = prefix + path
+                entry.module, entry.module_type = (prefix + holder.path).rstrip("."), holder.kind
+                entry.in_model = False
+                self.generation += 1
+
+    def unread(self) -> list[tuple[int, torch.Tensor]]:
+        """Return number and tensor of each parameter whose first norm has not been read."""
+        return [
+            (number, parameter)
+            for number, parameter in self.alive()
+            if math.isnan(self._recording.parameters[number].norm_first)
+            and number not in self._lazy
+        ]
+
+    def alive(self) -> list[tuple[int, torch.Tensor]]:
+        """Return number and tensor of each parameter that is still there."""
+        parameters = ((number, known()) for number, known in enumerate(self._parameters))
+        return [(number, known) for number, known in parameters if known is not None]
 
     def refresh_lazy(self) -> None:
         """See whether lazy parameters have got their shapes, which they do in the first forward."""
@@ -315,9 +353,107 @@ class Census:
             self._optimizers[number].signature = ()
             self.refresh_groups(number)
 
+    def _find_copies(self) -> None:
+        """Note embeddings whose very values another kind of module began with."""
+        entries = self._recording.parameters
+        embeddings = [n for n, e in enumerate(entries) if e.module_type.endswith("Embedding")]
+        for embedding in embeddings:
+            table = self._parameters[embedding]()
+            for number, entry in enumerate(entries):
+                other = self._parameters[number]()
+                if (
+                    table is not None
+                    and other is not None
+                    and entry.copy_of is None
+                    and entry.shape == entries[embedding].shape
+                    and entry.module_type != entries[embedding].module_type
+                    and are_copies(table, other)
+                ):
+                    entry.copy_of = embedding
+
+    def _find_ineffective_freezes(self) -> None:
+        for known, entry in zip(self._models, self._recording.models, strict=True):
+            model = known.module()
+            if model is not None:
+                found = dict.fromkeys((*entry.ineffective_freezes, *ineffective_freezes(model)))
+                entry.ineffective_freezes = tuple(found)
+
     def _is_watched(self, name: str) -> bool:
         is_included = not self._include or _matches(name, self._include)
         return is_included and not _matches(name, self._exclude)
+
+
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    path: str
+    kind: str
+
+
+def _unregistered_in(model: nn.Module) -> Iterator[tuple[str, _Holder, torch.Tensor]]:
+    """Give path, holding module and tensor of what modules hold without having registered it."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name.startswith("_") and name in _OWN_ATTRIBUTES:
+                continue
+            start = f"{path}.{name}".lstrip(".")
+            for inner, holder, tensor in _tensors_under(start, value, 0):
+                yield inner, holder or _Holder(path, type(module).__name__), tensor
+
+
+_OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
+_DEEPEST = 3
+
+
+def _tensors_under(
+    path: str, value: Any, depth: int
+) -> Iterator[tuple[str, _Holder | None, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield path, None, value
+    elif isinstance(value, nn.Module):
+        for name, parameter in value.named_parameters():
+            holder = path + "." + name.rpartition(".")[0]
+            yield f"{path}.{name}", _Holder(holder.rstrip("."), type(value).__name__), parameter
+    elif depth < _DEEPEST and isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from _tensors_under(f"{path}[{place}]", item, depth + 1)
+    elif depth < _DEEPEST and isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors_under(f"{path}[{key!r}]", item, depth + 1)
+
+
+_MISSPELLED = frozenset(
+    {
+        "require_grad",
+        "require_grads",
+        "requires_grads",
+        "requires_gradient",
+        "requires_gradients",
+        "require_gradient",
+        "required_grad",
+        "requiresgrad",
+        "requires_Grad",
+        "trainable",
+    }
+)
+
+
+def ineffective_freezes(model: nn.Module) -> Iterator[str]:
+    """Give attributes that were to freeze something and do not, such as ``encoder.requires_grad``.
+
+    ``requires_grad = False`` on a module sets an attribute that nobody reads, and so does a
+    misspelled one on a parameter.
+    """
+    for path, module in model.named_modules():
+        own = vars(module)
+        is_set = own.get("requires_grad") is False
+        if is_set and any(parameter.requires_grad for parameter in module.parameters()):
+            yield f"{path}.requires_grad".lstrip(".")
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad:
+                continue
+            for attribute, value in vars(parameter).items():
+                if attribute in _MISSPELLED and value is False:
+                    yield f"{path}.{name}.{attribute}".lstrip(".")
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from gradscope.instruments.graph_cut import Cut, GraphCutFinder
 from gradscope.instruments.source_lines import SourceLines
 from gradscope.session.census import is_compiled
 from gradscope.session.failures import Failures
+from gradscope.taps.tap import Listener
 
 _MOST_SEARCHES = 8
 """How many steps are armed at most, in a loop that is suspicious at every step."""
@@ -34,26 +35,41 @@ class CutSearch:
         self._suspicious = False
         self._is_over = False
 
-    def call_started(self, module: nn.Module, *, someone_is_new: bool) -> None:
-        """Arm at the beginning of a model's call, if there is a reason to."""
+    @property
+    def is_armed(self) -> bool:
+        """Whether a finder is at work."""
+        return self._finder is not None
+
+    def wants_to_search(self, *, someone_is_new: bool) -> bool:
+        """Whether there is a reason to search in the step that begins."""
         if self._is_over:
             self.step_ended()
-        if self._finder is not None or not (someone_is_new or self._suspicious):
-            return
-        if self._n_searches >= _MOST_SEARCHES:
-            return
+        has_reason = someone_is_new or self._suspicious
+        return self._finder is None and has_reason and self._n_searches < _MOST_SEARCHES
+
+    def may_arm(self, module: nn.Module) -> bool:
+        """Whether calls inside of a model may be followed; says so if not."""
         if is_compiled(module):
             # Hooks and function modes would make the compiler compile it again, to other code.
             self._n_searches = _MOST_SEARCHES
             self._event(
                 "unobserved", f"{type(module).__name__} is compiled: its inside is not seen"
             )
-            return
+            return False
+        return True
+
+    def arm(self, also: Listener | None) -> None:
+        """Follow every call from here on.
+
+        Args:
+            also: whoever else listens to the functions that are called.
+        """
         self._n_searches += 1
         self._suspicious = False
-        self._finder = self._failures.run("graph_cut", GraphCutFinder, self._failed, (self._lines,))
+        listeners = (self._lines,) if also is None else (self._lines, also)
+        self._finder = self._failures.run("graph_cut", GraphCutFinder, self._failed, listeners)
         if self._finder is not None:
-            self._event("armed", "graph_cut")
+            self._event("armed", "graph_cut" if also is None else "graph_cut, closer_look")
 
     def backward_reached_nothing(
         self, roots: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]

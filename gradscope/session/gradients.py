@@ -59,6 +59,7 @@ class Consumption:
         carried_from: int64[n], the earliest step whose used gradient is still in it, or -1.
         edited: bool[n], changed in place after the last write.
         edited_after_use: bool[n], changed in place after the last use.
+        used_by_another: bool[n], used by a step of another optimizer since it was last written.
     """
 
     status: Integers
@@ -66,6 +67,12 @@ class Consumption:
     carried_from: Integers
     edited: Flags
     edited_after_use: Flags
+    used_by_another: Flags
+
+    @property
+    def holds_something(self) -> bool:
+        """Whether any gradient is there and not just zeroed."""
+        return bool(((self.status != NONE) & (self.status != ZEROED)).any())
 
 
 _SAME = 1e-6
@@ -228,6 +235,7 @@ class GradientHistory:
             at, "written", "cleared", "assigned", "edited"
         )
         used = self._used[optimizer][at]
+        used_by_any = self._integers["used"][at]
         gone = look.token == NO_GRADIENT
         held = ~gone & (written > cleared)
         carried = held & (used > cleared)
@@ -244,6 +252,7 @@ class GradientHistory:
             carried_from=np.where(carried, self._first_use[optimizer][at], -1),
             edited=held & (n_writes > 0) & (edited == written),
             edited_after_use=carried & self._edited_after_use[at],
+            used_by_another=held & (used_by_any == written) & (used < written),
         )
 
     def token(self, at: Integers | slice) -> Integers:

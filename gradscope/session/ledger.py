@@ -56,6 +56,7 @@ class Attempt:
         forward_seconds, backward_seconds: time in each.
         taken: the backwards that belong here.
         foreign: backwards that wrote to strangers only.
+        discarded: numbers of backwards whose gradients were cleared before any step used them.
     """
 
     began: float
@@ -70,6 +71,7 @@ class Attempt:
     backward_seconds: float = 0.0
     taken: list[Backward] = field(default_factory=list)
     foreign: list[Backward] = field(default_factory=list)
+    discarded: list[int] = field(default_factory=list)
 
     @property
     def backwards(self) -> list[int]:
@@ -85,6 +87,7 @@ class Attempt:
         """Count no backward whose gradients have been cleared before any step used them."""
         kept = [backward for backward in self.taken if not backward.reached]
         if len(kept) < len(self.taken):
+            self.discarded += [backward.number for backward in self.taken if backward.reached]
             self.taken = kept
 
     def note(self, word: str) -> None:
@@ -251,6 +254,8 @@ class Ledger:
     ) -> StepRecord:
         """Close the current attempt of an optimizer and begin its next."""
         attempt = self._attempts[optimizer]
+        if not consumption.holds_something:
+            attempt.discarded += [each.number for each in attempt.taken if each.reached]
         if not attempt.taken:
             attempt.taken = attempt.foreign
         attempt.note("step" if outcome == "stepped" else f"step {outcome}")

@@ -55,6 +55,7 @@ def record_gradients(
         "carried_from": np.where(consumption.carried_from < 0, MISSING, consumption.carried_from),
         "edited": consumption.edited,
         "edited_after_use": consumption.edited_after_use,
+        "used_by_another": consumption.used_by_another,
     }
     if statistics is not None:
         sums_of_squares = statistics.sum_of_squares
@@ -245,6 +246,8 @@ def record_step(
     update_norm: float,
     loss_scale: float,
     scaled: bool,
+    through_scaler: bool,
+    in_closure: bool,
     recorded: bool,
     observe_seconds: float,
 ) -> None:
@@ -273,6 +276,10 @@ def record_step(
             "train_mode": attempt.train_mode,
             "scaled": scaled,
             "recorded": recorded,
+            "backwards": ", ".join(map(str, attempt.backwards)),
+            "discarded": ", ".join(map(str, attempt.discarded)),
+            "through_scaler": through_scaler,
+            "in_closure": in_closure,
             "forward_ms": 1e3 * attempt.forward_seconds,
             "backward_ms": 1e3 * attempt.backward_seconds,
             "step_ms": 1e3 * record.seconds,

@@ -18,7 +18,9 @@ from torch import nn
 
 from gradscope.config import WatchOptions
 from gradscope.instruments.late import Known, Late, scalar_of
+from gradscope.instruments.roots import Roots
 from gradscope.instruments.source_lines import SourceLines
+from gradscope.instruments.weight_facts import read_norms
 from gradscope.run.captured_graph import CapturedGraph
 from gradscope.run.recording import Recording
 from gradscope.run.weight_step import WeightStep
@@ -31,6 +33,8 @@ from gradscope.session.failures import Failures
 from gradscope.session.graph_capture import GraphCapture
 from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger
+from gradscope.session.looks import Looks
+from gradscope.session.nonfinite_search import NonfiniteSearch
 from gradscope.session.source_names import assigned_name, called_name
 from gradscope.taps.clipping import clipping
 from gradscope.taps.engine import BackwardCall, engine, inside_backward, inside_transform
@@ -131,11 +135,16 @@ class Session:
         self._all = AllGradients(self._census)
         lines = SourceLines()
         self._cuts = CutSearch(self._failures, self.event, lines)
+        self._nonfinite = NonfiniteSearch(self.recording, self._failures, self.event)
+        self._attempts.on_read = self._nonfinite.step_read
+        self._looks = Looks(self.recording, self._census, self._in_order, self._failures)
         self._graphs = GraphCapture(options.graph, self._census, self._failures, lines)
         self._call: tuple[float, int] = (0.0, 0)
-        self._backward: tuple[float, int, CapturedGraph | None] | None = None
+        self._backward: tuple[float, int, CapturedGraph | None, dict[str, Any]] | None = None
         self._scale: Late[Any] | None = None
         self._scaler_stepped = False
+        self._in_scaler_step = False
+        self._roots = Roots()
         self._broken = False
         self._began = 0.0
         self._next_look = 0.0
@@ -206,17 +215,26 @@ class Session:
         """Return any weight around the last recorded step; None if its copies are gone."""
         return self._attempts.weight(step, param, position, index)
 
-    def event(self, event: str, detail: str = "", location: Location | None = None) -> None:
+    def event(
+        self,
+        event: str,
+        detail: str = "",
+        location: Location | None = None,
+        optimizer: int | None = None,
+    ) -> None:
         """Add a row to ``events``; an error in doing so goes where all errors of ours go."""
-        self._guarded("events", lambda: self._record_event(event, detail, location))
+        self._guarded("events", lambda: self._record_event(event, detail, location, optimizer))
 
-    def _record_event(self, event: str, detail: str, location: Location | None) -> None:
+    def _record_event(
+        self, event: str, detail: str, location: Location | None, optimizer: int | None
+    ) -> None:
         self.recording.rows("events").append(
             {
                 "time": self.elapsed,
                 "step": self._attempts.n_ended,
                 "event": event,
                 "detail": detail,
+                "subject": "" if optimizer is None else self.recording.optimizers[optimizer].name,
                 **_place(location),
             }
         )
@@ -253,7 +271,7 @@ class Session:
         if not self._census.is_member(module) and not self._discover_model(module):
             return False
         is_new = self._attempts.someone_is_new
-        self._cuts.call_started(module, someone_is_new=is_new)
+        self._look_closer(module, someone_is_new=is_new)
         self._graphs.call_started(module, self._attempts.n_ended, someone_is_new=is_new)
         self._call = (time.perf_counter(), _sequence_nr())
         return True
@@ -289,7 +307,7 @@ class Session:
             params = np.zeros(0, np.int64) if number is None else self._census.params_of(number)
         if optimizers:
             self._in_order.do(lambda: self._ledger.zero_grad(optimizers, params, by))
-            self.event("zero_grad", by, location)
+            self.event("zero_grad", by, location, optimizers[0] if len(optimizers) == 1 else None)
 
     @_timed
     @_exclusive
@@ -304,7 +322,8 @@ class Session:
                 for number in optimizers:
                     self._attempts.clipped(number, gradients)
             self._in_order.do(lambda: self._ledger.note(everybody, "clip"))
-            self.event("clip", f"{function}, limit {limit}, {len(gradients)} gradients", location)
+            detail = f"{function}, limit {limit}, {len(gradients)} gradients"
+            self.event("clip", detail, location, optimizers[0] if len(optimizers) == 1 else None)
 
     @_timed
     def scheduler_stepped(self, scheduler: Any, location: Location | None) -> None:
@@ -312,7 +331,7 @@ class Session:
         number = self._census.number_of_optimizer(scheduler.optimizer)
         if number is not None:
             self._in_order.do(lambda: self._ledger.note([number], "scheduler"))
-            self.event("scheduler", type(scheduler).__name__, location)
+            self.event("scheduler", type(scheduler).__name__, location, number)
 
     @_timed
     def gradients_unscaled(self, scaler: Any, optimizer: Any, location: Location | None) -> None:
@@ -320,7 +339,13 @@ class Session:
         number = self._census.number_of_optimizer(optimizer)
         if number is not None:
             self._in_order.do(lambda: self._ledger.note([number], "unscale"))
-            self.event("unscale", "", location)
+            self.event("unscale", "", location, number)
+
+    def loss_scaled(self, scaler: Any, outputs: Any) -> None:
+        """Remember that a backward from this tensor gives scaled gradients."""
+        for output in outputs if isinstance(outputs, list | tuple) else (outputs,):
+            if isinstance(output, torch.Tensor):
+                self._roots.scaled(output)
 
     def scale_updated(self, scaler: Any, location: Location | None) -> None:
         """Account for ``GradScaler.update``."""
@@ -329,12 +354,14 @@ class Session:
     def scaler_step_started(self, scaler: Any, optimizer: Any) -> None:
         """Remember that the optimizer's next step, if it comes, is the scaler's doing."""
         self._scaler_stepped = False
+        self._in_scaler_step = bool(scaler.is_enabled())
         scale = getattr(scaler, "_scale", None)
         self._scale = None if scale is None else scalar_of(scale)
 
     @_timed
     def scaler_step_ended(self, scaler: Any, optimizer: Any) -> None:
         """Account for a step that the scaler skipped: none of the optimizer's hooks has fired."""
+        self._in_scaler_step = False
         number = self._census.number_of_optimizer(optimizer)
         if number is not None and not self._scaler_stepped:
             self._attempts.end_without_step(number, self._scale, outcome="skipped")
@@ -358,7 +385,11 @@ class Session:
                 someone_is_new=self._attempts.someone_is_new,
             ):
                 captured = self._graphs.capture(call.roots)
-        self._backward = (time.perf_counter(), _sequence_nr(), captured)
+        # Before the backward: a graph that it will free is still to be met, or not, at the next.
+        root_facts = self._failures.run("roots", self._roots.met, call.roots) or {}
+        self._nonfinite.backward_started(call.roots)
+        root_facts |= self._looks.backward_started(call.roots, len(self._attempts.optimizers))
+        self._backward = (time.perf_counter(), _sequence_nr(), captured, root_facts)
 
     @_timed
     @_exclusive
@@ -367,9 +398,9 @@ class Session:
         began = time.perf_counter()
         if self._broken or self._backward is None or not self._is_here():
             return
-        (started, last_node, captured), self._backward = self._backward, None
+        (started, last_node, captured, root_facts), self._backward = self._backward, None
         value: Late[Any] = scalar_of(call.roots[0]) if len(call.roots) == 1 else Known(float("nan"))
-        row = _row(call, error)
+        row = _row(call, error) | root_facts
         if not call.accumulates:
             self._in_order.do(
                 lambda: self._record_backward(self._ledger.other_backward(), value, row), value
@@ -387,7 +418,8 @@ class Session:
             known = [leaf for leaf in leaves if self._census.knows(leaf)]
             is_foreign = bool(leaves) and not known and not row["ends_in_cut"]
             del leaves, known
-        self._cuts.backward_ended()
+        if self._looks.now is None:
+            self._cuts.backward_ended()
         if captured is not None:
             row["n_in_graph"] = sum(bool(names) for names in captured.params)
 
@@ -432,7 +464,13 @@ class Session:
         if self._census.refresh_groups(number):
             self._tell_holdings()
             self.event("parameters_changed", self.recording.optimizers[number].name)
-        self._attempts.begin(number, self._scale, has_closure=has_closure)
+        self._looks.step_started(number)
+        self._attempts.begin(
+            number,
+            self._scale,
+            has_closure=has_closure,
+            through_scaler=self._in_scaler_step,
+        )
 
     @_timed
     @_exclusive
@@ -450,7 +488,13 @@ class Session:
         if number is None or self._broken or not self._is_here():
             return
         recorded = self._attempts.end(number)
-        self._cuts.step_ended()
+        if self._looks.step_ended(number, self._attempts.optimizers):
+            self._looks.end()
+        if self._looks.now is None:
+            self._cuts.step_ended()
+        if self._discovers and not self.recording.models:
+            # Tensors without a module: there is no call with which a step begins.
+            self._look_closer(None, someone_is_new=False)
         if self._graphs.has_notes:
             self._graphs.step_ended(number, self._attempts.optimizers)
         if recorded:
@@ -463,9 +507,24 @@ class Session:
         if self._thread not in (None, threading.get_ident()):
             return
         self.watch_optimizer(optimizer, assigned_name(user_frame()) or "optimizer")
-        self.event("optimizer_found", type(optimizer).__name__, user_location())
+        self.event(
+            "optimizer_found",
+            type(optimizer).__name__,
+            user_location(),
+            self._census.number_of_optimizer(optimizer),
+        )
 
     # -- inside -----------------------------------------------------------------------------
+
+    def _look_closer(self, module: nn.Module | None, *, someone_is_new: bool) -> None:
+        """Follow every call of the step that begins, if there is a reason to."""
+        is_search = self._cuts.wants_to_search(someone_is_new=someone_is_new)
+        is_due = self._looks.is_due(self._attempts.n_ended)
+        if self._cuts.is_armed or not (is_search or is_due):
+            return
+        if module is not None and not self._cuts.may_arm(module):
+            return
+        self._cuts.arm(self._looks.begin(self._attempts.n_ended) if is_due else None)
 
     def _is_here(self, *, binding: bool = False) -> bool:
         """Whether this is the thread that is watched.
@@ -503,6 +562,7 @@ class Session:
             optimizer_creation.add(self)
 
     def _hush(self) -> None:
+        self._guarded("closer_look", self._looks.end)
         self._guarded("graph_cut", self._cuts.give_up)
         self._guarded("module_calls", self._graphs.give_up)
         for tap in (*_TAPS, optimizer_creation):
@@ -516,6 +576,7 @@ class Session:
             if self._attempts.is_open(number):
                 self._abandon(number)
         self._in_order.settle(wait=True)
+        self._failures.run("weight_norms", self._read_last_norms)
         for number in self._attempts.optimizers:
             if self._attempts.awaits_step(number):
                 self._attempts.end_without_step(number, None, outcome="open")
@@ -529,14 +590,27 @@ class Session:
     def _adopt_gradients(self) -> None:
         """Gradients that came while nobody watched are somebody's work all the same."""
         self._tell_holdings()
+        self._read_first_norms()
         look = self._all.look()
         self._in_order.do(lambda: self._ledger.gradients.adopt(look.value()), look)
+
+    def _read_first_norms(self) -> None:
+        late: Late[dict[int, float]] | None = self._failures.run(
+            "weight_norms", lambda: read_norms(self._census.unread())
+        )
+        if late is not None:
+            self._in_order.do(lambda: self.recording.set_norms("norm_first", late.value()), late)
+
+    def _read_last_norms(self) -> None:
+        self.recording.set_norms("norm_last", read_norms(self._census.alive()).value())
 
     def _tell_holdings(self) -> None:
         """Tell the ledger who holds what, if that has changed."""
         self._census.refresh_lazy()
         if self._all.up_to_date():
             return
+        if self.running:
+            self._read_first_norms()
         self._all.prepare()
         now = time.perf_counter()
         holdings = {n: self._census.params_of(n) for n in self._attempts.optimizers}

@@ -51,6 +51,8 @@ class StepReading:
         tracked: a few weights of each parameter.
         keeps: whether the tensors that the program asked for are kept of this step.
         kept: these tensors by name, by place of their parameter, and what else the rule was given.
+        through_scaler: whether a gradient scaler called the step.
+        in_closure: whether a closure computes its gradients.
         is_consumed: whether the ledger has been told that the update uses these gradients.
         seconds: spent on all this reading.
     """
@@ -75,6 +77,8 @@ class StepReading:
     kept: dict[int, tuple[Late[dict[str, Array]], Late[GivenTogether]]] = field(
         default_factory=dict
     )
+    through_scaler: bool = False
+    in_closure: bool = False
     is_consumed: bool = False
     seconds: float = 0.0
 

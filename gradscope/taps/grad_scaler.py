@@ -17,26 +17,44 @@ from gradscope.taps.user_frame import user_location
 class GradScalerTap(Tap):
     """Emits what happens at a gradient scaler.
 
+    ``loss_scaled(scaler, outputs)`` with what ``scale`` gave, a tensor or several,
     ``scaler_step_started(scaler, optimizer)``, ``scaler_step_ended(scaler, optimizer)``,
     ``gradients_unscaled(scaler, optimizer, location)``, ``scale_updated(scaler, location)``. The
     scaler's own call of ``unscale_`` inside its ``step`` is part of that step and emits nothing.
     """
 
-    events = ("scaler_step_started", "scaler_step_ended", "gradients_unscaled", "scale_updated")
+    events = (
+        "loss_scaled",
+        "scaler_step_started",
+        "scaler_step_ended",
+        "gradients_unscaled",
+        "scale_updated",
+    )
 
     def install(self) -> None:
-        """Replace the three methods on the class; ``torch.cuda.amp.GradScaler`` inherits them."""
+        """Replace the methods on the class; ``torch.cuda.amp.GradScaler`` inherits them."""
         self._stepping = threading.local()
         self._patches = [
+            Patch(GradScaler, "scale", self._wrap_scale),
             Patch(GradScaler, "step", self._wrap_step),
             Patch(GradScaler, "unscale_", self._wrap_unscale),
             Patch(GradScaler, "update", self._wrap_update),
         ]
 
     def uninstall(self) -> None:
-        """Restore the three methods."""
+        """Restore the methods."""
         for patch in self._patches:
             patch.restore()
+
+    def _wrap_scale(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def scale(scaler: Any, outputs: Any) -> Any:
+            result = original(scaler, outputs)
+            if self.listeners and scaler.is_enabled():
+                self.emit("loss_scaled", scaler, result)
+            return result
+
+        return scale
 
     def _wrap_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

@@ -1,0 +1,245 @@
+"""The loss functions that are called during one closer look: what they are given, and by what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from gradscope.instruments.autograd_graph import NamesOf, capture_graph
+from gradscope.instruments.late import Known, Late, Numbers, scalar_of
+from gradscope.instruments.tensor_summary import TensorSummary, is_readable
+from gradscope.taps.user_frame import Location, user_location
+
+_LOSSES = frozenset(
+    {
+        "cross_entropy",
+        "nll_loss",
+        "binary_cross_entropy",
+        "binary_cross_entropy_with_logits",
+        "mse_loss",
+        "l1_loss",
+        "smooth_l1_loss",
+        "huber_loss",
+        "kl_div",
+        "gaussian_nll_loss",
+        "poisson_nll_loss",
+    }
+)
+_OF_CLASSES = frozenset({"cross_entropy", "nll_loss"})
+
+_BY_HAND = frozenset({"getitem", "gather", "mul"})
+"""How a negative log-likelihood is written by hand: picking, or multiplying with a one-hot."""
+
+_SUBTRACTIONS = frozenset({"sub", "rsub", "subtract"})
+
+_PASSED_OVER = frozenset(
+    {
+        "View",
+        "UnsafeView",
+        "ReshapeAlias",
+        "T",
+        "Transpose",
+        "Permute",
+        "Squeeze",
+        "Unsqueeze",
+        "Clone",
+        "ToCopy",
+        "Alias",
+        "Expand",
+        "Slice",
+        "Identity",
+    }
+)
+
+_MOST_CALLS = 1000
+_MOST_NODES = 20_000
+_LONGEST_CHAIN = 12
+
+
+@dataclass(slots=True)
+class _LossCall:
+    facts: dict[str, Any]
+    sequence_nr: int
+    leads_to: frozenset[str]
+    is_loss: bool
+    value: Late[Any] = field(default_factory=lambda: Known(float("nan")))
+    range: Late[Any] = field(default_factory=lambda: Known(None))
+
+
+class LossCalls:
+    """Follows calls of loss functions.
+
+    Args:
+        names_of: the names of a parameter; nothing for a stranger.
+        on_activation: told the name and result of every function.
+    """
+
+    def __init__(self, names_of: NamesOf, on_activation: Callable[[str, Any], None]) -> None:
+        self._names_of = names_of
+        self._on_activation = on_activation
+        self._calls: list[_LossCall] = []
+        self.targets: list[TensorSummary] = []
+        self._n_nodes = 0
+
+    def torch_function_called(
+        self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any, first_node: int
+    ) -> None:
+        """Take one call into account."""
+        name = getattr(function, "__name__", "").strip("_")
+        if name in _LOSSES and function is getattr(functional, name, None):
+            self._note_loss(name, args, kwargs, result)
+        elif name in _BY_HAND or name in _SUBTRACTIONS:
+            self._note_by_hand(name, args, result)
+        else:
+            self._on_activation(name, result)
+
+    @property
+    def awaited(self) -> list[Late[Any]]:
+        """What may still be on its way."""
+        waiting = [late for call in self._calls for late in (call.value, call.range)]
+        return [*waiting, *(target.numbers for target in self.targets)]
+
+    def rows(self, reached: set[int], reached_params: set[str]) -> Iterator[dict[str, Any]]:
+        """Give the rows of ``losses``, without their step.
+
+        Args:
+            reached: autograd sequence numbers of the nodes that backwards came past.
+            reached_params: names of the parameters that they reached.
+        """
+        for call in self._calls:
+            is_reached = call.sequence_nr in reached
+            row = call.facts | {"value": float(call.value.value()), "reached": is_reached}
+            numbers = call.range.value()
+            if numbers is not None:
+                low, high, row_sum = numbers.tolist()
+                row |= {"input_min": low, "input_max": high, "input_row_sum": row_sum}
+            if call.is_loss and not is_reached:
+                row["left_out"] = ", ".join(sorted(call.leads_to - reached_params))
+            yield row
+
+    def _note_loss(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        prediction = args[0] if args else kwargs.get("input")
+        target = args[1] if len(args) > 1 else kwargs.get("target")
+        if not _are_tensors(prediction, target, result) or not torch.is_grad_enabled():
+            return
+        facts: dict[str, Any] = {"reduction": str(kwargs.get("reduction", "mean"))}
+        class_dim = min(1, prediction.dim() - 1)
+        if name in _OF_CLASSES:
+            facts |= {"n_classes": prediction.shape[class_dim], "class_dim": class_dim}
+        call = self._note(name, prediction, target, result, facts)
+        if call is None:
+            return
+        if result.numel() == 1:
+            call.value = scalar_of(result)
+        if is_readable(prediction):
+            call.range = Numbers(_range_of(prediction, class_dim))
+        if is_readable(target):
+            self.targets.append(TensorSummary("target", name, target))
+
+    def _note_by_hand(self, name: str, args: Any, result: Any) -> None:
+        if len(args) < 2 or not torch.is_grad_enabled() or not isinstance(result, torch.Tensor):
+            return
+        first, second = args[0], args[1]
+        if name in _SUBTRACTIONS:
+            if not _are_tensors(first, second) or first.requires_grad == second.requires_grad:
+                return
+            if _blows_up(first, second, result):
+                prediction, target = (first, second) if first.requires_grad else (second, first)
+                self._note("sub", prediction, target, result, {})
+            return
+        if name == "mul" and isinstance(second, torch.Tensor) and second.requires_grad:
+            first, second = second, first
+        if not isinstance(first, torch.Tensor) or first.grad_fn is None or first.dim() < 2:
+            return
+        made_by, dim = _origin(first)
+        if dim is not None and made_by in ("Softmax", "LogSoftmax") and _is_plain_index(second):
+            target = second if isinstance(second, torch.Tensor) else result
+            self._note(name, first, target, result, {})
+
+    def _note(
+        self,
+        name: str,
+        prediction: torch.Tensor,
+        target: torch.Tensor,
+        result: torch.Tensor,
+        facts: dict[str, Any],
+    ) -> _LossCall | None:
+        if len(self._calls) >= _MOST_CALLS:
+            return None
+        made_by, dim = _origin(prediction)
+        location = user_location()
+        is_loss = name in _LOSSES and result.grad_fn is not None
+        leads_to: frozenset[str] = frozenset()
+        if is_loss and self._n_nodes < _MOST_NODES:
+            graph = capture_graph((result,), self._names_of)
+            self._n_nodes += len(graph.op)
+            leads_to = frozenset(names[0] for names in graph.params if names)
+        facts |= {
+            "function": name,
+            "input_shape": str(tuple(prediction.shape)),
+            "target_shape": str(tuple(target.shape)),
+            "input_made_by": made_by,
+            **_place(location),
+        }
+        if dim is not None:
+            facts["input_dim"] = dim
+        node: Any = result.grad_fn
+        call = _LossCall(facts, -1 if node is None else node._sequence_nr(), leads_to, is_loss)
+        self._calls.append(call)
+        return call
+
+
+def _place(location: Location | None) -> dict[str, Any]:
+    return {} if location is None else {"file": location.file, "line": location.line}
+
+
+def _are_tensors(*values: Any) -> bool:
+    return all(isinstance(value, torch.Tensor) for value in values)
+
+
+def _is_plain_index(index: Any) -> bool:
+    return isinstance(index, tuple | int | torch.Tensor)
+
+
+def _blows_up(first: torch.Tensor, second: torch.Tensor, result: torch.Tensor) -> bool:
+    """Whether [N, 1] and [N] became [N, N]."""
+    shapes = {first.dim(): first, second.dim(): second}
+    if set(shapes) != {1, 2} or result.dim() != 2:
+        return False
+    n = shapes[1].shape[0]
+    return n > 1 and tuple(shapes[2].shape) == (n, 1) and tuple(result.shape) == (n, n)
+
+
+def _origin(tensor: torch.Tensor) -> tuple[str, int | None]:
+    """The operation that made a tensor, views passed over, and its dimension if it has one."""
+    node: Any = tensor.grad_fn
+    for _ in range(_LONGEST_CHAIN):
+        if node is None:
+            return "", None
+        name = _operation(node)
+        if name not in _PASSED_OVER or not node.next_functions:
+            break
+        node = node.next_functions[0][0]
+    else:
+        return "", None
+    if name not in ("Softmax", "LogSoftmax"):
+        return name, None
+    dim = int(node._saved_dim)
+    if dim >= 1 << 63:  # torch gives negative dimensions as unsigned numbers
+        dim -= 1 << 64
+    n_dims = len(node._input_metadata[0].shape)
+    return name, dim % n_dims if n_dims else None
+
+
+def _operation(node: Any) -> str:
+    name: str = type(node).__name__
+    return name.rstrip("0123456789").removesuffix("Backward")
+
+
+def _range_of(prediction: torch.Tensor, class_dim: int) -> torch.Tensor:
+    values = prediction.detach().float()
+    return torch.stack([values.amin(), values.amax(), values.sum(dim=class_dim).mean()])

@@ -1,0 +1,213 @@
+"""What every module call of one closer look was like, and what came out of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
+
+from gradscope.instruments.late import Known, Late, Numbers
+from gradscope.instruments.nested_tensors import nested_tensors
+from gradscope.instruments.tensor_summary import is_readable
+
+_REENTRANT: CodeType = CheckpointFunction.forward.__code__
+
+_ENDS = {"Sigmoid": (0.0, 1.0), "sigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0), "tanh": (-1.0, 1.0)}
+_NEAR_AN_END = 1e-3
+
+_ACTIVATIONS = frozenset(
+    {"relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardtanh", "sigmoid", "tanh"}
+)
+"""Functions whose outputs are read like those of modules, where no module stands for them."""
+
+_SETTINGS = (
+    "momentum",
+    "track_running_stats",
+    "p",
+    "dim",
+    "reduction",
+)
+
+_MOST_MODULES = 5000
+
+
+@dataclass(slots=True)
+class _Called:
+    """One module, over all of its calls."""
+
+    kind: str
+    runs: int = 0
+    training: bool = True
+    with_grad: bool = False
+    checkpointed: bool = False
+    has_graph: bool = False
+    batch_size: int | None = None
+    values_per_channel: int | None = None
+    settings: str = ""
+
+
+@dataclass(slots=True)
+class _Given:
+    module: str
+    kind: str
+    shape: str
+    numbers: Late[Any] = field(default_factory=lambda: Known(None))
+
+
+class ModuleSurvey:
+    """Follows the module calls of one thread between its making and :meth:`rows`.
+
+    Args:
+        paths: path of each module of the models by its id.
+    """
+
+    def __init__(self, paths: Mapping[int, str]) -> None:
+        self._paths = paths
+        self._called: dict[str, _Called] = {}
+        self._given: list[_Given] = []
+        self._open: list[tuple[int, str, str]] = []
+
+    @property
+    def here(self) -> str:
+        """Path of the innermost module that is running; empty outside of all."""
+        return self._open[-1][1] if self._open else ""
+
+    def module_started(self, module: nn.Module, args: Any) -> None:
+        """Note the beginning of a call."""
+        kind = type(module).__name__
+        path = self._paths.get(id(module))
+        if path is None:
+            path = f"<{kind}>"
+        self._open.append((id(module), path, kind))
+        called = self._called.get(path)
+        if called is None:
+            if len(self._called) >= _MOST_MODULES:
+                return
+            called = self._called[path] = _Called(kind, settings=_settings_of(module))
+        called.runs += 1
+        called.training &= module.training
+        if torch.is_grad_enabled():
+            called.with_grad = True
+        elif not called.checkpointed:
+            called.checkpointed = _is_in_reentrant_checkpoint()
+        first = next(nested_tensors(args), None)
+        if first is not None and first.dim():
+            called.batch_size = first.shape[0]
+            if first.dim() > 1 and first.shape[1]:
+                called.values_per_channel = first.numel() // first.shape[1]
+
+    def module_ended(self, module: nn.Module, result: Any) -> None:
+        """Note the end of a call."""
+        while self._open:
+            known, path, kind = self._open.pop()
+            if known == id(module):
+                break
+        else:
+            return
+        called = self._called.get(path)
+        outputs = list(nested_tensors(result))
+        if called is not None:
+            called.has_graph |= any(output.grad_fn is not None for output in outputs)
+        if outputs and next(module.children(), None) is None:
+            self._read(path, kind, outputs[0])
+
+    def function_called(self, name: str, result: Any) -> None:
+        """Note what an activation function gave that no module stands for."""
+        if name not in _ACTIVATIONS or not isinstance(result, torch.Tensor):
+            return
+        if self._open and self._open[-1][2].lower().replace("_", "") == name.strip("_"):
+            return  # nn.ReLU calls relu itself
+        self._read(self.here, name.strip("_"), result)
+
+    def _read(self, path: str, kind: str, output: torch.Tensor) -> None:
+        if len(self._given) < _MOST_MODULES and is_readable(output) and output.is_floating_point():
+            shape = str(tuple(output.shape))
+            self._given.append(_Given(path, kind, shape, Numbers(_summary(output.detach(), kind))))
+
+    @property
+    def awaited(self) -> list[Late[Any]]:
+        """What may still be on its way."""
+        return [given.numbers for given in self._given]
+
+    def calls(self) -> Iterator[dict[str, Any]]:
+        """Give the rows of the table ``calls``, without their step."""
+        for path, called in self._called.items():
+            row = {name: getattr(called, name) for name in _Called.__slots__ if name != "kind"}
+            optional = ("batch_size", "values_per_channel")
+            yield {
+                "module": path,
+                "module_type": called.kind,
+                **{name: value for name, value in row.items() if name not in optional},
+                **{name: row[name] for name in optional if row[name] is not None},
+            }
+
+    def activations(self) -> Iterator[dict[str, Any]]:
+        """Give the rows of the table ``activations``, without their step."""
+        for given in self._given:
+            numbers = given.numbers.value()
+            if numbers is None:
+                continue
+            row = dict(zip(_COLUMNS, numbers.tolist(), strict=True))
+            yield {
+                "module": given.module,
+                "module_type": given.kind,
+                "shape": given.shape,
+                **row,
+                "nonfinite": int(row["nonfinite"]),
+            }
+
+
+_COLUMNS = (
+    "mean",
+    "std",
+    "abs_max",
+    "zero_fraction",
+    "dead_fraction",
+    "saturated_fraction",
+    "nonfinite",
+)
+
+
+def _summary(output: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return float32[7], the numbers of :data:`_COLUMNS`."""
+    values = output.float()
+    zero = values == 0
+    units = 1 if values.dim() == 4 else values.dim() - 1
+    others = [dim for dim in range(values.dim()) if dim != units]
+    dead = zero.all(dim=others).float().mean() if others else zero.float().mean()
+    ends = _ENDS.get(kind)
+    saturated = torch.full((), float("nan"), device=values.device)
+    if ends is not None:
+        low, high = ends
+        saturated = ((values - low < _NEAR_AN_END) | (high - values < _NEAR_AN_END)).float().mean()
+    return torch.stack(
+        [
+            values.mean(),
+            values.std(correction=0),
+            values.abs().amax(),
+            zero.float().mean(),
+            dead,
+            saturated,
+            (~torch.isfinite(values)).sum().float(),
+        ]
+    )
+
+
+def _settings_of(module: nn.Module) -> str:
+    known = vars(module)
+    return ", ".join(f"{name}={known[name]}" for name in _SETTINGS if name in known)
+
+
+def _is_in_reentrant_checkpoint() -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _REENTRANT:
+            return True
+        frame = frame.f_back
+    return False

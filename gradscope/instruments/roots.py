@@ -1,0 +1,62 @@
+"""The roots of backwards: met before, scaled, and whether the graphs behind them are still held."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+_KEY = "gradscope"
+_MOST_REMEMBERED = 4096
+
+
+class _Token:
+    """Lies in the metadata of a node, and so lives exactly as long as the node."""
+
+    __slots__ = ("__weakref__",)
+
+
+class Roots:
+    """Remembers where backwards started, and keeps neither roots nor graphs alive."""
+
+    def __init__(self) -> None:
+        self._n_backwards = 0
+        self._met: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._scaled: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._alive: weakref.WeakSet[_Token] = weakref.WeakSet()
+
+    def scaled(self, tensor: torch.Tensor) -> None:
+        """Note a tensor that a gradient scaler gave back."""
+        self._scaled = {id(tensor): weakref.ref(tensor)}
+
+    def met(self, roots: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Return what is known of the roots of a backward that is about to begin.
+
+        Returns:
+            ``repeats``, the number of the earlier backward from the same tensor, where there is
+            one; ``scaled``; and ``n_alive``, how many graphs of earlier backwards are still there.
+        """
+        number = self._n_backwards
+        self._n_backwards += 1
+        facts: dict[str, Any] = {"n_alive": len(self._alive)}
+        for root in roots:
+            known = self._scaled.get(id(root))
+            facts["scaled"] = facts.get("scaled", False) or (known is not None and known() is root)
+            met = self._met.get(id(root))
+            if met is not None and met[0]() is root:
+                facts["repeats"] = met[1]
+            elif root.grad_fn is not None:
+                self._watch(root.grad_fn)
+            self._met[id(root)] = (weakref.ref(root), number)
+        if len(self._met) > _MOST_REMEMBERED:
+            self._met = {key: met for key, met in self._met.items() if met[0]() is not None}
+        return facts
+
+    def _watch(self, node: Any) -> None:
+        # A node of autograd is no Python object that could be referred to weakly; what its
+        # metadata holds is, and goes with it.
+        token = _Token()
+        node.metadata[_KEY] = token
+        self._alive.add(token)

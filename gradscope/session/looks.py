@@ -1,0 +1,150 @@
+"""When to look closer, and what becomes of what was seen."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from gradscope.instruments.late import Late
+from gradscope.instruments.symmetry import SymmetryReading, read_symmetry
+from gradscope.instruments.weight_facts import read_norms
+from gradscope.run.recording import Recording
+from gradscope.session.census import Census
+from gradscope.session.closer_look import CloserLook
+from gradscope.session.failures import Failures
+from gradscope.session.in_order import InOrder
+
+_FIRST_LOOKS = 2
+_MOST_LOOKS = 24
+
+_MOST_CALLS = 64
+"""After how many calls of models a look ends for which no optimizer has stepped."""
+
+_sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
+
+
+class Looks:
+    """Looks closer at the first two steps of a run, and then whenever their number has doubled.
+
+    Args:
+        recording: where the rows go.
+        census: who is who.
+        in_order: does things once their values have arrived.
+        failures: runs the instruments.
+    """
+
+    def __init__(
+        self, recording: Recording, census: Census, in_order: InOrder, failures: Failures
+    ) -> None:
+        self._recording = recording
+        self._census = census
+        self._in_order = in_order
+        self._failures = failures
+        self._n_looks = 0
+        self._strangers: list[weakref.ref[torch.Tensor]] = []
+        self._stepped: set[int] = set()
+        self._n_calls = 0
+        # Where the last attempts ended in autograd's numbering of nodes.
+        self._ends: deque[int] = deque([0], maxlen=9)
+        self.now: CloserLook | None = None
+
+    def is_due(self, n_attempts: int) -> bool:
+        """Whether it is time for a look."""
+        self._n_calls += 1
+        if self.now is not None and self._n_calls > _MOST_CALLS:
+            self.end()
+        if self.now is not None or self._n_looks >= _MOST_LOOKS or _has_compiled():
+            return False
+        return self._n_looks < _FIRST_LOOKS or n_attempts >= 1 << self._n_looks
+
+    def begin(self, step: int) -> CloserLook | None:
+        """Begin a look; None if it fails.
+
+        Args:
+            step: the number that the next attempt will have.
+        """
+        self._n_looks += 1
+        self._n_calls = 0
+        self._stepped.clear()
+        self.now = self._failures.run(
+            "closer_look", CloserLook, step, self._census, self._strangers, self._failed
+        )
+        return self.now
+
+    def backward_started(self, roots: Sequence[torch.Tensor], n_optimizers: int) -> dict[str, Any]:
+        """Return what a look tells of the graph of a backward; nothing without one."""
+        if self.now is None:
+            return {}
+        oldest = self._ends[max(0, len(self._ends) - max(1, n_optimizers))]
+        facts: dict[str, Any] | None = self._failures.run(
+            "closer_look", self.now.backward_started, roots, oldest
+        )
+        return facts or {}
+
+    def step_started(self, optimizer: int) -> None:
+        """Read what there is of a symmetry in weights and gradients."""
+        if self.now is None:
+            return
+        params = self._census.params_of(optimizer).tolist()
+        tensors = [reference() for reference in self._census.references(params)]
+        reading: SymmetryReading | None = self._failures.run("symmetry", read_symmetry, tensors)
+        if reading is None or not reading.places:
+            return
+
+        def account() -> None:
+            flags = reading.flags.value()
+            for place, is_symmetric in zip(reading.places, flags.tolist(), strict=True):
+                entry = self._recording.parameters[params[place]]
+                entry.n_looks += 1
+                entry.n_symmetric_looks += bool(is_symmetric)
+
+        self._in_order.do(account, reading.flags)
+
+    def step_ended(self, optimizer: int, optimizers: Sequence[int]) -> bool:
+        """Take note of the end of an attempt; returns whether the look is over.
+
+        A generator's losses belong to the look that began with its discriminator's.
+        """
+        self._ends.append(_sequence_nr())
+        self._stepped.add(optimizer)
+        return self.now is not None and self._stepped.issuperset(optimizers)
+
+    def end(self) -> None:
+        """End a look, and write its rows once all values are there."""
+        self._stepped.clear()
+        look, self.now = self.now, None
+        if look is None:
+            return
+        look.end()
+        self._strangers = look.strangers
+        awaited: list[Late[Any]] = look.awaited
+        # Models of a function are gone when the watch ends.
+        norms: Late[dict[int, float]] | None = self._failures.run(
+            "weight_norms", lambda: read_norms(self._census.alive())
+        )
+        if norms is not None:
+            self._in_order.do(lambda: self._recording.set_norms("norm_last", norms.value()), norms)
+
+        def account() -> None:
+            for table, rows in look.rows().items():
+                for row in rows:
+                    self._recording.rows(table).append(row)
+
+        self._in_order.do(account, *awaited)
+
+    def _failed(self, error: Exception) -> None:
+        self._failures.silence("closer_look", "instrument-failed", error)
+
+
+def _has_compiled() -> bool:
+    """Whether anything was compiled in this process.
+
+    A mode or hook would be compiled into such code, to other bits (torch 2.13).
+    """
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and bool(dynamo.counters["frames"])

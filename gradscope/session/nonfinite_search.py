@@ -1,0 +1,129 @@
+"""When to search for the origin of NaN and infinity, and how it is told."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradscope.instruments.nonfinite import Origin, first_nonfinite, first_singular, has_singular
+from gradscope.run.captured_graph import CapturedGraph
+from gradscope.run.recording import Recording
+from gradscope.session.failures import Failures
+from gradscope.taps.user_frame import Location
+
+_MOST_TOLD = 4
+_SHARE = 0.1
+"""The share of the time that looking at singular points may take."""
+
+
+class NonfiniteSearch:
+    """Traces the first losses and gradients that are not finite.
+
+    A loss that is not finite is traced before its backward. Whether a gradient will be finite is
+    not known then, so in graphs with operations whose derivative can be infinite these are looked
+    at before every backward, as far as time allows, and told if the step then reads such gradients.
+
+    Args:
+        recording: holds the graphs of first steps, which know module and line of every node.
+        failures: runs the instruments.
+        event: adds a row to ``events``.
+    """
+
+    def __init__(
+        self, recording: Recording, failures: Failures, event: Callable[..., None]
+    ) -> None:
+        self._recording = recording
+        self._failures = failures
+        self._event = event
+        self._n_told = 0
+        self._is_suspicious = False
+        self._suspect: Origin | None = None
+        self._next_look = 0.0
+        self._has_singular = False
+        self._n_backwards = 0
+
+    def backward_started(self, roots: Sequence[torch.Tensor]) -> None:
+        """Look at a loss, and at the points where its graph is singular."""
+        if self._n_told >= _MOST_TOLD or not roots:
+            return
+        if self._is_suspicious or _is_nonfinite_here(roots[0]):
+            self._is_suspicious = False
+            origin: Origin | None = self._failures.run("nonfinite", first_nonfinite, roots)
+            if origin is not None:
+                self._tell(origin)
+            return
+        now = time.perf_counter()
+        self._n_backwards += 1
+        if self._n_backwards & (self._n_backwards - 1) == 0:  # now and then: graphs change
+            self._has_singular = bool(self._failures.run("nonfinite", has_singular, roots))
+        if now < self._next_look or not self._has_singular:
+            return
+        found: Origin | None = self._failures.run("nonfinite", first_singular, roots)
+        self._suspect = self._suspect or found
+        spent = time.perf_counter() - now
+        self._next_look = now + spent / _SHARE if found is None else 0.0
+
+    def step_read(self, grad_norm: float, loss: float) -> None:
+        """Take note of what a step read, once it is known."""
+        suspect, self._suspect = self._suspect, None
+        if math.isfinite(grad_norm) and not math.isnan(loss):
+            return
+        if suspect is not None and self._n_told < _MOST_TOLD:
+            self._tell(suspect)
+        elif self._n_told == 0:
+            self._is_suspicious = True
+
+    def _tell(self, origin: Origin) -> None:
+        if not origin.operation:
+            self._n_told = _MOST_TOLD  # from here on everything is
+            self._event("nonfinite", origin.what)
+            return
+        self._n_told += 1
+        module, location = _place_of(origin, self._recording.graphs.values())
+        within = f" in {module}" if module else ""
+        values = "value" if origin.count == 1 else "values"
+        detail = f"{origin.operation}{within}: {origin.what} ({origin.count} {values})"
+        self._event("nonfinite", detail, location)
+
+
+def _is_nonfinite_here(root: torch.Tensor) -> bool:
+    # On another device asking would wait for it; there the step tells later.
+    if root.device.type != "cpu" or root.numel() != 1 or not root.is_floating_point():
+        return False
+    return not math.isfinite(root.detach().item())
+
+
+def _place_of(origin: Origin, graphs: Any) -> tuple[str, Location | None]:
+    """Module and line of an operation, from a graph that was captured with both.
+
+    The nodes of one operation are told apart by the order in which they were made.
+    """
+    for graph in graphs:
+        names = [name for name in graph.ops if _is_operation(name, origin.operation)]
+        numbers = [graph.ops.index(name) for name in names]
+        nodes = np.flatnonzero(np.isin(graph.op, numbers))
+        if len(nodes) != origin.of:
+            continue
+        nodes = nodes[np.argsort(graph.sequence_nr[nodes])]
+        return _described(graph, int(nodes[origin.rank]))
+    return "", None
+
+
+def _described(graph: CapturedGraph, node: int) -> tuple[str, Location | None]:
+    module = ""
+    if len(graph.call) and graph.call[node] >= 0:
+        module = graph.calls.path(int(graph.call[node]))
+    location = None
+    if len(graph.line) and graph.line[node] >= 0:
+        file, line = graph.lines[int(graph.line[node])]
+        location = Location(file, line, "")
+    return module, location
+
+
+def _is_operation(name: str, operation: str) -> bool:
+    return name.rstrip("0123456789").removesuffix("Backward") == operation
