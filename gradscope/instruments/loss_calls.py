@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from gradscope.instruments.autograd_graph import NamesOf, capture_graph
 from gradscope.instruments.late import Known, Late, Numbers, scalar_of
+from gradscope.instruments.module_survey import ModuleSurvey
 from gradscope.instruments.tensor_summary import TensorSummary, is_readable
 from gradscope.taps.user_frame import Location, user_location
 
@@ -35,6 +36,9 @@ _BY_HAND = frozenset({"getitem", "gather", "mul"})
 """How a negative log-likelihood is written by hand: picking, or multiplying with a one-hot."""
 
 _SUBTRACTIONS = frozenset({"sub", "rsub", "subtract"})
+
+_SQUASHING = frozenset({"softmax", "log_softmax", "sigmoid", "logsigmoid"})
+_SQUASHING_KINDS = frozenset({"softmax", "logsoftmax", "sigmoid", "logsigmoid", "softmax2d"})
 
 _PASSED_OVER = frozenset(
     {
@@ -75,12 +79,14 @@ class LossCalls:
 
     Args:
         names_of: the names of a parameter; nothing for a stranger.
-        on_activation: told the name and result of every function.
+        survey: knows the modules that are running, and is told of all other functions.
     """
 
-    def __init__(self, names_of: NamesOf, on_activation: Callable[[str, Any], None]) -> None:
+    def __init__(self, names_of: NamesOf, survey: ModuleSurvey) -> None:
         self._names_of = names_of
-        self._on_activation = on_activation
+        self._survey = survey
+        # Where the softmaxes and sigmoids were made, by the sequence number of their node.
+        self._made_at: dict[int, Location] = {}
         self._calls: list[_LossCall] = []
         self.targets: list[TensorSummary] = []
         self._n_nodes = 0
@@ -95,7 +101,9 @@ class LossCalls:
         elif name in _BY_HAND or name in _SUBTRACTIONS:
             self._note_by_hand(name, args, result)
         else:
-            self._on_activation(name, result)
+            if name in _SQUASHING and isinstance(result, torch.Tensor):
+                self._note_squashing(result)
+            self._survey.function_called(name, result)
 
     @property
     def awaited(self) -> list[Late[Any]]:
@@ -120,6 +128,14 @@ class LossCalls:
             if call.is_loss and not is_reached:
                 row["left_out"] = ", ".join(sorted(call.leads_to - reached_params))
             yield row
+
+    def _note_squashing(self, result: torch.Tensor) -> None:
+        kind, made = self._survey.innermost
+        node: Any = result.grad_fn
+        location = made if made is not None and kind.lower() in _SQUASHING_KINDS else None
+        location = location or user_location()
+        if node is not None and location is not None:
+            self._made_at[node._sequence_nr()] = location
 
     def _note_loss(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
         prediction = args[0] if args else kwargs.get("input")
@@ -155,7 +171,7 @@ class LossCalls:
             first, second = second, first
         if not isinstance(first, torch.Tensor) or first.grad_fn is None or first.dim() < 2:
             return
-        made_by, dim = _origin(first)
+        made_by, dim = _described(_origin(first))
         if dim is not None and made_by in ("Softmax", "LogSoftmax") and _is_plain_index(second):
             target = second if isinstance(second, torch.Tensor) else result
             self._note(name, first, target, result, {})
@@ -170,8 +186,11 @@ class LossCalls:
     ) -> _LossCall | None:
         if len(self._calls) >= _MOST_CALLS:
             return None
-        made_by, dim = _origin(prediction)
+        origin = _origin(prediction)
+        made_by, dim = _described(origin)
         location = user_location()
+        owner, owner_made = self._survey.innermost
+        made_at = None if origin is None else self._made_at.get(origin._sequence_nr())
         is_loss = name in _LOSSES and result.grad_fn is not None
         leads_to: frozenset[str] = frozenset()
         if is_loss and self._n_nodes < _MOST_NODES:
@@ -183,7 +202,10 @@ class LossCalls:
             "input_shape": str(tuple(prediction.shape)),
             "target_shape": str(tuple(target.shape)),
             "input_made_by": made_by,
+            "owner": owner if owner.lower().endswith("loss") else "",
             **_place(location),
+            **_place(owner_made if owner.lower().endswith("loss") else None, "owner_"),
+            **_place(made_at, "made_at_"),
         }
         if dim is not None:
             facts["input_dim"] = dim
@@ -193,8 +215,10 @@ class LossCalls:
         return call
 
 
-def _place(location: Location | None) -> dict[str, Any]:
-    return {} if location is None else {"file": location.file, "line": location.line}
+def _place(location: Location | None, prefix: str = "") -> dict[str, Any]:
+    if location is None:
+        return {}
+    return {f"{prefix}file": location.file, f"{prefix}line": location.line}
 
 
 def _are_tensors(*values: Any) -> bool:
@@ -214,18 +238,21 @@ def _blows_up(first: torch.Tensor, second: torch.Tensor, result: torch.Tensor) -
     return n > 1 and tuple(shapes[2].shape) == (n, 1) and tuple(result.shape) == (n, n)
 
 
-def _origin(tensor: torch.Tensor) -> tuple[str, int | None]:
-    """The operation that made a tensor, views passed over, and its dimension if it has one."""
+def _origin(tensor: torch.Tensor) -> Any:
+    """The node of the operation that made a tensor, views passed over; None if there is none."""
     node: Any = tensor.grad_fn
     for _ in range(_LONGEST_CHAIN):
-        if node is None:
-            return "", None
-        name = _operation(node)
-        if name not in _PASSED_OVER or not node.next_functions:
-            break
+        if node is None or _operation(node) not in _PASSED_OVER or not node.next_functions:
+            return node
         node = node.next_functions[0][0]
-    else:
+    return None
+
+
+def _described(node: Any) -> tuple[str, int | None]:
+    """The name of an operation, and the dimension of a softmax."""
+    if node is None:
         return "", None
+    name = _operation(node)
     if name not in ("Softmax", "LogSoftmax"):
         return name, None
     dim = int(node._saved_dim)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from torch.utils.checkpoint import CheckpointFunction
 from gradscope.instruments.late import Known, Late, Numbers
 from gradscope.instruments.nested_tensors import nested_tensors
 from gradscope.instruments.tensor_summary import is_readable
+from gradscope.taps.user_frame import Location
+
+MadeAt: TypeAlias = Callable[[nn.Module], Location | None]
 
 _REENTRANT: CodeType = CheckpointFunction.forward.__code__
 
@@ -50,6 +53,8 @@ class _Called:
     batch_size: int | None = None
     values_per_channel: int | None = None
     settings: str = ""
+    file: str = ""
+    line: int | None = None
 
 
 @dataclass(slots=True)
@@ -61,17 +66,25 @@ class _Given:
 
 
 class ModuleSurvey:
-    """Follows the module calls of one thread between its making and :meth:`rows`.
+    """Follows the module calls of one thread.
 
     Args:
         paths: path of each module of the models by its id.
+        made_at: where a module was made, as far as that was seen.
     """
 
-    def __init__(self, paths: Mapping[int, str]) -> None:
+    def __init__(self, paths: Mapping[int, str], made_at: MadeAt) -> None:
         self._paths = paths
+        self._made_at = made_at
         self._called: dict[str, _Called] = {}
         self._given: list[_Given] = []
         self._open: list[tuple[int, str, str]] = []
+        self._open_made: list[Location | None] = []
+
+    @property
+    def innermost(self) -> tuple[str, Location | None]:
+        """Class of the innermost module that is running, and where it was made."""
+        return (self._open[-1][2], self._open_made[-1]) if self._open else ("", None)
 
     @property
     def here(self) -> str:
@@ -85,11 +98,15 @@ class ModuleSurvey:
         if path is None:
             path = f"<{kind}>"
         self._open.append((id(module), path, kind))
+        self._open_made.append(self._made_at(module))
         called = self._called.get(path)
         if called is None:
             if len(self._called) >= _MOST_MODULES:
                 return
             called = self._called[path] = _Called(kind, settings=_settings_of(module))
+            made = self._open_made[-1]
+            if made is not None:
+                called.file, called.line = made.file, made.line
         called.runs += 1
         called.training &= module.training
         if torch.is_grad_enabled():
@@ -106,6 +123,7 @@ class ModuleSurvey:
         """Note the end of a call."""
         while self._open:
             known, path, kind = self._open.pop()
+            self._open_made.pop()
             if known == id(module):
                 break
         else:
@@ -139,7 +157,7 @@ class ModuleSurvey:
         """Give the rows of the table ``calls``, without their step."""
         for path, called in self._called.items():
             row = {name: getattr(called, name) for name in _Called.__slots__ if name != "kind"}
-            optional = ("batch_size", "values_per_channel")
+            optional = ("batch_size", "values_per_channel", "line")
             yield {
                 "module": path,
                 "module_type": called.kind,

@@ -20,6 +20,9 @@ _IS_INFINITE_ITSELF = frozenset(
 )
 """Of the operations below those whose value, too, is infinite at such a point."""
 
+_SOFTMAXES = ("Softmax", "LogSoftmax")
+_MASKED = "as for a row that is -inf throughout, which an attention mask can make"
+
 _RESULTS = ("result", "output", "result0", "result1")
 _MOST_NODES = 50_000
 
@@ -90,7 +93,7 @@ def first_nonfinite(roots: Sequence[torch.Tensor]) -> Origin | None:
                 words = f"what goes into {name} is not finite already"
                 return _origin(node, nodes, words, bad)
             kind = "NaN" if bool(torch.isnan(value).any()) else "infinity"
-            at = _singularity_of(guilty)
+            at = _MASKED if _operation(guilty) in _SOFTMAXES else _singularity_of(guilty)
             words = f"{_operation(guilty)} gave {kind}"
             return _origin(guilty, nodes, f"{words}: {at}" if at else words, bad)
     if not nodes:

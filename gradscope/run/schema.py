@@ -468,6 +468,8 @@ CALLS = Table(
         ("batch_size", O, "first dimension of its first tensor; missing without one"),
         ("values_per_channel", O, "of its first tensor: elements in each channel"),
         ("settings", T, "what its class adds: `momentum=0.1, track_running_stats=True`"),
+        ("file", T, "the line of the program that made it, where `gradscope run` saw that"),
+        ("line", O, "the line of the program that made it"),
     ),
 )
 
@@ -554,8 +556,22 @@ LOSSES = Table(
             "parameters that only losses of that look that no backward came past lead to, comma "
             "separated",
         ),
-        ("file", T, "the line of the program"),
-        ("line", O, "the line of the program"),
+        ("file", T, "the line of the program that called it"),
+        ("line", O, "the line of the program that called it"),
+        (
+            "owner",
+            T,
+            "class of the module that called it, as in `CrossEntropyLoss`; empty for none",
+        ),
+        ("owner_file", T, "the line that made that module, where `gradscope run` saw it"),
+        ("owner_line", O, "the line that made that module"),
+        (
+            "made_at_file",
+            T,
+            "the line of `input_made_by`: where its module was made, if that was seen, or else "
+            "where it was called; of a softmax, log-softmax or sigmoid only",
+        ),
+        ("made_at_line", O, "the line of `input_made_by`"),
     ),
 )
 

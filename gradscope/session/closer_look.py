@@ -13,7 +13,7 @@ from torch import nn
 from gradscope.instruments.autograd_graph import capture_graph
 from gradscope.instruments.late import Late
 from gradscope.instruments.loss_calls import LossCalls
-from gradscope.instruments.module_survey import ModuleSurvey
+from gradscope.instruments.module_survey import MadeAt, ModuleSurvey
 from gradscope.instruments.nested_tensors import nested_tensors
 from gradscope.instruments.tensor_summary import TensorSummary, is_readable
 from gradscope.session.census import Census
@@ -30,6 +30,7 @@ class CloserLook:
     Args:
         step: the number that the next attempt will have.
         census: names parameters and modules.
+        made_at: where a module was made, as far as that was seen.
         known_before: the strangers that the look before met.
         failed: told when noting something raises; after that nothing is noted.
     """
@@ -38,6 +39,7 @@ class CloserLook:
         self,
         step: int,
         census: Census,
+        made_at: MadeAt,
         known_before: Sequence[weakref.ref[torch.Tensor]],
         failed: Callable[[Exception], None],
     ) -> None:
@@ -47,8 +49,8 @@ class CloserLook:
         self._on_failure = failed
         self._is_blind = False
         self._thread = threading.get_ident()
-        self._survey = ModuleSurvey(census.paths_of_modules())
-        self._losses = LossCalls(census.names_of, self._survey.function_called)
+        self._survey = ModuleSurvey(census.paths_of_modules(), made_at)
+        self._losses = LossCalls(census.names_of, self._survey)
         self._inputs: list[TensorSummary] = []
         self._reached: set[int] = set()
         self._reached_params: set[str] = set()

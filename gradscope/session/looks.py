@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from gradscope.instruments.late import Late
 from gradscope.instruments.symmetry import SymmetryReading, read_symmetry
@@ -18,9 +19,12 @@ from gradscope.session.census import Census
 from gradscope.session.closer_look import CloserLook
 from gradscope.session.failures import Failures
 from gradscope.session.in_order import InOrder
+from gradscope.taps.user_frame import Location
 
 _FIRST_LOOKS = 2
 _MOST_LOOKS = 24
+
+_MOST_MADE = 100_000
 
 _MOST_CALLS = 64
 """After how many calls of models a look ends for which no optimizer has stepped."""
@@ -51,6 +55,7 @@ class Looks:
         self._n_calls = 0
         # Where the last attempts ended in autograd's numbering of nodes.
         self._ends: deque[int] = deque([0], maxlen=9)
+        self._made: dict[int, tuple[weakref.ref[nn.Module], Location]] = {}
         self.now: CloserLook | None = None
 
     def is_due(self, n_attempts: int) -> bool:
@@ -72,9 +77,24 @@ class Looks:
         self._n_calls = 0
         self._stepped.clear()
         self.now = self._failures.run(
-            "closer_look", CloserLook, step, self._census, self._strangers, self._failed
+            "closer_look",
+            CloserLook,
+            step,
+            self._census,
+            self._made_at,
+            self._strangers,
+            self._failed,
         )
         return self.now
+
+    def module_created(self, module: nn.Module, location: Location | None) -> None:
+        """Remember where a module was made."""
+        if location is not None and len(self._made) < _MOST_MADE:
+            self._made[id(module)] = (weakref.ref(module), location)
+
+    def _made_at(self, module: nn.Module) -> Location | None:
+        known = self._made.get(id(module))
+        return known[1] if known is not None and known[0]() is module else None
 
     def backward_started(self, roots: Sequence[torch.Tensor], n_optimizers: int) -> dict[str, Any]:
         """Return what a look tells of the graph of a backward; nothing without one."""

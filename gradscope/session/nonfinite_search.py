@@ -45,10 +45,20 @@ class NonfiniteSearch:
         self._suspect: Origin | None = None
         self._next_look = 0.0
         self._has_singular = False
+        self._captured: CapturedGraph | None = None
         self._n_backwards = 0
 
-    def backward_started(self, roots: Sequence[torch.Tensor]) -> None:
-        """Look at a loss, and at the points where its graph is singular."""
+    def backward_started(
+        self, roots: Sequence[torch.Tensor], captured: CapturedGraph | None
+    ) -> None:
+        """Look at a loss, and at the points where its graph is singular.
+
+        Args:
+            roots: where the backward starts.
+            captured: its graph, if that was captured.
+        """
+        if captured is not None:
+            self._captured = captured
         if self._n_told >= _MOST_TOLD or not roots:
             return
         if self._is_suspicious or _is_nonfinite_here(roots[0]):
@@ -84,7 +94,10 @@ class NonfiniteSearch:
             self._event("nonfinite", origin.what)
             return
         self._n_told += 1
-        module, location = _place_of(origin, self._recording.graphs.values())
+        graphs = list(self._recording.graphs.values())
+        if self._captured is not None:
+            graphs.append(self._captured)
+        module, location = _place_of(origin, graphs)
         within = f" in {module}" if module else ""
         values = "value" if origin.count == 1 else "values"
         detail = f"{origin.operation}{within}: {origin.what} ({origin.count} {values})"

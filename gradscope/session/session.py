@@ -40,6 +40,7 @@ from gradscope.taps.clipping import clipping
 from gradscope.taps.engine import BackwardCall, engine, inside_backward, inside_transform
 from gradscope.taps.grad_scaler import grad_scaler
 from gradscope.taps.model_calls import model_calls
+from gradscope.taps.module_creation import module_creation
 from gradscope.taps.optimizer_creation import optimizer_creation
 from gradscope.taps.optimizer_steps import optimizer_steps
 from gradscope.taps.schedulers import schedulers
@@ -387,7 +388,7 @@ class Session:
                 captured = self._graphs.capture(call.roots)
         # Before the backward: a graph that it will free is still to be met, or not, at the next.
         root_facts = self._failures.run("roots", self._roots.met, call.roots) or {}
-        self._nonfinite.backward_started(call.roots)
+        self._nonfinite.backward_started(call.roots, captured)
         root_facts |= self._looks.backward_started(call.roots, len(self._attempts.optimizers))
         self._backward = (time.perf_counter(), _sequence_nr(), captured, root_facts)
 
@@ -514,6 +515,10 @@ class Session:
             self._census.number_of_optimizer(optimizer),
         )
 
+    def module_created(self, module: nn.Module, location: Location | None) -> None:
+        """Remember where a module was made."""
+        self._looks.module_created(module, location)
+
     # -- inside -----------------------------------------------------------------------------
 
     def _look_closer(self, module: nn.Module | None, *, someone_is_new: bool) -> None:
@@ -560,12 +565,13 @@ class Session:
             tap.add(self)
         if self._discovers:
             optimizer_creation.add(self)
+            module_creation.add(self)
 
     def _hush(self) -> None:
         self._guarded("closer_look", self._looks.end)
         self._guarded("graph_cut", self._cuts.give_up)
         self._guarded("module_calls", self._graphs.give_up)
-        for tap in (*_TAPS, optimizer_creation):
+        for tap in (*_TAPS, optimizer_creation, module_creation):
             tap.remove(self)
         self.recording.seconds += time.perf_counter() - self._began
         self._began = 0.0
