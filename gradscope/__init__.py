@@ -20,19 +20,28 @@ if TYPE_CHECKING:
     from typing import Any
 
     from gradscope.capturing import Capture, capture, graph
+    from gradscope.checking import check_setup
     from gradscope.dot import make_dot
-    from gradscope.errors import GradscopeError, GradscopeWarning
+    from gradscope.errors import FindingsError, GradscopeError, GradscopeWarning
     from gradscope.graphs.autograd_graph import AutogradGraph
+    from gradscope.rules.finding import Finding, Findings, Severity
+    from gradscope.rules.rule import Rule
     from gradscope.scope import Scope, watch
 
 __all__ = [
     "AutogradGraph",
     "Capture",
+    "Finding",
+    "Findings",
+    "FindingsError",
     "GradscopeError",
     "GradscopeWarning",
+    "Rule",
     "Scope",
+    "Severity",
     "__version__",
     "capture",
+    "check_setup",
     "graph",
     "make_dot",
     "watch",
@@ -41,10 +50,16 @@ __all__ = [
 _HOMES = {
     "AutogradGraph": "gradscope.graphs.autograd_graph",
     "Capture": "gradscope.capturing",
+    "Finding": "gradscope.rules.finding",
+    "Findings": "gradscope.rules.finding",
+    "FindingsError": "gradscope.errors",
     "GradscopeError": "gradscope.errors",
     "GradscopeWarning": "gradscope.errors",
+    "Rule": "gradscope.rules.rule",
     "Scope": "gradscope.scope",
+    "Severity": "gradscope.rules.finding",
     "capture": "gradscope.capturing",
+    "check_setup": "gradscope.checking",
     "graph": "gradscope.capturing",
     "make_dot": "gradscope.dot",
     "watch": "gradscope.scope",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 from gradscope.errors import UsageError
 
@@ -17,6 +18,29 @@ forward makes another number of nodes than before; every one; those of these num
 
 KEEP_STEPS = 16
 """Of how many of the latest recorded steps tensors are kept where nothing else is asked for."""
+
+
+SEVERITIES = ("info", "warning", "error")
+"""The names of severities, the least first."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectConfig:
+    """What ``[tool.gradscope]`` in a project's ``pyproject.toml`` asks for.
+
+    Attributes:
+        select: rules to look for, as codes, names or beginnings of codes; empty for all.
+        ignore: rules not to look for.
+        fail_on: the least severity that makes ``gradscope check`` fail.
+        ignore_params: patterns of parameter or module names to pass over, by rule.
+        thresholds: numbers to use in place of a rule's own, by rule and name.
+    """
+
+    select: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    fail_on: str = "error"
+    ignore_params: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +153,76 @@ def as_patterns(name: str, patterns: object) -> tuple[str, ...]:
             "of patterns"
         )
     return tuple(patterns)
+
+
+def project_config(folder: str | Path) -> ProjectConfig:
+    """Return what the nearest ``pyproject.toml`` with a table ``[tool.gradscope]`` asks for.
+
+    Args:
+        folder: where to begin to look, going upwards.
+
+    Raises:
+        UsageError: if a file on the way is no TOML, or a key or value of the table is not known.
+    """
+    import tomllib
+
+    here = Path(folder).absolute()
+    for each in (here, *here.parents):
+        path = each / "pyproject.toml"
+        try:
+            table = tomllib.loads(path.read_text("utf-8")).get("tool", {}).get("gradscope")
+        except OSError:  # not there, or nothing that we may read
+            continue
+        except ValueError as error:
+            raise UsageError(f"{path}: {error}") from error
+        if table is not None:
+            return _as_project_config(table, f"{path}: [tool.gradscope]")
+    return ProjectConfig()
+
+
+def _as_project_config(table: dict[str, Any], where: str) -> ProjectConfig:
+    known = ("select", "ignore", "fail-on", "ignore-params", "thresholds")
+    for key in table:
+        if key not in known:
+            raise UsageError(f"{where} has no key {key!r}; there are: {', '.join(known)}")
+    fail_on = table.get("fail-on", "error")
+    if fail_on not in SEVERITIES:
+        raise UsageError(f"{where} fail-on = {fail_on!r}: write one of {', '.join(SEVERITIES)}")
+    return ProjectConfig(
+        select=_texts(table.get("select", []), f"{where} select"),
+        ignore=_texts(table.get("ignore", []), f"{where} ignore"),
+        fail_on=fail_on,
+        ignore_params={
+            rule: _texts(patterns, f"{where} ignore-params.{rule}")
+            for rule, patterns in _table(table, "ignore-params", where).items()
+        },
+        thresholds={
+            rule: _numbers(values, f"{where} thresholds.{rule}")
+            for rule, values in _table(table, "thresholds", where).items()
+        },
+    )
+
+
+def _table(table: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    value = table.get(key, {})
+    if not isinstance(value, dict):
+        raise UsageError(f"{where} {key} = {value!r}: write a table with a key for each rule")
+    return value
+
+
+def _texts(value: Any, where: str) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"{where} = {value!r}: write a list of texts")
+    return tuple(texts)
+
+
+def _numbers(value: Any, where: str) -> dict[str, float]:
+    if not isinstance(value, dict) or not all(
+        type(number) in (int, float) for number in value.values()
+    ):
+        raise UsageError(f"{where} = {value!r}: write a table of numbers, by threshold")
+    return value
 
 
 def switched_off() -> bool:

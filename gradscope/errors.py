@@ -5,14 +5,21 @@
      ├─ ScopeStateError(RuntimeError)        started twice, asked before anything was seen
      ├─ UnknownRuleError(KeyError)           no rule bears that code or name
      ├─ OutputExistsError(FileExistsError)   an output would overwrite a file
-     └─ RenderError(RuntimeError)            a picture could not be drawn
-    GradscopeWarning(UserWarning)            something of gradscope's own went wrong; names a slug
+     ├─ RenderError(RuntimeError)            a picture could not be drawn
+     └─ FindingsError                        findings that the program asked to be stopped by
+    GradscopeWarning(UserWarning)            something of gradscope's own went wrong, or a finding
+                                             that the program asked to be warned of; names a slug
 
-None of these is ever raised from inside a training step: an error of gradscope's own is recorded,
-told once as a :class:`GradscopeWarning`, and training goes on.
+None of these is ever raised from inside a training step, but for a :class:`FindingsError` that was
+asked for: an error of gradscope's own is recorded, told once as a :class:`GradscopeWarning`, and
+training goes on.
 """
 
 from __future__ import annotations
+
+TYPE_CHECKING = False  # as typing's, without the time that importing typing takes
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class GradscopeError(Exception):
@@ -42,11 +49,27 @@ class RenderError(GradscopeError, RuntimeError):
     """Graphviz could not be found, or refused the picture."""
 
 
-class GradscopeWarning(UserWarning):
-    """Something inside gradscope failed; the training was not touched.
+class FindingsError(GradscopeError):
+    """Something is wrong with the training loop, and the program asked to be stopped by it.
 
     Attributes:
-        slug: the short name of what happened, as listed in ``docs/warnings.md``.
+        findings: what is wrong, as a :class:`gradscope.Findings`.
+    """
+
+    def __init__(self, findings: Any) -> None:
+        super().__init__(findings)
+        self.findings = findings
+
+    def __str__(self) -> str:
+        return f"gradscope: {self.findings!r}"
+
+
+class GradscopeWarning(UserWarning):
+    """Something inside gradscope failed, the training untouched; or a finding, where asked for.
+
+    Attributes:
+        slug: the short name of what happened, as listed in ``docs/warnings.md``, or the name of
+            the finding's rule.
     """
 
     def __init__(self, slug: str, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
@@ -19,7 +19,8 @@ from gradscope.config import (
     as_steps,
     switched_off,
 )
-from gradscope.errors import ScopeStateError, UsageError
+from gradscope.errors import FindingsError, ScopeStateError, UsageError
+from gradscope.own_code import is_ours
 from gradscope.run.recording import Recording
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 
     from gradscope.graphs.autograd_graph import AutogradGraph
     from gradscope.graphs.overlay import StepFacts
-    from gradscope.rules.finding import Findings
+    from gradscope.judging import Criteria, OnFinding
+    from gradscope.rules.finding import Finding, Findings
+    from gradscope.rules.rule import Rule
     from gradscope.run.weight_step import WeightStep
     from gradscope.views.explanation import Explanation
     from gradscope.views.parameter_summary import ParameterSummary
@@ -47,9 +50,20 @@ class Scope:
     any time, also while the loop runs.
     """
 
-    def __init__(self, session: Any | None) -> None:
+    def __init__(
+        self,
+        session: Any | None,
+        criteria: Criteria | None = None,
+        on_finding: OnFinding = "collect",
+    ) -> None:
         self._session = session
         self._recording = session.recording if session is not None else Recording()
+        self._criteria = criteria
+        self._teller: Any = None
+        if session is not None and criteria is not None and on_finding != "collect":
+            from gradscope.judging import Teller
+
+            self._teller = Teller(session, criteria, on_finding)
 
     # -- around a loop ----------------------------------------------------------------------
 
@@ -68,6 +82,8 @@ class Scope:
             )
         self._session.event("watch_started")
         self._session.start()
+        if self._teller is not None:
+            self._teller.start()
         return self
 
     def stop(self) -> Scope:
@@ -75,10 +91,21 @@ class Scope:
 
         To be called in the thread that trains: during an armed step something of ours lies on that
         thread's own stack of function modes, which no other thread can reach.
+
+        Raises:
+            FindingsError: if something is found that was not told yet, and the watch was told
+                ``on_finding="raise"``.
         """
+        return self._stop(may_raise=True)
+
+    def _stop(self, *, may_raise: bool) -> Scope:
         if self._session is not None and self._session.running:
+            self._refuse_inside_hook("stop()")
             self._session.stop()
             self._session.event("watch_stopped")
+            if self._teller is not None:
+                self._teller.stop()
+                self._teller.finish(may_raise=may_raise)
         return self
 
     @contextmanager
@@ -91,8 +118,11 @@ class Scope:
     def pause(self) -> Any:
         """Look away until :meth:`resume`, or for the length of a ``with scope.pause():`` block."""
         if self._session is not None and self._session.running:
+            self._refuse_inside_hook("pause()")
             self._session.event("paused")
             self._session.pause()
+            if self._teller is not None:
+                self._teller.stop()
         return self._paused()
 
     def resume(self) -> None:
@@ -100,6 +130,8 @@ class Scope:
         if self._session is not None and self._session.paused:
             self._session.resume()
             self._session.event("resumed")
+            if self._teller is not None:
+                self._teller.start()
 
     def __enter__(self) -> Scope:
         return self.start()
@@ -112,7 +144,7 @@ class Scope:
     ) -> Literal[False]:
         if error is not None and self._session is not None and self._session.running:
             self._session.event("exception", f"{type(error).__name__}: {error}")
-        self.stop()
+        self._stop(may_raise=error is None)
         return False
 
     def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
@@ -210,11 +242,33 @@ class Scope:
 
     @property
     def findings(self) -> Findings:
-        """What is wrong with the loop, the likeliest cause first."""
-        from gradscope.rules import diagnose
+        """What is wrong with the loop, the likeliest cause first.
+
+        Judged anew each time it is asked for, by what :func:`watch` was told. It holds also what
+        is only worth knowing (``info``), which the screen leaves out.
+        """
+        from gradscope.judging import Criteria
 
         self._settle()
-        return diagnose(self._recording)
+        return (self._criteria or Criteria()).judge(self._recording)
+
+    def raise_for_findings(self, at_least: Literal["error", "warning"] = "error") -> None:
+        """Raise if something is wrong with the loop.
+
+        Args:
+            at_least: how severe it has to be.
+
+        Raises:
+            FindingsError: naming what is wrong; the findings are in its ``findings``.
+            UsageError: if ``at_least`` is no severity.
+        """
+        from gradscope.rules.finding import Severity
+
+        if at_least not in ("info", "warning", "error"):
+            raise UsageError(f"at_least={at_least!r}: pass 'error' or 'warning'")
+        found = self.findings.at_least(Severity[at_least.upper()])
+        if found:
+            raise FindingsError(found)
 
     @property
     def latest(self) -> dict[str, float]:
@@ -359,16 +413,12 @@ class Scope:
         return self._recording.overhead(elapsed)
 
     def __repr__(self) -> str:
-        from gradscope.views.terminal import plain_text
-
-        self._settle()
-        return plain_text(self._recording)
+        return _as_plain_text(self.__rich__())
 
     def __rich__(self) -> Any:
         from gradscope.views.terminal import screen
 
-        self._settle()
-        return screen(self._recording)
+        return screen(self._recording, self.findings)
 
     def _repr_html_(self) -> str:
         from gradscope.views.notebook import html
@@ -388,6 +438,16 @@ class Scope:
         copied: WeightStep | None = self._session.weight(step, param, position, index)
         return copied
 
+    def _refuse_inside_hook(self, what: str) -> None:
+        """A function that is told findings runs inside a hook of torch's, which must stay."""
+        from gradscope.taps.optimizer_steps import optimizer_steps
+
+        if optimizer_steps.inside_hook:
+            raise ScopeStateError(
+                f"{what} cannot be called from a function passed as on_finding: let the loop see "
+                "that it is to end, or use on_finding='raise'"
+            )
+
     def _settle(self) -> None:
         if self._session is not None:
             self._session.settle()
@@ -404,6 +464,12 @@ def watch(
     keep: str | Iterable[str] = (),
     keep_steps: int | Iterable[int] = KEEP_STEPS,
     graph: Literal["first", "changed", "every"] | int | Iterable[int] | None = "first",
+    on_finding: Literal["collect", "warn", "raise"] | Callable[[Finding], object] = "collect",
+    select: str | Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
+    ignore_params: Mapping[str, str | Iterable[str]] | None = None,
+    thresholds: Mapping[str, Mapping[str, float]] | None = None,
+    rules: Iterable[type[Rule]] = (),
     on_error: OnError = "record",
 ) -> Scope:
     """Watch a training loop from the inside.
@@ -430,6 +496,20 @@ def watch(
             node: ``"first"``, each optimizer's first step; ``"changed"``, also those whose forward
             makes another number of nodes than before; ``"every"``; the numbers of the steps; or
             None for none.
+        on_finding: what happens to errors and warnings while the loop runs. ``"collect"``:
+            nothing, they are in ``scope.findings``; ``"warn"``: each is a
+            :class:`GradscopeWarning`; ``"raise"``: the first ends the loop with a
+            :class:`FindingsError`, raised when the ``step`` of an optimizer has returned, or when
+            the block is left; a function is called with each :class:`Finding`. The loop is judged
+            after 8 steps of the optimizers, then after 16, 32 and so on up to every 256, and at
+            the end. Each finding is told once; a warning as soon as it is found twice.
+        select: rules to look for, by code (``GS201``), beginning of a code (``GS2``) or name;
+            empty for all.
+        ignore: rules not to look for, likewise.
+        ignore_params: patterns of parameter or module names to pass over, by rule:
+            ``{"GS105": "aux.*"}``.
+        thresholds: numbers to use in place of a rule's own: ``{"MY001": {"growth": 3.0}}``.
+        rules: rules of your own, subclasses of :class:`Rule`, to be applied besides.
         on_error: ``"record"`` keeps an error of gradscope's own away from the training and tells
             it once as a warning; ``"raise"`` lets it out.
 
@@ -438,6 +518,7 @@ def watch(
 
     Raises:
         UsageError: if what is passed cannot be watched; the message names it.
+        UnknownRuleError: if something is said of a rule that there is not.
     """
     options = WatchOptions(
         budget=budget,
@@ -451,19 +532,32 @@ def watch(
     )
     if switched_off():
         return Scope(None)
+    from gradscope.judging import checked_on_finding, criteria
     from gradscope.session.session import Session
 
-    models, optimizers = _checked_models(model), _checked_optimizers(optimizer)
-    caller: FrameType | None = sys._getframe(1)
+    models, optimizers = checked_models(model), checked_optimizers(optimizer)
+    caller = calling_frame()
     session = Session(options)
-    names = _names(caller, 0, "model", len(models), "model")
+    judged_by = criteria(select, ignore, ignore_params, thresholds, rules)
+    names = names_of(caller, 0, "model", len(models), "model")
     for each_model, name in zip(models, names, strict=True):
         session.watch_model(each_model, name)
-    names = _names(caller, 1, "optimizer", len(optimizers), "optimizer")
+    names = names_of(caller, 1, "optimizer", len(optimizers), "optimizer")
     for each_optimizer, name in zip(optimizers, names, strict=True):
         session.watch_optimizer(each_optimizer, name)
     _check_keep(session.recording, options)
-    return Scope(session)
+    return Scope(session, judged_by, checked_on_finding(on_finding))
+
+
+def _as_plain_text(screen: Any) -> str:
+    """What a rich console shows, without colours."""
+    import io
+
+    from rich.console import Console
+
+    out = io.StringIO()
+    Console(file=out, width=100, no_color=True, highlight=False, legacy_windows=False).print(screen)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
 def _check_keep(recording: Recording, options: WatchOptions) -> None:
@@ -474,7 +568,8 @@ def _check_keep(recording: Recording, options: WatchOptions) -> None:
             raise UsageError(f"keep={pattern!r} matches no parameter; there is {some}")
 
 
-def _checked_models(model: Any) -> list[nn.Module]:
+def checked_models(model: Any) -> list[nn.Module]:
+    """Return the models that were passed; raises :class:`UsageError` naming what is none."""
     from torch import nn
 
     models = [model] if isinstance(model, nn.Module) else _listed(model)
@@ -494,8 +589,8 @@ def _checked_models(model: Any) -> list[nn.Module]:
     return models
 
 
-def _checked_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-
+def checked_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """Return the optimizers that were passed; raises :class:`UsageError` naming what is none."""
     optimizers = [optimizer] if _unwrapped(optimizer) is not None else _listed(optimizer)
     if not optimizers:
         raise UsageError(
@@ -525,10 +620,18 @@ def _listed(things: Any) -> list[Any]:
     return list(things) if isinstance(things, list | tuple | set) else []
 
 
-def _names(
+def calling_frame() -> FrameType | None:
+    """Return the frame of the program that called us, by way of the pytest plugin perhaps."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and is_ours(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def names_of(
     caller: FrameType | None, position: int, keyword: str, count: int, fallback: str
 ) -> list[str]:
-    """What the program calls the arguments of ``watch``."""
+    """Return what the program calls an argument of the call that brought it to us."""
     from gradscope.session.source_names import argument_names
 
     found = argument_names(caller, position, keyword)

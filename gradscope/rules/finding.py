@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from html import escape
 from typing import TYPE_CHECKING, Any, overload
+
+from gradscope.rules.wording import shortened
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_WIDTH = 100
 
 
 class Severity(IntEnum):
@@ -20,6 +26,11 @@ class Severity(IntEnum):
 
     def __str__(self) -> str:
         return self.name.lower()
+
+
+_MARKS = {Severity.INFO: "i", Severity.WARNING: "!", Severity.ERROR: "✗"}
+# As in the views: they read on light and on dark backgrounds.
+_COLOURS = {Severity.INFO: "#888888", Severity.WARNING: "#d58b1d", Severity.ERROR: "#d9534f"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +85,26 @@ class Finding:
         return f"steps {self.step_first}–{self.step_last}"
 
     def __str__(self) -> str:
-        parts = [f"{self.code} {self.name} ({self.severity}): {self.message}", f"  fix: {self.fix}"]
-        if self.location:
-            parts.append(f"  at: {self.location}")
+        where = " · ".join(part for part in (str(self.severity), self.steps, self._place) if part)
+        parts = [
+            f"{_MARKS[self.severity]} {self.code} {self.name}  {where}",
+            _wrapped(self.message),
+            _wrapped(f"fix: {self.fix}"),
+        ]
+        if self.symptoms:
+            codes = ", ".join(dict.fromkeys(each.split(":")[0] for each in self.symptoms))
+            parts.append(_wrapped(f"explains: {codes}"))
         return "\n".join(parts)
+
+    @property
+    def _place(self) -> str:
+        return "" if self.file is None else f"{shortened(self.file)}:{self.line}"
 
 
 class Findings(Sequence[Finding]):
     """The findings of a run, the likeliest cause first.
+
+    Printed, each tells what is wrong, where, and what to change.
 
     Attributes:
         unchecked: rules that could not be applied, by code, and why.
@@ -92,6 +115,28 @@ class Findings(Sequence[Finding]):
     ) -> None:
         self._findings = tuple(findings)
         self.unchecked = dict(unchecked or {})
+
+    @property
+    def errors(self) -> Findings:
+        """Those that are certain facts that harm training."""
+        return self._of(Severity.ERROR)
+
+    @property
+    def warnings(self) -> Findings:
+        """Those that very likely harm it."""
+        return self._of(Severity.WARNING)
+
+    @property
+    def infos(self) -> Findings:
+        """Those that are worth knowing, and are silent elsewhere."""
+        return self._of(Severity.INFO)
+
+    def at_least(self, severity: Severity) -> Findings:
+        """Return those of a severity and above."""
+        return Findings([f for f in self._findings if f.severity >= severity], self.unchecked)
+
+    def _of(self, severity: Severity) -> Findings:
+        return Findings([f for f in self._findings if f.severity == severity], self.unchecked)
 
     def __len__(self) -> int:
         return len(self._findings)
@@ -107,13 +152,50 @@ class Findings(Sequence[Finding]):
 
     def __getitem__(self, index: int | slice) -> Finding | Findings:
         if isinstance(index, slice):
-            return Findings(self._findings[index])
+            return Findings(self._findings[index], self.unchecked)
         return self._findings[index]
 
     def __repr__(self) -> str:
+        parts = [self._counted(), *map(str, self._findings)]
+        parts += [_wrapped(f"not checked: {why}", 0) for why in self._not_checked()]
+        return "\n\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        parts = [f"<div><b>{escape(self._counted())}</b></div>"]
+        for finding in self._findings:
+            steps = f" · {escape(finding.steps)}" if finding.steps else ""
+            where = f" · {escape(finding._place)}" if finding.file else ""
+            parts.append(
+                f"<div style='border-left:3px solid {_COLOURS[finding.severity]};"
+                "padding-left:.7em;margin:.5em 0'>"
+                f"<b>{escape(finding.code)} {escape(finding.name)}</b> "
+                f"{finding.severity}{steps}{where}<br>"
+                f"{escape(finding.message)}<br><b>fix:</b> {escape(finding.fix)}</div>"
+            )
+        parts += [
+            f"<div style='opacity:.7'>not checked: {escape(why)}</div>"
+            for why in self._not_checked()
+        ]
+        return (
+            "<div style='font-size:90%;line-height:1.5;max-width:70em'>" + "".join(parts) + "</div>"
+        )
+
+    def _counted(self) -> str:
+        """How many there are of which severity, in words."""
         if not self._findings:
             return "no findings"
-        return "\n".join(str(finding) for finding in self._findings)
+        counts = [
+            (sum(f.severity == severity for f in self._findings), word)
+            for severity, word in (
+                (Severity.ERROR, "error"),
+                (Severity.WARNING, "warning"),
+                (Severity.INFO, "note"),
+            )
+        ]
+        return ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts if n)
+
+    def _not_checked(self) -> list[str]:
+        return [f"{code} ({why})" for code, why in self.unchecked.items()]
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one row per finding, with the attributes of :class:`Finding` as columns."""
@@ -127,3 +209,16 @@ class Findings(Sequence[Finding]):
             for f in self._findings
         ]
         return pd.DataFrame(rows, columns=columns)
+
+
+def _wrapped(text: str, indent: int = 4) -> str:
+    """A sentence of a finding, in lines that fit a terminal; its names are not broken."""
+    spaces = " " * indent
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=spaces,
+        subsequent_indent=spaces,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

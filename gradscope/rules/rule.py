@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from gradscope.rules.finding import Finding, Severity
@@ -33,17 +34,24 @@ class Rule(ABC):
         tables: the tables it reads.
         symptom_of: codes of the rules whose findings explain this one's; see
             :mod:`gradscope.rules.causes`.
+        thresholds: the numbers that it compares with, by name, for :meth:`threshold`. A watch, or
+            a project, may put others in their place.
     """
 
     code: ClassVar[str]
     name: ClassVar[str]
-    severity: ClassVar[Severity]
-    tables: ClassVar[tuple[str, ...]]
+    severity: ClassVar[Severity] = Severity.WARNING
+    tables: ClassVar[tuple[str, ...]] = ()
     symptom_of: ClassVar[tuple[str, ...]] = ()
+    thresholds: ClassVar[Mapping[str, float]] = {}
 
     @abstractmethod
     def check(self, run: Recording) -> list[Finding]:
         """Return what is wrong in ``run``; nothing for a healthy one."""
+
+    def threshold(self, name: str) -> float:
+        """Return a number to compare with: the rule's own, or the one asked for in its place."""
+        return self.thresholds[name]
 
     def finding(self, message: str, fix: str, **details: Any) -> Finding:
         """Return a finding that bears this rule's code, name and severity."""

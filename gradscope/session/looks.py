@@ -145,7 +145,7 @@ class Looks:
         awaited: list[Late[Any]] = look.awaited
         # Models of a function are gone when the watch ends.
         norms: Late[dict[int, float]] | None = self._failures.run(
-            "weight_norms", lambda: read_norms(self._census.alive())
+            "weight_norms", read_norms, self._census.alive()
         )
         if norms is not None:
             self._in_order.do(lambda: self._recording.set_norms("norm_last", norms.value()), norms)

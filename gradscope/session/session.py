@@ -582,7 +582,11 @@ class Session:
             if self._attempts.is_open(number):
                 self._abandon(number)
         self._in_order.settle(wait=True)
-        self._failures.run("weight_norms", self._read_last_norms)
+        last: Late[dict[int, float]] | None = self._failures.run(
+            "weight_norms", read_norms, self._census.alive()
+        )
+        if last is not None:
+            self.recording.set_norms("norm_last", last.value())
         for number in self._attempts.optimizers:
             if self._attempts.awaits_step(number):
                 self._attempts.end_without_step(number, None, outcome="open")
@@ -602,13 +606,10 @@ class Session:
 
     def _read_first_norms(self) -> None:
         late: Late[dict[int, float]] | None = self._failures.run(
-            "weight_norms", lambda: read_norms(self._census.unread())
+            "weight_norms", read_norms, self._census.unread()
         )
         if late is not None:
             self._in_order.do(lambda: self.recording.set_norms("norm_first", late.value()), late)
-
-    def _read_last_norms(self) -> None:
-        self.recording.set_norms("norm_last", read_norms(self._census.alive()).value())
 
     def _tell_holdings(self) -> None:
         """Tell the ledger who holds what, if that has changed."""

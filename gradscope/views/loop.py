@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from gradscope.rules import RULES, Finding, Findings, diagnose
+from gradscope.rules import RULES, Finding, Findings, Severity, diagnose
+from gradscope.rules.selection import NOT_SELECTED
 from gradscope.run.recording import Recording
 from gradscope.run.schema import STATUSES
 
@@ -41,10 +42,13 @@ class LoopSummary:
         title: who was trained by what, for how long.
         verdict: one sentence.
         healthy: whether there is neither error nor warning.
-        findings: what is wrong.
+        findings: what is wrong, as far as it is shown.
         lines: the six lines of the loop.
         cost: what watching cost.
         checked: which rules were applied, and what could not be observed.
+        hidden: how many findings are too mild to be shown, and how to see them; empty for none.
+        ended: class of the exception that ended the program; empty if none did.
+        seen: whether any step of an optimizer was seen.
     """
 
     title: str
@@ -54,6 +58,9 @@ class LoopSummary:
     lines: tuple[LoopLine, ...]
     cost: str
     checked: tuple[str, ...]
+    hidden: str = ""
+    ended: str = ""
+    seen: bool = True
 
 
 # The first digits of a code say which lines of the loop its rule is about.
@@ -61,9 +68,19 @@ _LINE_OF_FAMILY = {"1": "parameters", "2": "zero_grad", "3": "forward", "4": "ba
                    "5": "step", "6": "loss"}  # fmt: skip
 
 
-def summarize(run: Recording) -> LoopSummary:
-    """Read the summary of a run off its tables."""
-    findings = diagnose(run)
+def summarize(
+    run: Recording, findings: Findings | None = None, shows: Severity = Severity.WARNING
+) -> LoopSummary:
+    """Read the summary of a run off its tables.
+
+    Args:
+        run: what was recorded.
+        findings: of it; those of all rules by default.
+        shows: the least severity that is shown.
+    """
+    everything = diagnose(run) if findings is None else findings
+    findings = Findings([f for f in everything if f.severity >= shows], everything.unchecked)
+    ended = _ended(run)
     steps, backwards = run.frame("steps"), run.frame("backwards")
     lines: tuple[tuple[str, str, Callable[[], list[str]]], ...] = (
         ("parameters", "which numbers will be trained?", lambda: _parameters(run)),
@@ -75,7 +92,7 @@ def summarize(run: Recording) -> LoopSummary:
     )
     return LoopSummary(
         title=_title(run, steps),
-        verdict=_verdict(findings, steps),
+        verdict=_verdict(findings, steps, ended),
         healthy=not any(finding.severity > 0 for finding in findings),
         findings=findings,
         lines=tuple(
@@ -84,6 +101,9 @@ def summarize(run: Recording) -> LoopSummary:
         ),
         cost=_cost(run, steps),
         checked=_checked(run, findings),
+        hidden=_hidden(len(everything) - len(findings)),
+        ended=ended,
+        seen=not steps.empty,
     )
 
 
@@ -98,17 +118,28 @@ def _title(run: Recording, steps: pd.DataFrame) -> str:
     return f"{who} · {_counted(len(steps), 'step')} in {_duration(run.seconds)}"
 
 
-def _verdict(findings: Findings, steps: pd.DataFrame) -> str:
-    worst = [f for f in findings if f.severity == max(g.severity for g in findings)]
-    if not findings:
-        if steps.empty:
-            return "no step of a watched optimizer was seen"
-        return "no defect found"
-    return (
-        f"{worst[0].name}: {_counted(len(findings), 'finding')}"
-        if len(findings) > 1
-        else (f"{worst[0].name}")
-    )
+def _verdict(findings: Findings, steps: pd.DataFrame, ended: str) -> str:
+    if findings:
+        worst = max(findings, key=lambda finding: finding.severity)
+        return worst.name if len(findings) == 1 else f"{worst.name}: {len(findings)} findings"
+    verdict = "no defect found"
+    if steps.empty:
+        verdict = "no step of a watched optimizer was seen"
+    return f"{verdict} before {ended} ended the program" if ended else verdict
+
+
+def _ended(run: Recording) -> str:
+    """The class of the exception that ended the program; empty if none did."""
+    events = run.frame("events")
+    ended = events.loc[events["event"] == "ended", "detail"]
+    return "" if ended.empty else str(ended.iloc[-1]).partition(":")[0]
+
+
+def _hidden(n: int) -> str:
+    if not n:
+        return ""
+    notes = "1 note is" if n == 1 else f"{n} notes are"
+    return f"{notes} not shown: gradscope run --show info, or scope.findings"
 
 
 def _parameters(run: Recording) -> list[str]:
@@ -271,10 +302,16 @@ def _cost(run: Recording, steps: pd.DataFrame) -> str:
 
 
 def _checked(run: Recording, findings: Findings) -> tuple[str, ...]:
-    applied = [rule for rule in RULES if rule.code not in findings.unchecked]
+    n_applied = len(RULES) - len(findings.unchecked)
+    unwanted = sum(why == NOT_SELECTED for why in findings.unchecked.values())
     return (
-        f"checked: {', '.join(f'{rule.code} {rule.name}' for rule in applied)}",
-        *(f"not checked: {code}, which failed ({why})" for code, why in findings.unchecked.items()),
+        f"checked: {_counted(n_applied, 'rule')} (gradscope rule --all)"
+        + (f"; not selected: {unwanted}" if unwanted else ""),
+        *(
+            f"not checked: {code}, which failed ({why})"
+            for code, why in findings.unchecked.items()
+            if why != NOT_SELECTED
+        ),
         *(f"not observed: {note}" for note in run.notes),
     )
 

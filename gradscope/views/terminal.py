@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from gradscope.rules import Finding, Findings, Severity
 from gradscope.rules.wording import shortened
 from gradscope.run.recording import Recording
 from gradscope.views.loop import LoopSummary, severity_mark, summarize
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _WIDTH = 100
+
+_MOST_EVIDENCE = 6
+"""How many facts stand under a finding; all of them are in ``evidence``."""
 
 
 def plain_text(run: Recording) -> str:
@@ -26,12 +30,20 @@ def plain_text(run: Recording) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def screen(run: Recording) -> RenderableType:
-    """Return the screen for a rich console."""
+def screen(
+    run: Recording, findings: Findings | None = None, shows: Severity = Severity.WARNING
+) -> RenderableType:
+    """Return the screen for a rich console.
+
+    Args:
+        run: what was recorded.
+        findings: of it; those of all rules by default.
+        shows: the least severity that is shown.
+    """
     from rich.console import Group
     from rich.text import Text
 
-    summary = summarize(run)
+    summary = summarize(run, findings, shows)
     parts: list[RenderableType] = [
         Text.assemble(("gradscope ", "bold"), summary.title),
         _verdict(summary),
@@ -40,7 +52,7 @@ def screen(run: Recording) -> RenderableType:
         _lines(summary),
         Text(""),
     ]
-    footer = [summary.cost, *summary.checked]
+    footer = [summary.hidden, *summary.checked, summary.cost]
     parts += [Text(line, style="dim") for line in footer if line]
     return Group(*parts)
 
@@ -48,6 +60,8 @@ def screen(run: Recording) -> RenderableType:
 def _verdict(summary: LoopSummary) -> RenderableType:
     from rich.text import Text
 
+    if summary.healthy and (summary.ended or not summary.seen):  # nobody can say that all is well
+        return Text(f"– {summary.verdict}", style="bold")
     if summary.healthy:
         return Text(f"✓ {summary.verdict}", style="bold green")
     return Text(f"✗ {summary.verdict}", style="bold red")
@@ -69,7 +83,37 @@ def _findings(summary: LoopSummary) -> list[RenderableType]:
         shown.append(Padding(head, (1, 0, 0, 2)))
         shown.append(Padding(Text(finding.message), (0, 0, 0, 4)))
         shown.append(Padding(Text.assemble(("fix: ", "bold"), finding.fix), (0, 0, 0, 4)))
+        if finding.evidence:
+            shown.append(Padding(_evidence(finding), (0, 0, 0, 4)))
+        if finding.symptoms:
+            # What it explains is told by its code alone: one cause, one text to read.
+            codes = ", ".join(dict.fromkeys(each.split(":")[0] for each in finding.symptoms))
+            shown.append(Padding(Text(f"explains: {codes}", style="dim"), (0, 0, 0, 4)))
     return shown
+
+
+def _evidence(finding: Finding) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    for name, value in list(finding.evidence.items())[:_MOST_EVIDENCE]:
+        table.add_row(
+            Text(str(name).replace("_", " "), style="dim"), Text(_fact(value), style="dim")
+        )
+    return table
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_fact(each) for each in value)
+    return str(value)
 
 
 def _lines(summary: LoopSummary) -> RenderableType:

@@ -48,6 +48,8 @@ from gradscope.session.cut_search import CutSearch
 from gradscope.session.failures import Failures
 from gradscope.session.gradients import GradientHistory
 from gradscope.session.ledger import Ledger
+from gradscope.session.looks import Looks
+from gradscope.session.nonfinite_search import NonfiniteSearch
 from gradscope.session.schedule import Schedule
 from gradscope.session.session import Session
 from gradscope.session.step_observer import StepObserver
@@ -338,6 +340,12 @@ CASES = [
     ("module_calls", "_follow"),
     ("graph_cut", "GraphCutFinder"),
     ("graph_cut", "cut_of"),
+    ("closer_look", "CloserLook"),
+    ("closer_look", "backward_started"),
+    ("symmetry", "read_symmetry"),
+    ("weight_norms", "read_norms"),
+    ("roots", "met"),
+    ("nonfinite", "has_singular"),
 ]
 """Every instrument that a session runs, by its part and its function."""
 
@@ -438,8 +446,18 @@ def _own_functions(*owners: Any) -> Iterator[tuple[Any, str]]:
 INNER_PARTS = [
     *_own_functions(Ledger, GradientHistory, Schedule, AllGradients, StepObserver, Columns),
     *_own_functions(Attempts),
-    (CutSearch, "call_started"),
+    (CutSearch, "wants_to_search"),
+    (CutSearch, "may_arm"),
+    (CutSearch, "arm"),
     (CutSearch, "step_ended"),
+    (Looks, "is_due"),
+    (Looks, "begin"),
+    (Looks, "backward_started"),
+    (Looks, "step_started"),
+    (Looks, "step_ended"),
+    (Looks, "end"),
+    (NonfiniteSearch, "backward_started"),
+    (NonfiniteSearch, "step_read"),
     *_own_functions(GradientReader, StatisticsReader, StepCopies, StateReader, Census),
     *(
         (recorder, name)

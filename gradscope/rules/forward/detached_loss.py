@@ -75,6 +75,7 @@ class DetachedLoss(Rule):
     name = "detached-loss"
     severity = Severity.ERROR
     tables = ("steps", "backwards", "params", "events")
+    symptom_of = ("GS304",)
 
     def check(self, run: Recording) -> list[Finding]:
         """Return at most one finding."""

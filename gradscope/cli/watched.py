@@ -1,0 +1,291 @@
+"""What ``run`` and ``check`` share: their options, and a program run under watch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from gradscope.cli.program import (
+    Ended,
+    Program,
+    module_program,
+    print_exception,
+    script_program,
+)
+from gradscope.config import ProjectConfig, WatchOptions, project_config, switched_off
+from gradscope.errors import OutputExistsError, UsageError
+
+if TYPE_CHECKING:
+    from gradscope.rules.finding import Findings
+    from gradscope.run.recording import Recording
+    from gradscope.session.session import Session
+    from gradscope.taps.user_frame import Location
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A program that has run under watch.
+
+    Attributes:
+        ended: how it ended.
+        fail_on: the least severity that makes a check fail, as the project has it.
+        recording: what was seen; None where watching is switched off.
+        findings: what is wrong, after selection; None likewise.
+    """
+
+    ended: Ended
+    fail_on: str = "error"
+    recording: Recording | None = None
+    findings: Findings | None = None
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that say what is run, and what is looked for."""
+    parser.add_argument(
+        "--findings", metavar="FILE", help="write all findings to FILE, as JSON, whatever happens"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="overwrite FILE even if it is something else"
+    )
+    for name, what in (("select", "look only for these"), ("ignore", "do not look for these")):
+        parser.add_argument(
+            f"--{name}",
+            action="append",
+            metavar="RULES",
+            help=f"{what}: codes, names or beginnings of codes such as GS2, comma separated",
+        )
+    parser.add_argument(
+        "--show",
+        choices=("info", "warning", "error"),
+        default="warning",
+        help="the least severe findings to show (default: warning)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=_positive,
+        metavar="N",
+        help="stop watching after N steps; the program goes on",
+    )
+    parser.add_argument(
+        "-m",
+        dest="module",
+        nargs=argparse.REMAINDER,
+        help="run a module, as python -m does; everything after it is the module's",
+        metavar=("MODULE", "ARGS"),
+    )
+    parser.add_argument("script", nargs="?", help="the script to run")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments for the script")
+
+
+def run_watched(arguments: argparse.Namespace) -> Watched:
+    """Run the program, print the exception that ended it, write the findings file.
+
+    Raises:
+        UsageError: before anything runs, if what was asked for cannot be done.
+    """
+    program = _program(arguments)
+    if switched_off():
+        ended = program.run()
+        if ended.error is not None:
+            print_exception(ended.error)
+        return Watched(ended)
+    config = _configured(arguments, program)
+    if arguments.findings:
+        _refuse_to_overwrite(arguments.findings, force=arguments.force)
+
+    session, process = _start(arguments.steps), os.getpid()
+    try:
+        ended = program.run()
+        if ended.error is not None and session.running:
+            session.event("ended", _in_words(ended.error), _where(ended.error))
+    finally:
+        was_running = session.running
+        session.stop()
+    if os.getpid() != process:  # a child of the program's own that came back up here
+        if ended.error is not None:
+            print_exception(ended.error)
+        return Watched(ended)
+    recording = session.recording
+    if ended.error is not None:
+        print_exception(ended.error)
+        if was_running:
+            guarded(lambda: _explain(recording, ended.error))
+    findings = guarded(lambda: _judge(recording, config))
+    watched = Watched(ended, config.fail_on, recording, findings)
+    if arguments.findings and findings is not None:
+        guarded(lambda: _write(arguments.findings, watched))
+    return watched
+
+
+def leave(watched: Watched, status: int) -> int:
+    """Return the exit status, or die of an interrupt as Python itself would."""
+    if isinstance(watched.ended.error, KeyboardInterrupt):
+        # Python then ends by the signal, so that a shell's loop around it ends too.
+        sys.excepthook = lambda *_: None
+        raise watched.ended.error
+    return status
+
+
+def _configured(arguments: argparse.Namespace, program: Program) -> ProjectConfig:
+    """Return what the project's ``pyproject.toml`` and the command line ask for together.
+
+    Raises:
+        UsageError: for a key or a rule that there is not.
+    """
+    config = project_config(program.folder)
+    select, ignore = _listed(arguments.select), _listed(arguments.ignore)
+    config = replace(config, select=select or config.select, ignore=(*config.ignore, *ignore))
+    selectors = (*config.select, *config.ignore, *config.ignore_params)
+    if selectors or config.thresholds:  # else the program comes before pandas
+        from gradscope.rules.selection import check_selectors
+        from gradscope.rules.thresholds import check_thresholds
+
+        check_selectors(selectors)
+        check_thresholds(config.thresholds)
+    return config
+
+
+def _judge(recording: Recording, config: ProjectConfig) -> Findings:
+    """Return the findings of a recording that a project wants to see."""
+    from gradscope.rules import diagnose
+    from gradscope.rules.selection import selected, selected_rules
+    from gradscope.rules.thresholds import replaced_thresholds
+
+    # Rules that are not wanted are not applied: what one of them would explain stands by itself.
+    rules = selected_rules(config.select, config.ignore)
+    with replaced_thresholds(config.thresholds):
+        findings = diagnose(recording, rules)
+    return selected(
+        findings,
+        select=config.select,
+        ignore=config.ignore,
+        ignore_params=config.ignore_params,
+    )
+
+
+def _program(arguments: argparse.Namespace) -> Program:
+    if arguments.module:
+        return module_program(arguments.module[0], arguments.module[1:])
+    if arguments.script is None:
+        raise UsageError("name the script to run, or a module with -m")
+    return script_program(arguments.script, arguments.args)
+
+
+def _start(n_steps: int | None) -> Session:
+    from gradscope.session.session import Session
+
+    session = Session(WatchOptions(), discovers=True)
+    session.start()
+    if n_steps is not None:
+        from gradscope.cli.step_limit import StepLimit
+
+        StepLimit(session, n_steps).start()
+    return session
+
+
+def _in_words(error: BaseException) -> str:
+    """The class of an exception and the first line of what it says."""
+    try:
+        first = str(error).partition("\n")[0]
+    except Exception:  # an exception of the program's that cannot be printed
+        first = ""
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _where(error: BaseException) -> Location | None:
+    """The innermost line of the program behind an exception."""
+    from gradscope.taps.user_frame import Location, user_frame
+
+    found = None
+    part = error.__traceback__
+    while part is not None:
+        if user_frame(part.tb_frame) is part.tb_frame:
+            code = part.tb_frame.f_code
+            found = Location(code.co_filename, part.tb_lineno, code.co_name)
+        part = part.tb_next
+    return found
+
+
+def _explain(recording: Recording, error: BaseException | None) -> None:
+    from gradscope.views.exception_explanation import explain_exception
+
+    location = None if error is None else _where(error)
+    explanation = explain_exception(
+        recording,
+        type(error).__name__,
+        str(error),
+        None if location is None else location.file,
+        None if location is None else location.line,
+    )
+    if explanation is not None:
+        print(f"\n{explanation}\n", file=sys.stderr)
+
+
+def _refuse_to_overwrite(path: str, *, force: bool) -> None:
+    """Say before the training, and not after it, that the file cannot be written."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise UsageError(f"--findings {path}: there is no folder {folder}")
+    if os.path.isdir(path):
+        raise UsageError(f"--findings {path}: is a folder")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise UsageError(f"--findings {path}: may not be written")
+    if os.path.exists(path) and not force and not _is_findings_file(path):
+        raise OutputExistsError(
+            f"--findings {path}: holds something else than findings; overwrite it with --force, or "
+            "name another file"
+        )
+
+
+def _is_findings_file(path: str) -> bool:
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        return not text or "gradscope" in json.loads(text)
+    except (OSError, ValueError, TypeError):
+        return not os.path.isfile(path)  # /dev/stderr, a named pipe
+
+
+def document(watched: Watched) -> dict[str, Any]:
+    """Return the findings file as plain data."""
+    from gradscope.views.findings_document import findings_document
+
+    if watched.recording is None or watched.findings is None:
+        return {}
+    error = watched.ended.error
+    return findings_document(
+        watched.recording,
+        watched.findings,
+        status=watched.ended.status,
+        exception=None if error is None else _in_words(error),
+    )
+
+
+def _write(path: str, watched: Watched) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(document(watched), file, indent=1, ensure_ascii=False)
+        file.write("\n")
+
+
+def guarded(function: Any) -> Any:
+    """Do what comes after the program; a failure of ours does not become the program's."""
+    try:
+        return function()
+    except Exception as error:
+        print(f"gradscope: the verdict failed ({type(error).__name__}: {error})", file=sys.stderr)
+        return None
+
+
+def _listed(given: list[str] | None) -> tuple[str, ...]:
+    return tuple(word.strip() for text in given or () for word in text.split(",") if word.strip())
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
+    return number

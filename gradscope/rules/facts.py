@@ -1,0 +1,134 @@
+"""Facts of a recording that several rules ask for."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from gradscope.run.recording import ParameterEntry, Recording
+
+_REPEATED = re.compile(r"\(([^()]*)\) ×\d+")
+_TIMES = re.compile(r" ×\d+")
+
+
+def stepped(run: Recording) -> pd.DataFrame:
+    """Return the rows of ``steps`` in which an optimizer did update."""
+    steps = run.frame("steps")
+    return steps.loc[steps["outcome"] == "stepped"]
+
+
+def words_of(order: str) -> list[str]:
+    """Return what happened in an attempt, in order; repetitions are told once.
+
+    >>> words_of("zero_grad, (forward, backward) ×2, step")
+    ['zero_grad', 'forward', 'backward', 'step']
+    """
+    told_once = _TIMES.sub("", _REPEATED.sub(r"\1", order))
+    return [word for word in told_once.split(", ") if word]
+
+
+def numbers_in(text: str) -> list[int]:
+    """Return the numbers of a list such as the column ``backwards`` of ``steps``."""
+    return [int(number) for number in text.split(", ") if number]
+
+
+def shape_of(text: str) -> tuple[int, ...] | None:
+    """Return a shape as tables spell it; None for something else."""
+    try:
+        shape = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return None
+    return shape if isinstance(shape, tuple) else None
+
+
+def without_gradient(run: Recording, least_steps: int = 2) -> list[ParameterEntry]:
+    """Return the parameters that an optimizer is to train and that never get a gradient.
+
+    They require grad, no backward of the whole run reached them, and no step of their optimizer,
+    of at least ``least_steps``, found anything in ``.grad``. One whose values have changed all the
+    same is moved by something else, such as the average of a teacher.
+    """
+    steps = stepped(run)
+    grads = run.frame("grads")
+    grads = grads.loc[grads["step"].isin(steps["step"])]
+    n_steps = grads.groupby("param")["step"].nunique()
+    got = set(grads.loc[~grads["status"].isin(["none", "zeroed"]), "param"])
+    return [
+        entry
+        for entry in run.parameters
+        if entry.requires_grad
+        and entry.holders
+        and not entry.reached
+        and entry.name not in got
+        and n_steps.get(entry.name, 0) >= least_steps
+        and not has_moved(entry)
+    ]
+
+
+def has_moved(entry: ParameterEntry) -> bool:
+    """Whether the values of a parameter are not what they were when it was met."""
+    first, last = entry.norm_first, entry.norm_last
+    if math.isnan(first) or math.isnan(last):
+        return False
+    return not math.isclose(first, last, rel_tol=1e-9, abs_tol=0.0)
+
+
+def holder_of(run: Recording, entry: ParameterEntry) -> str:
+    """Return the name of the first optimizer that holds a parameter; nothing if none does."""
+    return run.optimizers[entry.holders[0][0]].name if entry.holders else ""
+
+
+def reached_losses(run: Recording) -> pd.DataFrame:
+    """Return the rows of ``losses`` that a backward came past; the others train nothing."""
+    losses = run.frame("losses")
+    return losses.loc[losses["reached"].astype(bool)]
+
+
+def place_of(row: pd.Series) -> tuple[str | None, int | None]:
+    """Return file and line of a row; None twice where they are not known."""
+    file = str(row["file"]) or None
+    if file is None or row["line"] is None or row["line"] != row["line"]:
+        return None, None
+    try:
+        return file, int(row["line"])
+    except TypeError:  # pandas' own missing value
+        return None, None
+
+
+def at(file: str | None, line: int | None) -> str:
+    """Return `` at train.py:17`` to go into a sentence; nothing where it is not known."""
+    from gradscope.rules.wording import place
+
+    return f" at {place(file, line)}" if file is not None and line is not None else ""
+
+
+def names(items: list[str] | tuple[str, ...], most: int = 3) -> str:
+    """Join names for a sentence, the first few of them."""
+    listed = ", ".join(items[:most])
+    return listed if len(items) <= most else f"{listed} and {len(items) - most} more"
+
+
+def belongs_to(parameter: str, module: str) -> bool:
+    """Whether a parameter lies in a module or below it, by their paths."""
+    return not module or parameter.startswith(module + ".")
+
+
+def module_around(path: str, params: tuple[str, ...]) -> str:
+    """Return the path of a module by today's names.
+
+    The only model found so far is called by an empty path; once there are several, its parameters
+    bear its name.
+
+    Args:
+        path: as it was when the module was called.
+        params: names of parameters inside of it.
+    """
+    if path:
+        return path
+    tops = {name.split(".")[0] for name in params if "." in name}
+    return tops.pop() if len(tops) == 1 else ""

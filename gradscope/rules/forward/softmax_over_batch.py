@@ -1,0 +1,97 @@
+"""GS311: the softmax of a prediction runs over the batch and not over the classes."""
+
+from __future__ import annotations
+
+from gradscope.rules.facts import at, place_of, reached_losses, shape_of
+from gradscope.rules.finding import Finding, Severity
+from gradscope.rules.forward.loss_inputs import culprits, spread
+from gradscope.rules.rule import Rule
+from gradscope.run.recording import Recording
+
+_OF_CLASSES = ("nll_loss", "cross_entropy", "kl_div", "getitem", "gather", "mul")
+"""Loss functions over classes, and how a negative log-likelihood is written by hand: picking the
+entries of the right classes, or multiplying with a one-hot target."""
+
+
+class SoftmaxOverBatch(Rule):
+    """GS311 softmax-over-batch: probabilities sum to one over the batch, not over the classes.
+
+    ## What it finds
+
+    The prediction of a classification, a matrix of examples by classes, went through a softmax or
+    log-softmax over its first dimension.
+
+    ## Why it matters
+
+    The examples of a batch compete with each other for each class, instead of the classes for each
+    example. What the model says of one input depends on the others, and the loss is best when
+    each class is given to some example, right or wrong.
+
+    ## How it is found
+
+    At closer looks gradscope notes which operation made the prediction of a loss function, or a
+    matrix that right classes are picked from, and over which dimension it runs. The finding is
+    raised when that is the first of two. Square matrices are silent: in a contrastive loss both
+    dimensions are the batch.
+
+    ## Example
+
+        logp = torch.log_softmax(model(x), dim=0)
+
+    ## Fix
+
+        logp = torch.log_softmax(model(x), dim=1)
+
+    ## When it is wrong
+
+    When examples are to compete on purpose, as in a ranking of a list.
+    """
+
+    code = "GS311"
+    name = "softmax-over-batch"
+    severity = Severity.ERROR
+    tables = ("losses", "calls")
+
+    def check(self, run: Recording) -> list[Finding]:
+        """Return one finding per line that uses such a prediction."""
+        losses = reached_losses(run)
+        losses = losses.loc[
+            losses["function"].isin(_OF_CLASSES)
+            & losses["input_made_by"].isin(["Softmax", "LogSoftmax"])
+        ]
+        findings = []
+        for _, rows in losses.groupby(["file", "line"], sort=False, dropna=False):
+            shapes = [shape_of(text) or () for text in rows["input_shape"]]
+            over_batch = (rows["input_dim"].fillna(-1) == 0).all()
+            if not over_batch or any(len(shape) != 2 or shape[1] < 2 for shape in shapes):
+                continue
+            if all(shape[0] == shape[1] for shape in shapes):
+                continue
+            row = rows.iloc[0]
+            kind = str(row["input_made_by"])
+            file, line = place_of(row)
+            modules = culprits(run, kind)
+            shape = list(shapes[0])
+            findings.append(
+                self.finding(
+                    message=(
+                        f"the {kind}"
+                        + (f" (module {', '.join(modules)})" if modules else "")
+                        + f" of the prediction of shape {shape} used{at(file, line)} runs over "
+                        f"dim=0, the batch of {shape[0]}, and not over the {shape[1]} classes: "
+                        "examples compete with each other"
+                    ),
+                    fix=f"give the {kind} dim=1, or dim=-1, the dimension of the classes",
+                    modules=modules,
+                    file=file,
+                    line=line,
+                    evidence={
+                        "operation": kind,
+                        "dim": 0,
+                        "input_shape": str(tuple(shape)),
+                        "function": str(row["function"]),
+                    },
+                    **spread(run, rows),
+                )
+            )
+        return findings

@@ -1,0 +1,170 @@
+"""GS306: the model is trained while it is in evaluation mode."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gradscope.rules.facts import belongs_to, names, stepped
+from gradscope.rules.finding import Finding, Severity
+from gradscope.rules.rule import Rule
+from gradscope.run.recording import Recording
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_DEPENDS = ("BatchNorm", "SyncBatchNorm", "Dropout", "AlphaDropout", "FeatureAlphaDropout")
+"""Modules that do something else in evaluation mode; a model without any does not care."""
+
+_LEAST_STEPS = 4
+"""In evaluation mode, one after the other, to the end of the run."""
+
+_DOES_NOTHING = "p=0.0"
+
+
+class TrainingInEvalMode(Rule):
+    """GS306 training-in-eval-mode: the model trains in evaluation mode.
+
+    ## What it finds
+
+    The optimizer steps on losses of a model that is in evaluation mode: since an evaluation after
+    which `model.train()` was not called again, or from the start.
+
+    ## Why it matters
+
+    Dropout does nothing in evaluation mode, so the model overfits sooner; batch normalisation uses
+    its running statistics and no longer learns them, so it may become unstable.
+
+    ## How it is found
+
+    gradscope notes the mode of the models at every step, and that of every module at closer looks.
+    The finding is an error when training began in training mode and went on in evaluation mode to
+    the end of the run, and a warning when it was in evaluation mode all along. It needs a batch
+    normalisation or dropout that belongs to what is trained. A single module in evaluation mode,
+    inside a model in training mode, was put there on purpose, and is silent.
+
+    ## Example
+
+        model.train()
+        for epoch in range(epochs):
+            train(model)
+            validate(model)          # calls model.eval()
+
+    ## Fix
+
+        for epoch in range(epochs):
+            model.train()
+            train(model)
+            validate(model)
+
+    ## When it is wrong
+
+    When a whole model is fine-tuned in evaluation mode on purpose, to keep its statistics.
+    """
+
+    code = "GS306"
+    name = "training-in-eval-mode"
+    severity = Severity.ERROR
+    tables = ("steps", "calls", "params")
+
+    def check(self, run: Recording) -> list[Finding]:
+        """Return one finding per optimizer."""
+        calls = run.frame("calls")
+        findings = []
+        for optimizer, own in stepped(run).groupby("optimizer", sort=False):
+            own = own.loc[own["n_forward"] > 0]
+            modes = own["train_mode"].astype(bool).to_numpy()
+            if len(own) < _LEAST_STEPS or modes[-1]:
+                continue
+            n_tail = len(modes) if not modes.any() else int(modes[::-1].argmax())
+            if n_tail < _LEAST_STEPS:
+                continue
+            since = int(own["step"].iloc[len(modes) - n_tail])
+            modules = _mode_dependent(run, calls, str(optimizer), since)
+            if not modules:
+                continue
+            flipped = bool(modes.any())
+            paths = tuple(modules)
+            kinds = ", ".join(dict.fromkeys(modules.values()))
+            began = (
+                f"since step {since}, after {len(modes) - n_tail} steps in training mode"
+                if flipped
+                else "at every step"
+            )
+            findings.append(
+                self.finding(
+                    severity=Severity.ERROR if flipped else Severity.WARNING,
+                    message=(
+                        f"{optimizer} trains the model in evaluation mode (model.training is "
+                        f"False) {began}: {kinds} ({names(paths)}) do not what they do in training"
+                    ),
+                    fix=(
+                        "call model.train() at the beginning of every epoch, and again after every "
+                        "evaluation that calls model.eval()"
+                    ),
+                    modules=paths,
+                    optimizer=str(optimizer),
+                    step_first=since,
+                    step_last=int(own["step"].iloc[-1]),
+                    count=n_tail,
+                    evidence={
+                        "steps_in_eval_mode": int((~modes).sum()),
+                        "steps_in_train_mode": int(modes.sum()),
+                        "modules": kinds,
+                    },
+                )
+            )
+        return findings
+
+
+def _mode_dependent(
+    run: Recording, calls: pd.DataFrame, optimizer: str, since: int
+) -> dict[str, str]:
+    """Path and class of the modules that behave differently, and belong to what is trained."""
+    trained = [
+        entry
+        for entry in run.parameters
+        if entry.reached
+        and entry.requires_grad
+        and any(run.optimizers[number].name == optimizer for number, _ in entry.holders)
+    ]
+    if not trained:
+        return {}
+    if calls.empty:
+        return {
+            entry.module: entry.module_type
+            for entry in trained
+            if entry.module_type.startswith(_DEPENDS)
+        }
+    late = calls.loc[calls["step"] >= since]
+    seen = late if len(late) else calls
+    if len(late) and late.loc[_is_root(run, late), "training"].astype(bool).any():
+        return {}  # the model trains, and parts of it were put into evaluation mode
+    found = {}
+    for module, kind, training, settings in zip(
+        seen["module"], seen["module_type"], seen["training"], seen["settings"], strict=True
+    ):
+        if not kind.startswith(_DEPENDS) or (len(late) and training):
+            continue
+        if _DOES_NOTHING in settings.split(", "):
+            continue
+        own = [entry for entry in run.parameters if entry.module == module]
+        around = module.rpartition(".")[0]
+        belongs = (
+            any(entry in trained for entry in own)
+            if own
+            else any(belongs_to(entry.name, around) for entry in trained)
+        )
+        if belongs:
+            found[str(module)] = str(kind)
+    return found
+
+
+def _is_root(run: Recording, calls: pd.DataFrame) -> pd.Series[bool]:
+    """Which calls are those of whole models, which hold what is trained."""
+    roots = [""] if len(run.models) == 1 else [model.name for model in run.models]
+    held = {
+        root
+        for root in roots
+        if any(belongs_to(entry.name, root) and entry.reached for entry in run.parameters)
+    }
+    return calls["module"].isin(held)

@@ -1,0 +1,105 @@
+"""GS606: every target of a classification is the same."""
+
+from __future__ import annotations
+
+import math
+
+from gradscope.rules.facts import at, place_of, reached_losses, shape_of, stepped
+from gradscope.rules.finding import Finding, Severity
+from gradscope.rules.rule import Rule
+from gradscope.run.recording import Recording
+
+_LEAST_LOOKS = 3
+"""Looks lie ever further apart: data sorted by class show another class by then."""
+
+_LEAST_TARGETS = 8
+"""A small batch may have one class by chance."""
+
+_PLAIN = ("Addmm", "Mm", "Linear", "Add", "Convolution", "LogSoftmax")
+"""How the prediction of a classifier is made. A contrastive loss, whose targets are all 0 on
+purpose, concatenates similarities or divides them by a temperature."""
+
+_FUNCTIONS = ("cross_entropy", "nll_loss", "binary_cross_entropy_with_logits")
+
+
+class ConstantTarget(Rule):
+    """GS606 constant-target: the targets of a classification have one value only.
+
+    ## What it finds
+
+    At every look all targets given to a classification loss were the same class.
+
+    ## Why it matters
+
+    The model learns to say this class whatever it sees; the loss goes to zero, and nothing was
+    learnt. Usually the labels were lost on the way: a wrong column, an integer division, a cast.
+
+    ## How it is found
+
+    At closer looks gradscope counts the different values of every target. The finding is raised
+    when there was one, the same, at three looks or more, of at least eight targets each. Programs
+    with several optimizers are silent, as are contrastive losses: a discriminator is told "real"
+    for a whole batch.
+
+    ## Example
+
+        y = (labels / 10).long()     # 0 for all of 0 … 9
+
+    ## Fix
+
+        y = labels.long()
+
+    ## When it is wrong
+
+    When one class only is what there is to learn from.
+    """
+
+    code = "GS606"
+    name = "constant-target"
+    severity = Severity.WARNING
+    tables = ("batches", "losses", "steps")
+
+    def check(self, run: Recording) -> list[Finding]:
+        """Return at most one finding."""
+        steps = stepped(run)
+        batches = run.frame("batches")
+        batches = batches.loc[batches["role"] == "target"]
+        if len(run.optimizers) != 1 or batches.empty or steps.empty:
+            return []
+        losses = reached_losses(run)
+        for function in _FUNCTIONS:
+            own = losses.loc[losses["function"] == function]
+            rows = batches.loc[batches["owner"] == function]
+            if own.empty or rows["step"].nunique() < _LEAST_LOOKS:
+                continue
+            if not own["input_made_by"].isin(_PLAIN).all() or own["line"].nunique() > 1:
+                continue
+            sizes = [math.prod(shape_of(text) or (0,)) for text in rows["shape"]]
+            is_one = (rows["distinct"].fillna(0) == 1).all() and rows["min"].nunique() == 1
+            if not is_one or min(sizes) < _LEAST_TARGETS:
+                continue
+            file, line = place_of(own.iloc[0])
+            value = float(rows["min"].iloc[0])
+            return [
+                self.finding(
+                    message=(
+                        f"every target given to {function}{at(file, line)} is {value:g}: the same "
+                        f"at all {rows['step'].nunique()} looks, in batches of {min(sizes)}"
+                    ),
+                    fix=(
+                        f"look at where the targets of {function}{at(file, line)} come from: "
+                        "labels were lost on the way, by a cast, a division or a wrong index"
+                    ),
+                    step_first=int(steps["step"].min()),
+                    step_last=int(steps["step"].max()),
+                    count=len(steps),
+                    file=file,
+                    line=line,
+                    evidence={
+                        "target": value,
+                        "looks": int(rows["step"].nunique()),
+                        "batch": min(sizes),
+                    },
+                )
+            ]
+        return []

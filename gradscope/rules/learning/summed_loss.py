@@ -1,0 +1,80 @@
+"""GS608: the loss is a sum over the batch."""
+
+from __future__ import annotations
+
+from gradscope.rules.facts import at, place_of, reached_losses, shape_of, stepped
+from gradscope.rules.finding import Finding, Severity
+from gradscope.rules.rule import Rule
+from gradscope.run.recording import Recording
+
+
+class SummedLoss(Rule):
+    """GS608 summed-loss: the loss is summed over the batch instead of averaged.
+
+    ## What it finds
+
+    A loss function was called with `reduction="sum"`.
+
+    ## Why it matters
+
+    Gradients grow with the size of the batch. With SGD the learning rate that suits a batch of 32
+    is four times too high for one of 128, and a smaller last batch weighs less. It is a note: some
+    objectives are sums, and are divided later.
+
+    ## How it is found
+
+    At closer looks gradscope notes how loss functions are called.
+
+    ## Example
+
+        criterion = nn.CrossEntropyLoss(reduction="sum")
+
+    ## Fix
+
+        criterion = nn.CrossEntropyLoss()
+
+    ## When it is wrong
+
+    When the sum is meant, or divided by the size of the batch in a later line.
+    """
+
+    code = "GS608"
+    name = "summed-loss"
+    severity = Severity.INFO
+    tables = ("losses", "steps")
+
+    def check(self, run: Recording) -> list[Finding]:
+        """Return one finding per line that sums."""
+        losses, steps = reached_losses(run), stepped(run)
+        summed = losses.loc[losses["reduction"] == "sum"]
+        findings = []
+        for _, rows in summed.groupby(["function", "file", "line"], sort=False, dropna=False):
+            row = rows.iloc[0]
+            file, line = place_of(row)
+            shape = shape_of(str(row["input_shape"])) or ()
+            batch = shape[0] if shape else 1
+            if batch < 2 or steps.empty:
+                continue
+            findings.append(
+                self.finding(
+                    message=(
+                        f'{row["function"]}{at(file, line)} is called with reduction="sum": the '
+                        f"loss and its gradients are about {batch} times those of the mean"
+                    ),
+                    fix=(
+                        f'leave out reduction="sum"{at(file, line)}, or divide the loss by the '
+                        "size of the batch"
+                    ),
+                    step_first=int(steps["step"].min()),
+                    step_last=int(steps["step"].max()),
+                    count=len(steps),
+                    file=file,
+                    line=line,
+                    evidence={
+                        "function": str(row["function"]),
+                        "batch": batch,
+                        "value": float(row["value"]),
+                    },
+                )
+            )
+        return findings

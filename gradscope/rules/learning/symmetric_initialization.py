@@ -1,0 +1,109 @@
+"""GS605: units that started alike and get the same gradient stay alike for ever."""
+
+from __future__ import annotations
+
+from gradscope.rules.facts import names, stepped
+from gradscope.rules.finding import Finding, Severity
+from gradscope.rules.rule import Rule
+from gradscope.run.recording import Recording
+
+_LEAST_LOOKS = 3
+"""A last layer that starts with zeros, or an adapter, breaks its symmetry at the first step."""
+
+_LAYERS = (
+    "Linear",
+    "Conv",
+    "LSTM",
+    "GRU",
+    "RNN",
+    "Bilinear",
+    "MultiheadAttention",
+    "NonDynamicallyQuantizableLinear",
+)
+"""Modules whose weights have one row for each unit. Rows of any other parameter may be used alike
+on purpose, such as a bias for each position whose outputs are averaged."""
+
+
+class SymmetricInitialization(Rule):
+    """GS605 symmetric-initialization: all units of a layer are the same, and stay the same.
+
+    ## What it finds
+
+    All rows of a weight are equal, and so are all rows of its gradient, from the start and at every
+    later look.
+
+    ## Why it matters
+
+    Units that compute the same get the same gradient, and go on to compute the same: a layer of 64
+    units that start equal is a layer of one. With weights of zero there may be no gradient at all.
+
+    ## How it is found
+
+    At closer looks all rows of every weight and of its gradient are compared. The finding is raised
+    when they were equal at every look, at least three, the last ones long after the start. A layer
+    that starts with zeros on purpose, such as the last one of a block, is different after one step.
+
+    ## Example
+
+        nn.init.zeros_(layer.weight)
+
+    ## Fix
+
+        nn.init.xavier_uniform_(layer.weight)
+
+    ## When it is wrong
+
+    When a layer's outputs are used in exactly the same way, such as only through their mean.
+    """
+
+    code = "GS605"
+    name = "symmetric-initialization"
+    severity = Severity.ERROR
+    tables = ("params", "steps")
+    symptom_of = ("GS405", "GS503", "GS601")
+
+    def check(self, run: Recording) -> list[Finding]:
+        """Return at most one finding, about all such weights."""
+        alike = [
+            entry
+            for entry in run.parameters
+            if entry.n_looks >= _LEAST_LOOKS
+            and entry.n_symmetric_looks == entry.n_looks
+            and entry.requires_grad
+            and entry.holders
+            and len(entry.shape) >= 2
+            and entry.shape[0] >= 2
+            and any(kind in entry.module_type for kind in _LAYERS)
+        ]
+        steps = stepped(run)
+        if not alike or steps.empty:
+            return []
+        weights = tuple(entry.name for entry in alike)
+        modules = tuple(dict.fromkeys(entry.module for entry in alike))
+        # Their biases share their fate.
+        params = tuple(entry.name for entry in run.parameters if entry.module in modules)
+        zero = [entry.name for entry in alike if entry.norm_first == 0]
+        began = "with zeros" if len(zero) == len(alike) else "with equal rows"
+        return [
+            self.finding(
+                message=(
+                    f"{names(weights)} began {began}, and all rows still are alike, gradients "
+                    f"included, at all {alike[0].n_looks} looks: all units of these layers compute "
+                    "the same"
+                ),
+                fix=(
+                    "initialise these weights at random, with nn.init.xavier_uniform_ or "
+                    "nn.init.kaiming_normal_; only biases may start with zeros"
+                ),
+                params=params,
+                modules=modules,
+                step_first=int(steps["step"].min()),
+                step_last=int(steps["step"].max()),
+                count=len(steps),
+                evidence={
+                    "looks": alike[0].n_looks,
+                    "began_with_zeros": len(zero),
+                    "symmetric_weights": len(alike),
+                },
+            )
+        ]

@@ -1,0 +1,110 @@
+"""GS604: the first loss is far worse than that of a model that knows nothing."""
+
+from __future__ import annotations
+
+import math
+
+from gradscope.rules.facts import at, place_of, reached_losses
+from gradscope.rules.finding import Finding, Severity
+from gradscope.rules.rule import Rule
+from gradscope.run.recording import Recording
+
+_TIMES = 4.0
+_MORE = 3.0
+"""How far above ln C a first loss must be: four times, and by three. Initialisations in use end
+within one or two of ln C, also with unit-variance logits."""
+
+_HOPELESS = 50.0
+"""From here on times ln C the first gradients alone throw the weights out of any useful range."""
+
+
+class UninformedLossMismatch(Rule):
+    """GS604 uninformed-loss-mismatch: the first cross-entropy is far above ln C.
+
+    ## What it finds
+
+    Before any update the loss of a classification with C classes is far larger than ln C, the loss
+    of a model that says that all classes are equally likely.
+
+    ## Why it matters
+
+    The untrained model is very sure of something, and wrong: its logits are far too large, because
+    its weights or its inputs are. The first steps go into undoing that, if they do not break it.
+
+    ## How it is found
+
+    The first call of a cross-entropy is compared with ln C. The finding is raised when it is at
+    least four times as large, and by three larger; it is an error from fifty times on.
+
+    ## Example
+
+        nn.init.normal_(layer.weight, std=0.7)    # each of six layers multiplies by five
+
+    ## Fix
+
+        nn.init.kaiming_normal_(layer.weight)
+
+    ## When it is wrong
+
+    When training goes on from weights that were made for another set of classes.
+    """
+
+    code = "GS604"
+    name = "uninformed-loss-mismatch"
+    severity = Severity.WARNING
+    tables = ("losses", "params")
+    symptom_of = ("GS607",)
+
+    def check(self, run: Recording) -> list[Finding]:
+        """Return at most one finding."""
+        losses = reached_losses(run)
+        if losses.empty or int(losses["step"].min()) != 0:
+            return []  # a look at step 0 alone comes before any update
+        first = losses.loc[
+            (losses["step"] == 0)
+            & losses["function"].isin(["cross_entropy", "nll_loss"])
+            & (losses["reduction"] == "mean")
+            & (losses["n_classes"].fillna(0) >= 2)
+            & losses["value"].map(math.isfinite)
+        ]
+        for _, row in first.iterrows():
+            expected = math.log(int(row["n_classes"]))
+            value = float(row["value"])
+            if value < _TIMES * expected or value < expected + _MORE:
+                continue
+            file, line = place_of(row)
+            return [
+                self.finding(
+                    severity=Severity.ERROR if value > _HOPELESS * expected else Severity.WARNING,
+                    message=(
+                        f"the first {row['function']}{at(file, line)} is {value:.4g}, far above "
+                        f"the {expected:.3g} of a model that knows nothing of the "
+                        f"{int(row['n_classes'])} classes: logits go from {row['input_min']:.3g} "
+                        f"to {row['input_max']:.3g}"
+                    ),
+                    fix=(
+                        "initialise the weights smaller (nn.init.kaiming_normal_ keeps the scale "
+                        "from layer to layer), and standardise the inputs"
+                    ),
+                    modules=tuple(
+                        dict.fromkeys(
+                            entry.module
+                            for entry in run.parameters
+                            if entry.in_model and len(entry.shape) >= 2 and entry.requires_grad
+                        )
+                    ),
+                    step_first=0,
+                    step_last=0,
+                    count=1,
+                    file=file,
+                    line=line,
+                    evidence={
+                        "loss": value,
+                        "uninformed": expected,
+                        "n_classes": int(row["n_classes"]),
+                        "logit_min": float(row["input_min"]),
+                        "logit_max": float(row["input_max"]),
+                    },
+                )
+            ]
+        return []

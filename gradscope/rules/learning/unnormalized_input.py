@@ -1,0 +1,115 @@
+"""GS607: inputs of hundreds or thousands go straight into the first layer."""
+
+from __future__ import annotations
+
+from gradscope.rules.facts import stepped
+from gradscope.rules.finding import Finding, Severity
+from gradscope.rules.learning.uninformed_loss_mismatch import UninformedLossMismatch
+from gradscope.rules.rule import Rule
+from gradscope.run.recording import Recording
+
+_LARGE = 100.0
+"""Greatest magnitude of an input. Standardised data rarely exceed 10; pixels go to 255."""
+
+_PASSED_ON = 10.0
+"""Standard deviation of what the first layer gives for it. Layers are initialised to keep the
+scale of their input below one; an input that is normalised inside of the model gives that."""
+
+_FIRST_LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "LazyLinear")
+
+
+class UnnormalizedInput(Rule):
+    """GS607 unnormalized-input: inputs of hundreds or more go into a layer as they are.
+
+    ## What it finds
+
+    The floating point input of the model reaches magnitudes above 100, and the first layer passes
+    that on.
+
+    ## Why it matters
+
+    Weights are initialised for inputs of about one. Larger ones give huge activations and
+    gradients, columns of large values drown the others, and no learning rate suits all of them.
+
+    ## How it is found
+
+    At closer looks gradscope reads the model's inputs and what modules give. The finding is raised
+    when the input exceeds 100 and the output of the first Linear or convolution has a standard
+    deviation above 10, before any update; it is an error where the first loss is far from that of
+    guessing as well. Inputs that are scaled or normalised first in the model are silent.
+
+    ## Example
+
+        x = torch.tensor(features, dtype=torch.float32)       # columns up to 1680
+        loss = criterion(model(x), y)
+
+    ## Fix
+
+        x = (x - x.mean(0)) / x.std(0)
+        loss = criterion(model(x), y)
+
+    ## When it is wrong
+
+    When the first layer was initialised for just such inputs.
+    """
+
+    code = "GS607"
+    name = "unnormalized-input"
+    severity = Severity.WARNING
+    tables = ("batches", "activations", "steps")
+
+    def check(self, run: Recording) -> list[Finding]:
+        """Return at most one finding."""
+        batches, activations, steps = (
+            run.frame("batches"),
+            run.frame("activations"),
+            stepped(run),
+        )
+        if batches.empty or activations.empty or steps.empty:
+            return []
+        look = int(batches["step"].min())
+        inputs = batches.loc[
+            (batches["role"] == "input") & batches["dtype"].str.contains("float")
+        ].copy()
+        inputs["size"] = inputs[["min", "max"]].abs().max(axis=1)
+        # Large at every look: an outlier is in one batch.
+        large = inputs.groupby("owner", sort=False)["size"].min()
+        large = large[large > _LARGE]
+        first = activations.loc[activations["step"] == look].head(1)
+        if large.empty or first.empty:
+            return []
+        kind, std = str(first["module_type"].iloc[0]), float(first["std"].iloc[0])
+        if kind not in _FIRST_LAYERS or not std > _PASSED_ON:
+            return []
+        module = str(first["module"].iloc[0])
+        owner = str(large.index[0])
+        row = inputs.loc[inputs["owner"] == owner].iloc[0]
+        ratio = float(row["scale_ratio"])
+        # What comes out at the other end is far off as well: nothing in between makes up for it.
+        far_off = bool(UninformedLossMismatch().check(run))
+        severity = Severity.ERROR if far_off else Severity.WARNING
+        columns = f", columns differ by a factor of {ratio:.3g}" if ratio > _LARGE else ""
+        return [
+            self.finding(
+                message=(
+                    f"the input x of {owner} goes from {row['min']:.4g} to {row['max']:.4g}"
+                    f"{columns}, and goes as it is into {module} (the first {kind}), which gives "
+                    f"values with a standard deviation of {std:.3g}"
+                ),
+                fix=(
+                    "standardise the inputs, (x - mean) / std for each column, or divide pixels by "
+                    f"255, before {module}"
+                ),
+                severity=severity,
+                modules=(module,),
+                step_first=int(steps["step"].min()),
+                step_last=int(steps["step"].max()),
+                count=len(steps),
+                evidence={
+                    "input_min": float(row["min"]),
+                    "input_max": float(row["max"]),
+                    "scale_ratio": ratio,
+                    "first_output_std": std,
+                },
+            )
+        ]

@@ -1,0 +1,140 @@
+"""GS104 and GS108: parameters without gradients because they are frozen."""
+
+from __future__ import annotations
+
+from gradscope.rules.finding import Finding, Severity
+from gradscope.rules.lookup import listed, made_at
+from gradscope.rules.rule import Rule
+from gradscope.run.recording import Recording
+
+_FEWEST_STEPS = 2
+
+
+class FrozenParameter(Rule):
+    """GS104 frozen-parameter: some parameters of a model are frozen while others train.
+
+    ## What it finds
+
+    Registered parameters with `requires_grad=False`, in a run that trains others.
+
+    ## Why it matters
+
+    Freezing is usually meant; a pattern that matched too much, or a flag left over from an earlier
+    phase, looks the same. So this is a note.
+
+    ## How it is found
+
+    From `requires_grad` of each parameter at the last look, and the step at which it flipped.
+
+    ## Example
+
+        for name, p in model.named_parameters():
+            if "conv" in name:                 # also matches conv_head
+                p.requires_grad = False
+
+    ## Fix
+
+            if name.startswith(("conv1", "conv2")):
+
+    ## When it is wrong
+
+    Whenever the freeze is meant.
+    """
+
+    code = "GS104"
+    name = "frozen-parameter"
+    severity = Severity.INFO
+    tables = ("params",)
+    symptom_of = ("GS108",)
+
+    def check(self, run: Recording) -> list[Finding]:
+        """Return at most one finding."""
+        frozen = [e for e in run.parameters if e.in_model and not e.requires_grad]
+        if not frozen or not any(e.requires_grad and e.reached for e in run.parameters):
+            return []
+        since = [e.requires_grad_changed for e in frozen if e.requires_grad_changed is not None]
+        when = f", {len(since)} of them since step {min(since)}" if since else ""
+        return [
+            self.finding(
+                message=(
+                    f"{listed(e.name for e in frozen)} are frozen (requires_grad is False){when}, "
+                    "while others train"
+                ),
+                fix="call requires_grad_(True) on those that are meant to learn",
+                params=tuple(e.name for e in frozen),
+                modules=tuple(dict.fromkeys(e.module for e in frozen)),
+                step_first=min(since, default=None),
+                evidence={"frozen": len(frozen), "parameters": len(run.parameters)},
+            )
+        ]
+
+
+class NothingToTrain(Rule):
+    """GS108 nothing-to-train: every parameter that the optimizer holds is frozen.
+
+    ## What it finds
+
+    An optimizer that steps while all of its parameters have `requires_grad=False`.
+
+    ## Why it matters
+
+    It changes nothing.
+
+    ## How it is found
+
+    No parameter of it requires grad, and none had a gradient at any of its steps.
+
+    ## Example
+
+        for p in model.fc.parameters():
+            p.requires_grad = False
+        optimizer = Adam(model.fc.parameters())
+
+    ## Fix
+
+        for p in model.fc.parameters():
+            p.requires_grad = True
+
+    ## When it is wrong
+
+    Not known.
+    """
+
+    code = "GS108"
+    name = "nothing-to-train"
+    severity = Severity.ERROR
+    tables = ("params", "steps", "events")
+
+    def check(self, run: Recording) -> list[Finding]:
+        """Return one finding per optimizer without anything to train."""
+        steps = run.frame("steps")
+        counts = [name for name in steps.columns if name.startswith("n_")]
+        live = [
+            n for n in counts if n in ("n_fresh", "n_accumulated", "n_compounded", "n_assigned")
+        ]
+        findings = []
+        for number, known in enumerate(run.optimizers):
+            held = [e for e in run.parameters if any(n == number for n, _ in e.holders)]
+            own = steps.loc[steps["optimizer"] == known.name]
+            if not held or any(e.requires_grad or e.reached for e in held):
+                continue
+            if (len(own) and int(own[live].to_numpy().sum())) or len(own) < _FEWEST_STEPS:
+                continue
+            findings.append(
+                self.finding(
+                    message=(
+                        f"all {len(held)} parameters of {known.name} are frozen (requires_grad is "
+                        f"False): {listed(e.name for e in held)}; its {len(own)} steps change "
+                        "nothing"
+                    ),
+                    fix=f"call requires_grad_(True) on what {known.name} is to train",
+                    params=tuple(e.name for e in held),
+                    optimizer=known.name,
+                    step_first=int(own["step"].min()),
+                    step_last=int(own["step"].max()),
+                    count=len(own),
+                    **made_at(run, known.name),
+                    evidence={"frozen": len(held), "steps": len(own)},
+                )
+            )
+        return findings

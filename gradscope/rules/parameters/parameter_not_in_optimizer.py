@@ -1,0 +1,182 @@
+"""GS101 and GS102: trained by backward, and in no optimizer."""
+
+from __future__ import annotations
+
+from gradscope.rules.finding import Finding, Severity
+from gradscope.rules.lookup import listed, made_at, model_of, stepped
+from gradscope.rules.rule import Rule
+from gradscope.run.recording import ParameterEntry, Recording
+
+
+def _lost(run: Recording) -> list[ParameterEntry]:
+    """Parameters with gradients that no optimizer holds and that nothing moved."""
+    return [
+        entry
+        for entry in run.parameters
+        if entry.requires_grad
+        and entry.reached
+        and not entry.holders
+        and (entry.in_model or entry.module)
+        and entry.norm_first == entry.norm_last
+    ]
+
+
+def _stepping(run: Recording) -> set[int]:
+    names = set(stepped(run)["optimizer"])
+    return {number for number, known in enumerate(run.optimizers) if known.name in names}
+
+
+class ParameterNotInOptimizer(Rule):
+    """GS101 parameter-not-in-optimizer: a parameter gets gradients and no optimizer holds it.
+
+    ## What it finds
+
+    Parameters that backward reaches, that no optimizer holds and nothing else changes, in a model
+    whose other parameters are trained.
+
+    ## Why it matters
+
+    They stay as they were initialised.
+
+    ## How it is found
+
+    From what each optimizer holds, which gradients backward wrote, and the norms of the values at
+    the beginning and the end. A whole model without an optimizer, such as a teacher or a critic, is
+    not reported; nor is what a program updates by hand.
+
+    ## Example
+
+        self.hidden = [nn.Linear(8, 8), nn.Linear(8, 8)]     # a plain list registers nothing
+
+    ## Fix
+
+        self.hidden = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    ## When it is wrong
+
+    A part that is meant to stay as it is; `requires_grad_(False)` says so and saves its backward.
+    """
+
+    code = "GS101"
+    name = "parameter-not-in-optimizer"
+    severity = Severity.WARNING
+    tables = ("params", "steps", "events")
+    symptom_of = ("GS102",)
+
+    def check(self, run: Recording) -> list[Finding]:
+        """Return one finding per model with such parameters."""
+        stepping = _stepping(run)
+        trained = {
+            model_of(run, entry.name): holder
+            for entry in run.parameters
+            for holder, _ in entry.holders
+            if holder in stepping and entry.in_model
+        }
+        by_model: dict[str, list[ParameterEntry]] = {}
+        for entry in _lost(run):
+            by_model.setdefault(model_of(run, entry.name), []).append(entry)
+        findings = []
+        for model, entries in by_model.items():
+            if model not in trained:
+                continue
+            optimizer = run.optimizers[trained[model]].name
+            plain = [entry for entry in entries if not entry.in_model]
+            how = "; it is in a plain list or attribute, which registers nothing" if plain else ""
+            findings.append(
+                self.finding(
+                    message=(
+                        f"{listed(entry.name for entry in entries)} get gradients and are in no "
+                        f"optimizer ({optimizer} holds others of the same model): they never "
+                        f"change{how}"
+                    ),
+                    fix=(
+                        "use nn.ModuleList or nn.ParameterList, so that model.parameters() has them"
+                        if plain
+                        else f"add them to {optimizer}, or set requires_grad_(False) on them"
+                    ),
+                    params=tuple(entry.name for entry in entries),
+                    modules=tuple(dict.fromkeys(entry.module for entry in entries)),
+                    **made_at(run, optimizer),
+                    evidence={
+                        "parameters": len(entries),
+                        "unregistered": len(plain),
+                        "optimizer_of_others": optimizer,
+                    },
+                )
+            )
+        return findings
+
+
+class StaleOptimizerParameter(Rule):
+    """GS102 stale-optimizer-parameter: the optimizer holds parameters that are in use nowhere.
+
+    ## What it finds
+
+    An optimizer with parameters that no model in use has and no backward ever reaches, while the
+    model has parameters with gradients that no optimizer holds.
+
+    ## Why it matters
+
+    The optimizer trains what was thrown away; what replaced it stays as it was initialised.
+
+    ## How it is found
+
+    From what each optimizer holds, what models register, and which gradients backward wrote.
+
+    ## Example
+
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model.fc = nn.Linear(32, 10)          # the optimizer still has the old one
+
+    ## Fix
+
+        model.fc = nn.Linear(32, 10)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    ## When it is wrong
+
+    Not known.
+    """
+
+    code = "GS102"
+    name = "stale-optimizer-parameter"
+    severity = Severity.ERROR
+    tables = ("params", "steps", "events")
+
+    def check(self, run: Recording) -> list[Finding]:
+        """Return one finding per optimizer with stale parameters."""
+        lost = [entry for entry in _lost(run) if entry.in_model]
+        findings = []
+        for number in sorted(_stepping(run)):
+            held = [e for e in run.parameters if any(n == number for n, _ in e.holders)]
+            stale = [e for e in held if not e.reached and e.requires_grad]
+            shapes = {e.shape for e in stale}
+            ranks = {(len(e.shape), *e.shape[1:]) for e in stale}
+            replaced = [
+                e for e in lost if e.shape in shapes or (len(e.shape), *e.shape[1:]) in ranks
+            ]
+            if not stale or not replaced:
+                continue
+            if any(e.in_model for e in stale) and not any(not e.in_model for e in stale):
+                names = {e.name for e in stale}
+                if not any(e.name in names for e in replaced):
+                    continue  # registered and unused: that is another matter
+            optimizer = run.optimizers[number].name
+            findings.append(
+                self.finding(
+                    message=(
+                        f"{optimizer} holds {len(stale)} parameters that no model in use has; "
+                        f"{listed(e.name for e in replaced)} get gradients and are in no optimizer"
+                    ),
+                    fix=(
+                        f"make {optimizer} from the parameters of the model that is trained, after "
+                        "its last layer was replaced or it was copied"
+                    ),
+                    params=tuple(dict.fromkeys(e.name for e in (*lost, *stale))),
+                    modules=tuple(dict.fromkeys(e.module for e in replaced)),
+                    optimizer=optimizer,
+                    **made_at(run, optimizer),
+                    evidence={"stale": len(stale), "unheld": len(lost)},
+                )
+            )
+        return findings

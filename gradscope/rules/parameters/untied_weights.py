@@ -1,0 +1,134 @@
+"""GS107 and GS109: what was meant to be tied, or frozen, and is not."""
+
+from __future__ import annotations
+
+from gradscope.rules.finding import Finding, Severity
+from gradscope.rules.lookup import listed
+from gradscope.rules.rule import Rule
+from gradscope.run.recording import Recording
+
+
+class UntiedWeights(Rule):
+    """GS107 untied-weights: two parameters began with the same values and went apart.
+
+    ## What it finds
+
+    An embedding and an output layer that started with the very same values, are two parameters, and
+    are different at the end.
+
+    ## Why it matters
+
+    Copying values ties nothing: each is trained on its own, and the model is larger than meant.
+
+    ## How it is found
+
+    From the values that parameters of different kinds of modules began with, and their norms.
+
+    ## Example
+
+        self.head.weight.data = self.embedding.weight.data.clone()
+
+    ## Fix
+
+        self.head.weight = self.embedding.weight
+
+    ## When it is wrong
+
+    Weights that are only meant to begin alike.
+    """
+
+    code = "GS107"
+    name = "untied-weights"
+    severity = Severity.WARNING
+    tables = ("params",)
+
+    def check(self, run: Recording) -> list[Finding]:
+        """Return one finding per pair."""
+        findings = []
+        for entry in run.parameters:
+            if entry.copy_of is None:
+                continue
+            other = run.parameters[entry.copy_of]
+            trained = all(e.reached and e.requires_grad and e.holders for e in (entry, other))
+            apart = abs(entry.norm_last - other.norm_last) > 1e-6 * abs(other.norm_last)
+            if not trained or not apart:
+                continue
+            findings.append(
+                self.finding(
+                    message=(
+                        f"{entry.name} and {other.name} began with the very same values, but are "
+                        "two parameters and went apart: they are not tied"
+                    ),
+                    fix=f"assign the parameter itself: {entry.name} = {other.name}",
+                    params=(entry.name, other.name),
+                    modules=(entry.module, other.module),
+                    evidence={"norm_last": entry.norm_last, "norm_last_other": other.norm_last},
+                )
+            )
+        return findings
+
+
+class FreezeWithoutEffect(Rule):
+    """GS109 freeze-without-effect: a freeze that freezes nothing.
+
+    ## What it finds
+
+    A module whose attribute `requires_grad` was set, which is no switch of it, and whose parameters
+    get gradients all the same.
+
+    ## Why it matters
+
+    What was to be kept is trained.
+
+    ## How it is found
+
+    From plain attributes of modules that look like a freeze, and from the gradients of their
+    parameters.
+
+    ## Example
+
+        model.encoder.requires_grad = False
+
+    ## Fix
+
+        model.encoder.requires_grad_(False)
+
+    ## When it is wrong
+
+    A module that has a flag of that name for a purpose of its own.
+    """
+
+    code = "GS109"
+    name = "freeze-without-effect"
+    severity = Severity.WARNING
+    tables = ("models", "params")
+
+    def check(self, run: Recording) -> list[Finding]:
+        """Return one finding per attribute."""
+        findings = []
+        for model in run.models:
+            for attribute in model.ineffective_freezes:
+                path = attribute.rpartition(".")[0].removeprefix(f"{model.name}.")
+                trained = tuple(
+                    e.name
+                    for e in run.parameters
+                    if e.requires_grad
+                    and e.reached
+                    and e.holders
+                    and (not path or f".{e.name}".find(f".{path}.") >= 0)
+                )
+                if not trained:
+                    continue
+                findings.append(
+                    self.finding(
+                        message=(
+                            f"{attribute} was set, which freezes nothing: {listed(trained)} still "
+                            "get gradients and are updated"
+                        ),
+                        fix=f"call {path or model.name}.requires_grad_(False)",
+                        params=trained,
+                        modules=(path,),
+                        evidence={"attribute": attribute, "trained": len(trained)},
+                    )
+                )
+        return findings

@@ -1,0 +1,98 @@
+"""GS105: trainable, in the optimizer, and reached by no backward."""
+
+from __future__ import annotations
+
+from gradscope.rules.finding import Finding, Severity
+from gradscope.rules.lookup import listed, stepped
+from gradscope.rules.rule import Rule
+from gradscope.run.recording import Recording
+
+_FEWEST_STEPS = 5
+"""Experts, heads and skipped blocks get their gradients later than the first step."""
+
+
+class UnusedParameter(Rule):
+    """GS105 unused-parameter: a parameter takes no part in any loss of the whole run.
+
+    ## What it finds
+
+    Trainable parameters in an optimizer that steps, to which no backward ever wrote a gradient,
+    while others of it get theirs.
+
+    ## Why it matters
+
+    A layer that was forgotten in `forward` is no part of the model, whatever `print(model)` says.
+
+    ## How it is found
+
+    Over all backwards of the run. Experts, heads and blocks that are used now and then have their
+    gradient by then. Where the graph was cut on the way, that finding explains this one.
+
+    ## Example
+
+        self.layer2 = nn.Linear(32, 32)          # never called in forward
+
+    ## Fix
+
+        x = torch.relu(self.layer2(x))
+
+    ## When it is wrong
+
+    A head or pooling layer of a larger model that this training has no use for.
+    """
+
+    code = "GS105"
+    name = "unused-parameter"
+    severity = Severity.WARNING
+    tables = ("params", "steps", "calls")
+    symptom_of = (
+        "GS102",
+        "GS106",
+        "GS301",
+        "GS302",
+        "GS303",
+        "GS304",
+        "GS312",
+        "GS313",
+        "GS314",
+        "GS401",
+        "GS403",
+    )
+
+    def check(self, run: Recording) -> list[Finding]:
+        """Return at most one finding per optimizer."""
+        counts = stepped(run).groupby("optimizer")["step"].count()
+        calls = run.frame("calls")
+        called = set(calls["module"])
+        findings = []
+        for number, known in enumerate(run.optimizers):
+            held = [e for e in run.parameters if any(n == number for n, _ in e.holders)]
+            unused = [e for e in held if e.requires_grad and not e.reached and e.in_model]
+            if (
+                counts.get(known.name, 0) < _FEWEST_STEPS
+                or not unused
+                or not any(e.reached for e in held)
+            ):
+                continue
+            modules = tuple(dict.fromkeys(e.module for e in unused))
+            silent = [m for m in modules if m and m not in called] if called else []
+            why = f"; {listed(silent)} never ran" if silent else ""
+            findings.append(
+                self.finding(
+                    message=(
+                        f"{listed(e.name for e in unused)} got no gradient from any backward of "
+                        f"the run, although {known.name} holds them{why}"
+                    ),
+                    fix="use them in forward, or take them out of the model",
+                    params=tuple(e.name for e in unused),
+                    modules=modules,
+                    optimizer=known.name,
+                    count=int(counts[known.name]),
+                    evidence={
+                        "unused_parameters": len(unused),
+                        "steps": int(counts[known.name]),
+                        "modules_that_never_ran": ", ".join(silent),
+                    },
+                )
+            )
+        return findings

@@ -1,0 +1,94 @@
+"""GS509: the scheduler turns a knob that is connected to nothing."""
+
+from __future__ import annotations
+
+from gradscope.rules.finding import Finding, Severity
+from gradscope.rules.lookup import events_of, held_by, place_of, stepped
+from gradscope.rules.rule import Rule
+from gradscope.run.recording import Recording
+
+_FEWEST_CALLS = 2
+"""One call may come before a phase in which the optimizer is used."""
+
+
+class SchedulerOfIdleOptimizer(Rule):
+    """GS509 scheduler-of-idle-optimizer: the scheduler belongs to an optimizer that never steps.
+
+    ## What it finds
+
+    A scheduler that is stepped, bound to one optimizer, while another optimizer does the training.
+
+    ## Why it matters
+
+    The learning rate that is used stays constant, whatever the schedule says; what is printed by
+    `get_last_lr()` looks right.
+
+    ## How it is found
+
+    The scheduler's optimizer made no step in the run, another one did, and that one has no
+    scheduler. Where both hold the same parameters this is certain.
+
+    ## Example
+
+        optimizer = SGD(model.parameters(), lr=0.1)
+        scheduler = StepLR(optimizer, 10)
+        optimizer = AdamW(model.parameters(), lr=1e-3)     # the scheduler still has the SGD
+
+    ## Fix
+
+        optimizer = AdamW(model.parameters(), lr=1e-3)
+        scheduler = StepLR(optimizer, 10)
+
+    ## When it is wrong
+
+    A phase of training in which one optimizer rests, seen without the phases in which it works.
+    """
+
+    code = "GS509"
+    name = "scheduler-of-idle-optimizer"
+    severity = Severity.ERROR
+    tables = ("steps", "events", "params")
+
+    def check(self, run: Recording) -> list[Finding]:
+        """Return one finding per idle optimizer with a scheduler."""
+        counts = stepped(run).groupby("optimizer", sort=False)["step"].count()
+        tried = set(run.frame("steps")["optimizer"])
+        calls = events_of(run, "scheduler")
+        scheduled = set(calls["subject"]) - {""}
+        findings = []
+        for known in run.optimizers:
+            idle = known.name
+            own = calls.loc[calls["subject"] == idle]
+            if len(own) < _FEWEST_CALLS or idle in counts.index:
+                continue
+            busy = [str(name) for name in counts.index if name not in scheduled]
+            if not busy:
+                continue
+            held = set(held_by(run, idle))
+            sharing = [name for name in busy if held & set(held_by(run, name))]
+            if not sharing and idle in tried:
+                continue  # gradients wait for it: it is its step that is missing
+            by = (sharing or busy)[-1]
+            kind = str(own["detail"].iloc[0])
+            findings.append(
+                self.finding(
+                    message=(
+                        f"{kind}.step() was called {len(own)} times for {idle}, which never "
+                        f"stepped; {by} made {int(counts[by])} steps without a scheduler"
+                    ),
+                    fix=f"make {kind} with {by}, the optimizer that steps",
+                    severity=Severity.ERROR if sharing else Severity.WARNING,
+                    optimizer=idle,
+                    step_first=int(own["step"].min()),
+                    step_last=int(own["step"].max()),
+                    count=len(own),
+                    **place_of(own),
+                    evidence={
+                        "scheduler": kind,
+                        "scheduler_steps": len(own),
+                        "idle_optimizer": idle,
+                        "stepping_optimizer": by,
+                    },
+                )
+            )
+        return findings

@@ -1,0 +1,198 @@
+"""GS512: something other than the optimizer moves the weights between its steps."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gradscope.rules.finding import Finding, Severity
+from gradscope.rules.lookup import events_of, held_by, listed, stepped
+from gradscope.rules.rule import Rule
+from gradscope.run.recording import Recording
+
+_FEWEST_PAIRS = 2
+"""The first three steps are always recorded: two pairs."""
+
+_NEARLY_ALL = 0.9
+
+_VISIBLE = 0.05
+"""Change outside by the update itself: a perturbation that was taken back leaves rounding only."""
+
+_JUMP = 8.0
+"""In single updates. Lookahead comes back by half of its five or six steps."""
+
+_FEWEST_JUMPS = 2
+"""Loading the best weights, or averaged ones, is done once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """The tracked weights around one step, by number of the parameter."""
+
+    step: int
+    turn: int
+    before: dict[int, Any]
+    after: dict[int, Any]
+
+
+class WeightsChangedOutsideStep(Rule):
+    """GS512 weights-changed-outside-step: the weights are not what the last step left.
+
+    ## What it finds
+
+    A program that changes nearly all weights of its only optimizer after nearly every step
+    (clamping, re-scaling, noise), or that puts them back to where they had been, again and again
+    (loading a state dict, initialising).
+
+    ## Why it matters
+
+    What the optimizer does is undone, while its moments go on as if it had happened.
+
+    ## How it is found
+
+    Some weights of each parameter are kept around each recorded step. What a step left is compared
+    with what the directly following one finds; over longer distances a jump has to be larger than
+    several updates of every step in between. Weights that are swapped for an evaluation and put
+    back are the same again; a projection of some layers, one load of the best weights, and the
+    clamped critic of a Wasserstein GAN are not reported.
+
+    ## Example
+
+        optimizer.step()
+        for p in model.parameters():
+            p.data.clamp_(-0.01, 0.01)
+
+    ## Fix
+
+        optimizer.step()
+
+    ## When it is wrong
+
+    A method that projects every weight after every step.
+    """
+
+    code = "GS512"
+    name = "weights-changed-outside-step"
+    severity = Severity.WARNING
+    tables = ("steps", "events", "params")
+
+    def check(self, run: Recording) -> list[Finding]:
+        """Return one finding per optimizer whose work is undone."""
+        if len(events_of(run, "paused")):
+            return []  # whatever happened meanwhile was not to be seen
+        steps = stepped(run)
+        active = set(steps["optimizer"])
+        shared = {
+            number
+            for number, entry in enumerate(run.parameters)
+            if len({run.optimizers[n].name for n, _ in entry.holders} & active) > 1
+        }
+        findings = []
+        for optimizer, own in steps.groupby("optimizer", sort=False):
+            held = [number for number in held_by(run, str(optimizer)) if number not in shared]
+            looks = _looks(run, own, held)
+            constantly = _changed_constantly(looks) if len(active) == 1 else []
+            jumps, names = _jumps(looks)
+            if constantly:
+                how, params = "after every step", constantly
+                text = (
+                    f"the weights that a step of {optimizer} found were not those that the step "
+                    f"before had left: {listed(run.parameters[n].name for n in params)} were "
+                    "changed outside of the optimizer between nearly all of its steps"
+                )
+                first, count = looks[0].step, len(looks)
+            elif len(jumps) >= _FEWEST_JUMPS:
+                how, params = "again and again", names
+                text = (
+                    f"the weights of {optimizer} jumped {len(jumps)} times between its steps "
+                    f"(before steps {listed(map(str, jumps))}), far more than it moves them: "
+                    f"{listed(run.parameters[n].name for n in params)} were reset or overwritten"
+                )
+                first, count = jumps[0], len(jumps)
+            else:
+                continue
+            findings.append(
+                self.finding(
+                    message=text,
+                    fix=(
+                        "look for clamp_, copy_, load_state_dict, init or assignments to .data on "
+                        f"these parameters inside the loop, after {optimizer}.step()"
+                    ),
+                    params=tuple(run.parameters[number].name for number in params),
+                    optimizer=str(optimizer),
+                    step_first=int(first),
+                    step_last=int(looks[-1].step),
+                    count=count,
+                    evidence={
+                        "how": how,
+                        "changed_parameters": len(params),
+                        "parameters": len(held),
+                        "compared_steps": len(looks),
+                    },
+                )
+            )
+        return findings
+
+
+def _looks(run: Recording, own: Any, held: list[int]) -> list[_Look]:
+    wanted = [n for n in held if run.parameters[n].requires_grad]
+    looks = []
+    for step, turn in zip(own["step"], own["optimizer_step"], strict=True):
+        tracked = run.tracked.get(int(step))
+        if tracked is None or "weight_after" not in tracked.values:
+            continue
+        before, after = tracked.values["weight_before"], tracked.values["weight_after"]
+        where = {n: tracked.param == n for n in wanted}
+        looks.append(
+            _Look(
+                int(step),
+                int(turn),
+                {n: before[at] for n, at in where.items() if at.any()},
+                {n: after[at] for n, at in where.items() if at.any()},
+            )
+        )
+    return looks
+
+
+def _distance(a: Any, b: Any) -> float:
+    return float(np.linalg.norm(np.asarray(a, np.complex128) - np.asarray(b, np.complex128)))
+
+
+def _changed_constantly(looks: list[_Look]) -> list[int]:
+    """Parameters changed between nearly all directly following steps, if they are nearly all."""
+    pairs = [(a, b) for a, b in itertools.pairwise(looks) if b.turn == a.turn + 1]
+    if len(pairs) < _FEWEST_PAIRS:
+        return []
+    counts: dict[int, int] = {}
+    for a, b in pairs:
+        for n in a.after.keys() & b.before.keys():
+            outside, inside = _distance(b.before[n], a.after[n]), _distance(a.after[n], a.before[n])
+            counts[n] = counts.get(n, 0) + (outside > _VISIBLE * inside and outside > 0)
+    changed = [n for n, count in counts.items() if count >= _NEARLY_ALL * len(pairs)]
+    return sorted(changed) if len(changed) >= _NEARLY_ALL * max(1, len(counts)) else []
+
+
+def _jumps(looks: list[_Look]) -> tuple[list[int], list[int]]:
+    """Steps before which nearly all parameters lay too far from where they were left."""
+    jumps, names = [], set[int]()
+    for a, b in itertools.pairwise(looks):
+        common = sorted(a.after.keys() & b.before.keys())
+        far = [
+            n
+            for n in common
+            if _distance(b.before[n], a.after[n])
+            > _JUMP
+            * (b.turn - a.turn)
+            * max(
+                _distance(a.after[n], a.before[n]),
+                _distance(b.after[n], b.before[n]),
+                1e-6 * float(np.linalg.norm(a.after[n])),
+            )
+        ]
+        if common and len(far) >= _NEARLY_ALL * len(common):
+            jumps.append(b.step)
+            names.update(far)
+    return jumps, sorted(names)

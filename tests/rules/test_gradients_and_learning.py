@@ -1,0 +1,235 @@
+"""GS401 to GS406 and GS601 to GS609: broken loops, and healthy ones that look alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import gradscope
+from gradscope.rules import Findings
+
+RULES = {
+    *("GS401", "GS402", "GS403", "GS404", "GS405", "GS406"),
+    *("GS601", "GS603", "GS604", "GS605", "GS606", "GS607", "GS609"),
+}
+
+
+def train(
+    model: nn.Module,
+    steps: int = 12,
+    *,
+    make_x: Callable[[], torch.Tensor] = lambda: torch.randn(16, 6),
+    make_y: Callable[[torch.Tensor], torch.Tensor] = lambda x: (x[:, 0] > 0).long(),
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.cross_entropy,
+    backward: Callable[[torch.Tensor], object] = torch.Tensor.backward,
+    lr: float = 0.1,
+) -> Findings:
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(steps):
+            x = make_x()
+            loss = loss_of(model(x), make_y(x))
+            optimizer.zero_grad()
+            backward(loss)
+            optimizer.step()
+    return scope.findings
+
+
+def told(findings: Findings) -> list[str]:
+    return [f.code for f in findings if f.severity > 0 and f.code in RULES]
+
+
+def mlp(depth: int = 1, act: type[nn.Module] = nn.ReLU, n_out: int = 3) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Linear(6, 16), act()]
+    for _ in range(depth - 1):
+        layers += [nn.Linear(16, 16), act()]
+    return nn.Sequential(*layers, nn.Linear(16, n_out))
+
+
+def test_a_loop_without_backward() -> None:
+    findings = train(mlp(), backward=lambda loss: None)
+    assert told(findings) == ["GS401"]
+    assert "loss.backward()" in findings[0].fix
+
+
+def test_a_loop_that_goes_back_twice() -> None:
+    def twice(loss: torch.Tensor) -> None:
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+    findings = train(mlp(), backward=twice)
+    assert told(findings) == ["GS402"]
+    assert findings[0].file == __file__
+
+
+def test_two_losses_with_two_backwards_are_silent() -> None:
+    def two(loss: torch.Tensor) -> None:
+        (loss * 0.5).backward(retain_graph=True)
+        (loss * 0.5).backward()
+
+    assert not told(train(mlp(), backward=two))
+
+
+def test_a_deep_sigmoid_network_and_a_deep_residual_one() -> None:
+    findings = train(mlp(9, nn.Sigmoid), 8)
+    assert told(findings) == ["GS403"]
+    assert findings[0].params[0] == "0.weight"
+    assert not told(train(mlp(9, nn.ReLU), 8))
+
+
+def test_an_initialisation_that_explodes() -> None:
+    model = mlp(5)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=2.0)
+    assert set(told(train(model, lr=1e-9))) & {"GS404", "GS604"}
+
+
+def test_a_loss_scaled_by_hand_is_no_alarm() -> None:
+    def scaled(loss: torch.Tensor) -> None:
+        (1e4 * loss).backward()
+
+    assert "GS404" not in told(train(mlp(), backward=scaled, lr=1e-6))
+
+
+def test_a_logarithm_of_zero() -> None:
+    def log_loss(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return -torch.log(torch.softmax(1000 * out, 1)[torch.arange(len(y)), y]).mean()
+
+    findings = train(mlp(), loss_of=log_loss)
+    assert told(findings)[0] == "GS405"
+    assert "ogarithm" in findings[0].message
+
+
+def test_a_norm_at_zero() -> None:
+    def norm_loss(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return ((out - out.detach()) ** 2).sum(1).sqrt().mean() + F.cross_entropy(out, y)
+
+    assert told(train(mlp(), loss_of=norm_loss))[0] == "GS405"
+
+
+def test_scaler_that_looks_for_its_scale_is_silent() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=1000)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(20):
+            x = torch.randn(16, 6)
+            optimizer.zero_grad()
+            scaler.scale(16 * F.cross_entropy(model(x), (x[:, 0] > 0).long())).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert "GS405" not in told(scope.findings)
+
+
+def test_dead_units() -> None:
+    model = mlp()
+    nn.init.constant_(model[0].bias, -50.0)
+    findings = train(model)
+    assert told(findings) == ["GS406"]
+    assert "1" in findings[0].modules
+    assert "0.weight" in findings[0].params
+
+
+def test_functional_relu_that_is_dead() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+            nn.init.constant_(self.a.bias, -50.0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.relu(self.a(x)))
+
+    torch.manual_seed(0)
+    assert told(train(Net())) == ["GS406"]
+
+
+def test_zeros_that_move_on_are_silent() -> None:
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.a = nn.Linear(6, 3), nn.Linear(6, 2, bias=False)
+            self.b = nn.Linear(2, 3, bias=False)
+            nn.init.zeros_(self.b.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + self.b(torch.relu(self.a(x)))
+
+    torch.manual_seed(0)
+    assert not told(train(Adapted()))
+
+
+def test_all_weights_zero() -> None:
+    model = mlp()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    assert told(train(model))[0] == "GS605"
+
+
+def test_a_bias_of_zeros_that_is_averaged_is_silent() -> None:
+    class Tagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.extra = nn.Linear(6, 3), nn.Parameter(torch.zeros(4, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.fc(x)[:, None] + self.extra).mean(1)
+
+    torch.manual_seed(0)
+    assert not told(train(Tagged()))
+
+
+def test_a_flipped_sign() -> None:
+    findings = train(mlp(), 30, loss_of=lambda out, y: -F.cross_entropy(out, y))
+    assert "GS603" in told(findings)
+
+
+def test_constant_targets_and_sorted_ones() -> None:
+    constant = train(mlp(), make_y=lambda x: torch.ones(16, dtype=torch.long))
+    assert told(constant) == ["GS606"]
+    calls = iter(range(100))
+    by_class = train(mlp(), make_y=lambda x: torch.full((16,), next(calls) // 4))
+    assert "GS606" not in told(by_class)
+
+
+def test_contrastive_targets_are_silent() -> None:
+    def contrastive(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        similar = torch.cat([out.pow(2).sum(1, keepdim=True), out @ out.T], 1) / 0.5
+        return F.cross_entropy(similar, torch.zeros(16, dtype=torch.long))
+
+    assert "GS606" not in told(train(mlp(), loss_of=contrastive))
+
+
+def test_inputs_of_hundreds_and_the_same_behind_a_normalisation() -> None:
+    def large() -> torch.Tensor:
+        return 500 * torch.rand(16, 6)
+
+    def target(x: torch.Tensor) -> torch.Tensor:
+        return (x[:, 0] > 250).long()
+
+    findings = train(mlp(), make_x=large, make_y=target, lr=1e-6)
+    assert "GS607" in told(findings)
+    normalised = nn.Sequential(nn.BatchNorm1d(6), *mlp())
+    assert not told(train(normalised, make_x=large, make_y=target))
+
+
+def test_labels_without_a_relation_to_inputs() -> None:
+    def chance(x: torch.Tensor) -> torch.Tensor:
+        return torch.randint(0, 3, (len(x),))
+
+    def batch() -> torch.Tensor:
+        return torch.randn(64, 6)
+
+    assert told(train(mlp(), 60, make_x=batch, make_y=chance)) == ["GS609"]
+    assert not told(train(mlp(), 60, make_x=batch, lr=0.5))
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_an_ordinary_first_loss_is_silent(scale: float) -> None:
+    assert not told(train(mlp(), loss_of=lambda out, y: F.cross_entropy(scale * out, y)))

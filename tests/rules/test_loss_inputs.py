@@ -1,0 +1,202 @@
+"""GS307 to GS311, GS608: what loss functions are given, and how they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import gradscope
+from gradscope.rules import Findings
+
+MakeLoss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+
+LOSS_RULES = {"GS307", "GS308", "GS309", "GS310", "GS311", "GS603", "GS608"}
+
+
+def judged(make_loss: MakeLoss, n_out: int = 3) -> Findings:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, n_out))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(12):
+            loss = make_loss(model, torch.randn(8, 6), torch.randint(0, 3, (8,)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return scope.findings
+
+
+def softmax_into_cross_entropy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(torch.softmax(model(x), 1), y)  # bad
+
+
+def clamped_softmax(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x).softmax(1).clamp(1e-6, 1), y)  # bad
+
+
+def softmax_into_nll(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.nll_loss(F.softmax(model(x), dim=1), y)  # bad
+
+
+def logits_into_nll(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.nll_loss(3 * model(x), y)  # bad
+
+
+def sigmoid_into_bce_with_logits(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    out = torch.sigmoid(model(x)[:, 0])
+    return nn.BCEWithLogitsLoss()(out, (y > 0).float())  # bad
+
+
+def column_against_row(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.mse_loss(model(x)[:, :1], y.float())  # bad
+
+
+def column_minus_row(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (model(x)[:, :1] - y.float()).pow(2).mean()  # bad
+
+
+def log_softmax_over_batch(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.nll_loss(torch.log_softmax(model(x), dim=0), y)  # bad
+
+
+def picked_by_hand(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    logp = torch.log_softmax(model(x), dim=0)
+    return -logp[torch.arange(len(x)), y].mean()  # bad
+
+
+def negated(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return -F.cross_entropy(10 * model(x), y)  # bad
+
+
+def summed(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x), y, reduction="sum")  # bad
+
+
+BROKEN: dict[MakeLoss, str] = {
+    softmax_into_cross_entropy: "GS307",
+    clamped_softmax: "GS307",
+    softmax_into_nll: "GS308",
+    logits_into_nll: "GS308",
+    sigmoid_into_bce_with_logits: "GS309",
+    column_against_row: "GS310",
+    column_minus_row: "GS310",
+    log_softmax_over_batch: "GS311",
+    picked_by_hand: "GS311",
+    negated: "GS603",
+    summed: "GS608",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("make_loss", BROKEN, ids=lambda f: f.__name__)
+def test_a_loss_that_is_given_the_wrong_thing_is_named_with_its_line(make_loss: MakeLoss) -> None:
+    findings = [f for f in judged(make_loss) if f.code in LOSS_RULES]
+    assert [finding.code for finding in findings] == [BROKEN[make_loss]]
+    lines = Path(__file__).read_text("utf-8").splitlines()
+    assert lines[findings[0].line - 1].endswith("# bad")
+
+
+def test_the_softmax_module_is_named() -> None:
+    model = nn.Sequential(nn.Linear(6, 3), nn.Softmax(dim=1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.CrossEntropyLoss()(model(torch.randn(8, 6)), torch.zeros(8).long()).backward()
+            optimizer.step()
+    finding = next(f for f in scope.findings if f.code == "GS307")
+    assert finding.modules == ("1",)
+    assert "Softmax" in finding.message
+
+
+# -- healthy --------------------------------------------------------------------------------
+
+
+def cross_entropy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def softmax_only_as_target(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        target = model(x).softmax(1)
+    return F.cross_entropy(model(x), target)
+
+
+def softmax_for_the_accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    out = model(x)
+    F.cross_entropy(out.softmax(1).detach(), y)
+    return F.cross_entropy(out, y)
+
+
+def nll_of_log_softmax(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.nll_loss(F.log_softmax(model(x), dim=1), y)
+
+
+def nll_of_a_clamped_logarithm(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.nll_loss(model(x).softmax(1).clamp(min=1e-6).log(), y)
+
+
+def bce_of_sigmoid(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.binary_cross_entropy(torch.sigmoid(model(x)[:, 0]), (y > 0).float())
+
+
+def same_shapes(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.mse_loss(model(x)[:, 0], y.float())
+
+
+def one_target_for_all(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.mse_loss(model(x), torch.ones(1, 3))
+
+
+def all_pairs_of_predictions(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    out = model(x)[:, 0]
+    return (out[:, None] - out).pow(2).mean() + F.cross_entropy(model(x), y)
+
+
+def contrastive_over_both_sides(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    a, b = model(x), model(x + 0.1)
+    similar = a @ b.T
+    right = torch.arange(len(x))
+    return -(similar.log_softmax(0)[right, right] + similar.log_softmax(1)[right, right]).mean()
+
+
+def attention_over_the_first_dimension(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    weights = model(x)[:, :1].softmax(0)
+    return F.cross_entropy(model(x) + (weights * x[:, :1]).sum(), y)
+
+
+def entropy_bonus(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    chosen = torch.distributions.Categorical(logits=model(x))
+    return -(chosen.log_prob(y) * torch.randn(len(x))).mean() - 0.01 * chosen.entropy().mean()
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize(
+    "make_loss",
+    [
+        cross_entropy,
+        softmax_only_as_target,
+        softmax_for_the_accuracy,
+        nll_of_log_softmax,
+        nll_of_a_clamped_logarithm,
+        bce_of_sigmoid,
+        same_shapes,
+        one_target_for_all,
+        all_pairs_of_predictions,
+        contrastive_over_both_sides,
+        attention_over_the_first_dimension,
+        entropy_bonus,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_a_healthy_loss_is_silent(make_loss: MakeLoss) -> None:
+    assert not [f for f in judged(make_loss) if f.severity > 0 and f.code in LOSS_RULES]
