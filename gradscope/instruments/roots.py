@@ -10,6 +10,8 @@ import torch
 
 _KEY = "gradscope"
 _MOST_REMEMBERED = 4096
+_SCALING = ("DivBackward0", "MulBackward0", "NegBackward0")
+_LONGEST_CHAIN = 4
 
 
 class _Token:
@@ -57,6 +59,15 @@ class Roots:
     def _watch(self, node: Any) -> None:
         # A node of autograd is no Python object that could be referred to weakly; what its
         # metadata holds is, and goes with it.
+        # (loss / k).backward() and scaler.scale(loss).backward() start above what a program keeps.
+        for _ in range(_LONGEST_CHAIN):
+            below = node.next_functions
+            if len(below) != 1 and not (len(below) == 2 and None in (below[0][0], below[1][0])):
+                break
+            used = below[0][0] if below[0][0] is not None else below[-1][0]
+            if type(node).__name__ not in _SCALING or used is None or hasattr(used, "variable"):
+                break
+            node = used
         token = _Token()
         node.metadata[_KEY] = token
         self._alive.add(token)

@@ -89,13 +89,21 @@ def reached_losses(run: Recording) -> pd.DataFrame:
     return losses.loc[losses["reached"].astype(bool)]
 
 
-def place_of(row: pd.Series) -> tuple[str | None, int | None]:
-    """Return file and line of a row; None twice where they are not known."""
-    file = str(row["file"]) or None
-    if file is None or row["line"] is None or row["line"] != row["line"]:
+def place_of(row: pd.Series, kind: str = "") -> tuple[str | None, int | None]:
+    """Return file and line of a row; None twice where they are not known.
+
+    Args:
+        row: a row of any table with such columns.
+        kind: what stands before ``file`` and ``line`` in the columns' names, such as ``owner_``;
+            where that place is not known it is the row's plain one.
+    """
+    file, number = str(row[f"{kind}file"]) or None, row[f"{kind}line"]
+    if kind and file is None:
+        return place_of(row)
+    if file is None or number is None or number != number:
         return None, None
     try:
-        return file, int(row["line"])
+        return file, int(number)
     except TypeError:  # pandas' own missing value
         return None, None
 

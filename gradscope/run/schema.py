@@ -444,7 +444,7 @@ EVENTS = Table(
             "`watch_started`, `watch_stopped`, `paused`, `resumed`, `zero_grad`, `clip`, "
             "`unscale`, `scale_update`, `scheduler`, `armed`, `cut`, `exception`, "
             "`optimizer_found`, `model_found`, `parameters_changed`, `instrument_failed`, "
-            "`unobserved`, `nonfinite`, `ended`",
+            "`unobserved`, `nonfinite`, `non_leaf`, `ended`",
         ),
         ("detail", T, "what exactly"),
         ("subject", T, "the optimizer concerned, as the program names it; empty if none is"),

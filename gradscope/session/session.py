@@ -18,6 +18,7 @@ from torch import nn
 
 from gradscope.config import WatchOptions
 from gradscope.instruments.late import Known, Late, scalar_of
+from gradscope.instruments.precomputed import precomputed_weights
 from gradscope.instruments.roots import Roots
 from gradscope.instruments.source_lines import SourceLines
 from gradscope.instruments.weight_facts import read_norms
@@ -146,6 +147,7 @@ class Session:
         self._scaler_stepped = False
         self._in_scaler_step = False
         self._roots = Roots()
+        self._first_backward: int | None = None  # where it came; -1 after the second
         self._broken = False
         self._began = 0.0
         self._next_look = 0.0
@@ -389,6 +391,8 @@ class Session:
         # Before the backward: a graph that it will free is still to be met, or not, at the next.
         root_facts = self._failures.run("roots", self._roots.met, call.roots) or {}
         self._nonfinite.backward_started(call.roots, captured)
+        if call.accumulates:
+            self._look_for_results(call)
         root_facts |= self._looks.backward_started(call.roots, len(self._attempts.optimizers))
         self._backward = (time.perf_counter(), _sequence_nr(), captured, root_facts)
 
@@ -520,6 +524,18 @@ class Session:
         self._looks.module_created(module, location)
 
     # -- inside -----------------------------------------------------------------------------
+
+    def _look_for_results(self, call: BackwardCall) -> None:
+        """See at the second backward whether weights were computed once, before the loop."""
+        if self._first_backward is None:
+            self._first_backward = _sequence_nr()
+        elif self._first_backward >= 0:
+            before, self._first_backward = self._first_backward, -1
+            names = self._failures.run(
+                "precomputed", precomputed_weights, call.roots, before, self._census.knows
+            )
+            if names:
+                self.event("non_leaf", ", ".join(name for name in names if name))
 
     def _look_closer(self, module: nn.Module | None, *, someone_is_new: bool) -> None:
         """Follow every call of the step that begins, if there is a reason to."""

@@ -69,13 +69,14 @@ class LossBroadcast(Rule):
             result = _broadcast(left, right)
             row = rows.iloc[0]
             function = str(row["function"])
-            called = "a subtraction" if function == "sub" else _spelled(function)
+            called = "subtraction's" if function == "sub" else _spelled(function)
             file, line = place_of(row)
             findings.append(
                 self.finding(
                     message=(
-                        f"{called}{at(file, line)} was given a prediction of shape {list(left)} "
-                        f"and a target of shape {list(right)}, which broadcast to {list(result)}: "
+                        f"the {called} inputs{at(file, line)} are a prediction of shape "
+                        f"{list(left)} and a target of shape {list(right)}, which broadcast to "
+                        f"{list(result)}: "
                         "every prediction is compared with every target"
                     ),
                     fix=(
@@ -114,4 +115,4 @@ def _spelled(function: str) -> str:
         "smooth_l1_loss": "SmoothL1Loss",
         "huber_loss": "HuberLoss",
     }
-    return f"{function} ({kinds[function]})"
+    return kinds[function]

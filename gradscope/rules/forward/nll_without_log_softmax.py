@@ -61,7 +61,7 @@ class NllWithoutLogSoftmax(Rule):
             is_positive = bool((rows["input_max"] > _POSITIVE).all())
             if made_by & _LOGARITHMS or not (is_probability or is_positive):
                 continue
-            file, line = place_of(rows.iloc[0])
+            file, line = place_of(rows.iloc[0], "made_at_")
             what = next(iter(made_by)) if is_probability else ""
             modules = culprits(run, what) if what else ()
             given = f"comes out of {with_kind(modules, what)}" if what else "is no log-probability"

@@ -55,7 +55,7 @@ class SigmoidBeforeBceWithLogits(Rule):
             if not made_by <= {"Sigmoid", "Softmax"}:
                 continue
             what = sorted(made_by)[0]
-            file, line = place_of(rows.iloc[0])
+            file, line = place_of(rows.iloc[0], "made_at_")
             modules = culprits(run, what)
             findings.append(
                 self.finding(

@@ -73,7 +73,7 @@ class SoftmaxBeforeCrossEntropy(Rule):
                 severity, what = Severity.ERROR, "Softmax"
             else:
                 continue
-            file, line = place_of(rows.iloc[0])
+            file, line = place_of(rows.iloc[0], "made_at_")
             modules = culprits(run, what)
             harm = (
                 "cross_entropy (CrossEntropyLoss) applies a softmax by itself"

@@ -69,7 +69,7 @@ class SoftmaxOverBatch(Rule):
                 continue
             row = rows.iloc[0]
             kind = str(row["input_made_by"])
-            file, line = place_of(row)
+            file, line = place_of(row, "made_at_")
             modules = culprits(run, kind)
             shape = list(shapes[0])
             findings.append(

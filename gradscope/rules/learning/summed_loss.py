@@ -5,6 +5,7 @@ from __future__ import annotations
 from gradscope.rules.facts import at, place_of, reached_losses, shape_of, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
+from gradscope.rules.step.learning_rate_too_high import LearningRateTooHigh
 from gradscope.run.recording import Recording
 
 
@@ -47,10 +48,13 @@ class SummedLoss(Rule):
         """Return one finding per line that sums."""
         losses, steps = reached_losses(run), stepped(run)
         summed = losses.loc[losses["reduction"] == "sum"]
+        # A step too large for the loss to fall is no longer a matter of style.
+        jumps = bool(LearningRateTooHigh().check(run))
         findings = []
         for _, rows in summed.groupby(["function", "file", "line"], sort=False, dropna=False):
             row = rows.iloc[0]
-            file, line = place_of(row)
+            file, line = place_of(row, "owner_")
+            called = str(row["owner"] or row["function"])
             shape = shape_of(str(row["input_shape"])) or ()
             batch = shape[0] if shape else 1
             if batch < 2 or steps.empty:
@@ -58,13 +62,14 @@ class SummedLoss(Rule):
             findings.append(
                 self.finding(
                     message=(
-                        f'{row["function"]}{at(file, line)} is called with reduction="sum": the '
-                        f"loss and its gradients are about {batch} times those of the mean"
+                        f'{called}(reduction="sum"){at(file, line)} adds up the losses of a '
+                        f"batch: the loss and its gradients are about {batch} times those of the mean"
                     ),
                     fix=(
                         f'leave out reduction="sum"{at(file, line)}, or divide the loss by the '
                         "size of the batch"
                     ),
+                    severity=Severity.WARNING if jumps else self.severity,
                     step_first=int(steps["step"].min()),
                     step_last=int(steps["step"].max()),
                     count=len(steps),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gradscope.rules.finding import Finding, Severity
+from gradscope.rules.learning.target_independent_of_input import TargetIndependentOfInput
 from gradscope.rules.lookup import listed, made_at
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -53,14 +54,19 @@ class FrozenParameter(Rule):
         if not frozen or not any(e.requires_grad and e.reached for e in run.parameters):
             return []
         since = [e.requires_grad_changed for e in frozen if e.requires_grad_changed is not None]
+        # With most of the model fixed and nothing learnt, that is why.
+        is_most = 2 * sum(e.numel for e in frozen) > sum(e.numel for e in run.parameters)
+        learns_nothing = is_most and bool(TargetIndependentOfInput().check(run))
+        at_chance = "; the loss stays where it began" if learns_nothing else ""
         when = f", {len(since)} of them since step {min(since)}" if since else ""
         return [
             self.finding(
                 message=(
                     f"{listed(e.name for e in frozen)} are frozen (requires_grad is False){when}, "
-                    "while others train"
+                    f"while others train{at_chance}"
                 ),
                 fix="call requires_grad_(True) on those that are meant to learn",
+                severity=Severity.WARNING if learns_nothing else self.severity,
                 params=tuple(e.name for e in frozen),
                 modules=tuple(dict.fromkeys(e.module for e in frozen)),
                 step_first=min(since, default=None),

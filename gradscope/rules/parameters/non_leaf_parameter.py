@@ -13,7 +13,8 @@ class NonLeafParameter(Rule):
 
     ## What it finds
 
-    A program that PyTorch ended with "can't optimize a non-leaf Tensor".
+    A weight that was computed once, before the loop, from a leaf that is trained by nobody; also a
+    program that PyTorch ended with "can't optimize a non-leaf Tensor".
 
     ## Why it matters
 
@@ -22,7 +23,9 @@ class NonLeafParameter(Rule):
 
     ## How it is found
 
-    From what the program was ended by.
+    At the second backward its graph is compared with the first one's. Operations that both share,
+    with a single unknown leaf behind each, are weights that are results. Or from what the program
+    was ended by.
 
     ## Example
 
@@ -45,6 +48,9 @@ class NonLeafParameter(Rule):
     def check(self, run: Recording) -> list[Finding]:
         """Return at most one finding."""
         events = run.frame("events")
+        results = events.loc[events["event"] == "non_leaf"]
+        if len(results):
+            return [self._finding_for(run, str(results["detail"].iloc[0]))]
         ended = events.loc[
             events["event"].isin(("ended", "exception"))
             & events["detail"].str.contains("optimize a non-leaf Tensor", regex=False)
@@ -62,3 +68,24 @@ class NonLeafParameter(Rule):
                 evidence={"raised": str(ended["detail"].iloc[0])},
             )
         ]
+
+    def _finding_for(self, run: Recording, names: str) -> Finding:
+        backwards = run.frame("backwards")
+        raised = backwards.loc[backwards["error"] != ""]
+        who = names or "a weight"
+        then = (
+            f"; backward raised {raised['error'].iloc[0]}, for the operation cannot be gone "
+            "through twice"
+            if len(raised)
+            else ""
+        )
+        return self.finding(
+            message=(
+                f"{who} was computed once before the loop from a tensor that requires grad: it is "
+                f"a result and no leaf, so its .grad stays None and nothing trains it{then}"
+            ),
+            fix="make the values first, and call requires_grad_() on the finished tensor",
+            params=tuple(names.split(", ")) if names else (),
+            **place_of(raised if len(raised) else backwards),
+            evidence={"names": names},
+        )

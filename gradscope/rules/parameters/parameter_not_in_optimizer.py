@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import listed, made_at, model_of, stepped
+from gradscope.rules.lookup import listed, made_at, model_of, place_of, stepped
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import ParameterEntry, Recording
 
@@ -26,6 +29,33 @@ def _stepping(run: Recording) -> set[int]:
     return {number for number, known in enumerate(run.optimizers) if known.name in names}
 
 
+def _fed_by(run: Recording, model: str, trained: Mapping[str, int]) -> str | None:
+    """The trained model that a whole model without an optimizer comes before, or None.
+
+    A critic, a teacher or a network that measures a loss comes after what is trained, or is put
+    into eval mode; an encoder that was forgotten comes before it, and is in training mode.
+    """
+    calls = run.frame("calls")
+    calls = calls.loc[calls["with_grad"] & (calls["step"] > calls["step"].min())]
+    first: dict[str, int] = {}
+    is_training: dict[str, bool] = {}
+    for place, (path, training) in enumerate(zip(calls["module"], calls["training"], strict=True)):
+        for known in run.models:
+            if path == known.name or path.startswith(f"{known.name}."):
+                first.setdefault(known.name, place)
+                is_training[known.name] = is_training.get(known.name, True) and bool(training)
+    if model not in first or not is_training[model]:
+        return None
+    after = [name for name in trained if first.get(name, -1) > first[model]]
+    return after[0] if after else None
+
+
+def _module_made_at(run: Recording, entry: ParameterEntry) -> dict[str, Any]:
+    """Where the module that holds an unregistered parameter was made, as a finding takes it."""
+    calls = run.frame("calls")
+    return place_of(calls.loc[calls["module_type"] == entry.module_type])
+
+
 class ParameterNotInOptimizer(Rule):
     """GS101 parameter-not-in-optimizer: a parameter gets gradients and no optimizer holds it.
 
@@ -41,8 +71,9 @@ class ParameterNotInOptimizer(Rule):
     ## How it is found
 
     From what each optimizer holds, which gradients backward wrote, and the norms of the values at
-    the beginning and the end. A whole model without an optimizer, such as a teacher or a critic, is
-    not reported; nor is what a program updates by hand.
+    the beginning and the end. A whole model without an optimizer is reported only if it runs in
+    training mode and before one that is trained, as an encoder does and a teacher or critic does
+    not. What a program updates by hand is not reported.
 
     ## Example
 
@@ -78,7 +109,10 @@ class ParameterNotInOptimizer(Rule):
         findings = []
         for model, entries in by_model.items():
             if model not in trained:
-                continue
+                feeds = _fed_by(run, model, trained)
+                if feeds is None:
+                    continue
+                trained[model] = trained[feeds]
             optimizer = run.optimizers[trained[model]].name
             plain = [entry for entry in entries if not entry.in_model]
             how = "; it is in a plain list or attribute, which registers nothing" if plain else ""
@@ -86,7 +120,7 @@ class ParameterNotInOptimizer(Rule):
                 self.finding(
                     message=(
                         f"{listed(entry.name for entry in entries)} get gradients and are in no "
-                        f"optimizer ({optimizer} holds others of the same model): they never "
+                        f"optimizer ({optimizer} trains what is used with them): they never "
                         f"change{how}"
                     ),
                     fix=(
@@ -96,7 +130,7 @@ class ParameterNotInOptimizer(Rule):
                     ),
                     params=tuple(entry.name for entry in entries),
                     modules=tuple(dict.fromkeys(entry.module for entry in entries)),
-                    **made_at(run, optimizer),
+                    **(_module_made_at(run, plain[0]) if plain else made_at(run, optimizer)),
                     evidence={
                         "parameters": len(entries),
                         "unregistered": len(plain),

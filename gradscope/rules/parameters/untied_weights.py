@@ -74,7 +74,8 @@ class FreezeWithoutEffect(Rule):
     ## What it finds
 
     A module whose attribute `requires_grad` was set, which is no switch of it, and whose parameters
-    get gradients all the same.
+    get gradients all the same; or parameters that were frozen while training, and that their
+    optimizer goes on to change.
 
     ## Why it matters
 
@@ -101,7 +102,7 @@ class FreezeWithoutEffect(Rule):
     code = "GS109"
     name = "freeze-without-effect"
     severity = Severity.WARNING
-    tables = ("models", "params")
+    tables = ("models", "params", "updates")
 
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per attribute."""
@@ -131,4 +132,44 @@ class FreezeWithoutEffect(Rule):
                         evidence={"attribute": attribute, "trained": len(trained)},
                     )
                 )
-        return findings
+        return findings + self._still_moving(run)
+
+    def _still_moving(self, run: Recording) -> list[Finding]:
+        """Parameters that were frozen during the run, and that their optimizer moves on."""
+        frozen = {
+            e.name: e.requires_grad_changed
+            for e in run.parameters
+            if not e.requires_grad and e.requires_grad_changed is not None and e.holders
+        }
+        if not frozen:
+            return []
+        updates = run.frame("updates")
+        since = updates["param"].map(frozen)
+        moved = updates.loc[
+            since.notna() & (updates["step"] > since) & (updates["update_norm"] > 0)
+        ]
+        params = tuple(str(name) for name in moved["param"].unique())
+        if not params:
+            return []
+        optimizer = str(moved["optimizer"].iloc[0])
+        return [
+            self.finding(
+                message=(
+                    f"requires_grad of {listed(params)} is False, but {optimizer} still changes "
+                    "them: by gradients left from before, by momentum or by weight decay"
+                ),
+                fix=(
+                    "set their .grad to None when freezing them, and take them out of "
+                    f"{optimizer}, or give their group a learning rate of 0"
+                ),
+                params=params,
+                optimizer=optimizer,
+                step_first=int(moved["step"].min()),
+                step_last=int(moved["step"].max()),
+                count=int(moved["step"].nunique()),
+                evidence={
+                    "parameters": len(params),
+                    "largest_update": float(moved["update_norm"].max()),
+                },
+            )
+        ]

@@ -68,6 +68,7 @@ class LearningRateTooHigh(Rule):
         "GS514",
         "GS603",
         "GS604",
+        "GS605",
         "GS607",
         "GS608",
     )

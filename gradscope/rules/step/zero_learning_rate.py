@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import events_of, held_by, made_at, stepped
+from gradscope.rules.lookup import events_of, held_by, made_at, place_of, stepped
 from gradscope.rules.rule import Rule
 from gradscope.rules.wording import some_of
 from gradscope.run.recording import Recording
@@ -94,9 +94,11 @@ class ZeroLearningRate(Rule):
             scheduled = events_of(run, "scheduler", str(optimizer))
             initial = _initial_lr(str(own["options"].iloc[0]))
             why = ""
+            where = made_at(run, str(optimizer))
             fix = f"give {optimizer} a learning rate above 0"
             if initial and len(scheduled):
                 kind = str(scheduled["detail"].iloc[0])
+                where = place_of(scheduled)  # who sets the learning rate
                 why = f"; its scheduler {kind} multiplies the initial {initial} by 0"
                 fix = (
                     f"look at the function or the lengths that {kind} was given: it has to leave "
@@ -112,7 +114,7 @@ class ZeroLearningRate(Rule):
                     step_first=int(own["step"].min()),
                     step_last=int(own["step"].max()),
                     count=count,
-                    **made_at(run, str(optimizer)),
+                    **where,
                     evidence={
                         "steps_of_optimizer": int(n_steps),
                         "steps_at_zero": count,

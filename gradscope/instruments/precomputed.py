@@ -1,0 +1,72 @@
+"""Weights that are results: computed once, before the loop, from leaves that have no name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+# What only looks at the memory of a leaf gives no values of its own: img = pixels.view(3, 64, 64).
+_VIEWS = ("View", "Alias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Expand", "Select")
+_VIEWS_TOO = ("Slice", "AsStrided", "ReshapeAlias", "Narrow", "Unbind", "Split", "ViewAsComplex")
+
+_MOST_NODES = 20_000
+
+
+def precomputed_weights(
+    roots: Sequence[torch.Tensor], before: int, is_trained: Callable[[torch.Tensor], bool]
+) -> list[str]:
+    """Return the names of weights that are results of an operation on a leaf.
+
+    They show in the second graph of a run: as the only operations that it shares with the first,
+    each of them, or a chain of them, with a single leaf at its end.
+
+    Args:
+        roots: where the second backward starts.
+        before: what the first graph's operations have a smaller sequence number than.
+        is_trained: whether a leaf is known to be trained itself.
+
+    Returns:
+        One name for each, ``""`` where it lies in no global variable of the program; nothing where
+        the graphs share anything else.
+    """
+    old = [node for node in _nodes(roots) if node._sequence_nr() < before]
+    if not old:
+        return []
+    for node in old:
+        inputs = [used for used, _ in node.next_functions if used is not None]
+        if len(inputs) != 1:
+            return []
+        leaf = getattr(inputs[0], "variable", None)
+        if leaf is not None and is_trained(leaf):
+            return []
+    used_by_old = {used for node in old for used, _ in node.next_functions}
+    last = [node for node in old if node not in used_by_old and not _is_view(node)]
+    program = vars(sys.modules["__main__"]) if "__main__" in sys.modules else {}
+    names = {
+        value.grad_fn: name
+        for name, value in list(program.items())
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None
+    }
+    return [names.get(node, "") for node in last]
+
+
+def _is_view(node: Any) -> bool:
+    name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+    return name in _VIEWS or name in _VIEWS_TOO
+
+
+def _nodes(roots: Sequence[torch.Tensor]) -> list[Any]:
+    pending = [root.grad_fn for root in roots if root.grad_fn is not None]
+    seen: set[Any] = set(pending)
+    nodes: list[Any] = []
+    while pending and len(nodes) < _MOST_NODES:
+        node: Any = pending.pop()
+        nodes.append(node)
+        for used, _ in node.next_functions:
+            if used is not None and used not in seen and not hasattr(used, "variable"):
+                seen.add(used)
+                pending.append(used)
+    return nodes
