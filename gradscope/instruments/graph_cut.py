@@ -121,6 +121,14 @@ class GraphCutFinder:
         """Whether :meth:`disarm` would leave nothing behind: not in the middle of a call."""
         return self._torch_functions.can_be_removed
 
+    def suspend(self) -> None:
+        """See no calls until :meth:`resume`."""
+        self._torch_functions.suspend()
+
+    def resume(self) -> None:
+        """See calls again."""
+        self._torch_functions.resume()
+
     def disarm(self) -> None:
         """See no more calls, and drop what was seen."""
         if self._suspended_by is not None:

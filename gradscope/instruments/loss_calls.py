@@ -142,6 +142,8 @@ class LossCalls:
         target = args[1] if len(args) > 1 else kwargs.get("target")
         if not _are_tensors(prediction, target, result) or not torch.is_grad_enabled():
             return
+        if prediction.is_nested or not prediction.dim():
+            return
         facts: dict[str, Any] = {"reduction": str(kwargs.get("reduction", "mean"))}
         class_dim = min(1, prediction.dim() - 1)
         if name in _OF_CLASSES:
@@ -158,6 +160,8 @@ class LossCalls:
 
     def _note_by_hand(self, name: str, args: Any, result: Any) -> None:
         if len(args) < 2 or not torch.is_grad_enabled() or not isinstance(result, torch.Tensor):
+            return
+        if result.is_nested:
             return
         first, second = args[0], args[1]
         if name in _SUBTRACTIONS:

@@ -114,7 +114,7 @@ class ModuleSurvey:
         elif not called.checkpointed:
             called.checkpointed = _is_in_reentrant_checkpoint()
         first = next(nested_tensors(args), None)
-        if first is not None and first.dim():
+        if first is not None and is_readable(first) and first.dim():
             called.batch_size = first.shape[0]
             if first.dim() > 1 and first.shape[1]:
                 called.values_per_channel = first.numel() // first.shape[1]

@@ -17,7 +17,8 @@ _MOST_DISTINCT = 1 << 16
 def is_readable(tensor: torch.Tensor) -> bool:
     """Whether a tensor has elements that can be read as they lie."""
     return (
-        tensor.layout is torch.strided
+        not tensor.is_nested  # before anything is asked that it has not
+        and tensor.layout is torch.strided
         and not tensor.is_meta
         and not tensor.is_complex()
         and tensor.numel() > 0

@@ -34,6 +34,7 @@ class CutSearch:
         self._n_searches = 0
         self._suspicious = False
         self._is_over = False
+        self._looks_away = False
 
     @property
     def is_armed(self) -> bool:
@@ -42,6 +43,7 @@ class CutSearch:
 
     def wants_to_search(self, *, someone_is_new: bool) -> bool:
         """Whether there is a reason to search in the step that begins."""
+        self.look_back()  # a step that raised has not told of its end
         if self._is_over:
             self.step_ended()
         has_reason = someone_is_new or self._suspicious
@@ -100,6 +102,19 @@ class CutSearch:
     def backward_ended(self) -> None:
         """Let the search end: what it was for is known now, one way or the other."""
         self._is_over = self._finder is not None
+
+    def look_away(self) -> None:
+        """Follow no calls for a while: an optimizer's own are none of a graph."""
+        # In a step inside of a backward the mode is at work itself, and cannot be taken out.
+        if self._finder is not None and not self._looks_away and self.can_give_up:
+            self._looks_away = True
+            self._finder.suspend()
+
+    def look_back(self) -> None:
+        """Follow calls again."""
+        if self._finder is not None and self._looks_away:
+            self._finder.resume()
+        self._looks_away = False
 
     def step_ended(self) -> None:
         """Disarm at the end of a step, or later if that is in the middle of a backward."""

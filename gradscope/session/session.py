@@ -470,6 +470,8 @@ class Session:
             self._tell_holdings()
             self.event("parameters_changed", self.recording.optimizers[number].name)
         self._looks.step_started(number)
+        if not has_closure:
+            self._cuts.look_away()
         self._attempts.begin(
             number,
             self._scale,
@@ -492,6 +494,7 @@ class Session:
         number = self._census.number_of_optimizer(optimizer)
         if number is None or self._broken or not self._is_here():
             return
+        self._cuts.look_back()
         recorded = self._attempts.end(number)
         if self._looks.step_ended(number, self._attempts.optimizers):
             self._looks.end()
@@ -540,7 +543,8 @@ class Session:
     def _look_closer(self, module: nn.Module | None, *, someone_is_new: bool) -> None:
         """Follow every call of the step that begins, if there is a reason to."""
         is_search = self._cuts.wants_to_search(someone_is_new=someone_is_new)
-        is_due = self._looks.is_due(self._attempts.n_ended)
+        # An evaluation tells nothing of the step.
+        is_due = torch.is_grad_enabled() and self._looks.is_due(self._attempts.n_ended)
         if self._cuts.is_armed or not (is_search or is_due):
             return
         if module is not None and not self._cuts.may_arm(module):
@@ -585,6 +589,7 @@ class Session:
 
     def _hush(self) -> None:
         self._guarded("closer_look", self._looks.end)
+        self._looks.give_up()
         self._guarded("graph_cut", self._cuts.give_up)
         self._guarded("module_calls", self._graphs.give_up)
         for tap in (*_TAPS, optimizer_creation, module_creation):

@@ -81,7 +81,7 @@ class WeightsChangedOutsideStep(Rule):
 
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per optimizer whose work is undone."""
-        if len(events_of(run, "paused")):
+        if len(events_of(run, "paused")) or len(events_of(run, "watch_started")) > 1:
             return []  # whatever happened meanwhile was not to be seen
         steps = stepped(run)
         active = set(steps["optimizer"])
