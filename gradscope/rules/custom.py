@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from gradscope.errors import UnknownRuleError, UsageError
-from gradscope.rules.finding import Severity
+from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
+from gradscope.rules.thresholds import replaced_thresholds, thresholds_of
+from gradscope.run.recording import Recording
 
 _CODE = re.compile(r"[A-Z]{2,}[0-9]+")
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -89,8 +91,9 @@ def with_thresholds(
         if not isinstance(values, Mapping):
             raise UsageError(f"thresholds: {of_rule}: {values!r} is no dict of numbers by name")
         for name, value in values.items():
-            if name not in found.thresholds:
-                there_are = ", ".join(found.thresholds) or "none"
+            known = {**thresholds_of(found), **found.thresholds}
+            if name not in known:
+                there_are = ", ".join(known) or "none"
                 raise UsageError(
                     f"thresholds: {found.code} {found.name} has no {name!r}; there are: {there_are}"
                 )
@@ -101,7 +104,15 @@ def with_thresholds(
 
 
 def _adjusted(rule: type[Rule], values: Mapping[str, float]) -> type[Rule]:
+    constants = {name: value for name, value in values.items() if name not in rule.thresholds}
+
+    def check(self: Rule, run: Recording) -> list[Finding]:
+        """Check with other numbers."""
+        with replaced_thresholds({rule.code: constants} if constants else {}):
+            return rule.check(self, run)
+
     own = {
+        "check": check,
         "thresholds": {**rule.thresholds, **values},
         "__doc__": rule.__doc__,
         "__module__": rule.__module__,

@@ -63,7 +63,7 @@ class SummedLoss(Rule):
                 self.finding(
                     message=(
                         f'{called}(reduction="sum"){at(file, line)} adds up the losses of a '
-                        f"batch: the loss and its gradients are about {batch} times those of the mean"
+                        f"batch: it and its gradients are about {batch} times those of the mean"
                     ),
                     fix=(
                         f'leave out reduction="sum"{at(file, line)}, or divide the loss by the '

@@ -1,5 +1,6 @@
 """The line `optimizer = …`: which parameters are there, and who updates them."""
 
+from gradscope.rules.parameters.decayed_norm_or_bias import DecayedNormOrBias
 from gradscope.rules.parameters.duplicate_parameter import DuplicateParameter
 from gradscope.rules.parameters.frozen_parameter import FrozenParameter, NothingToTrain
 from gradscope.rules.parameters.non_leaf_parameter import NonLeafParameter
@@ -23,4 +24,5 @@ RULES: tuple[type[Rule], ...] = (
     NothingToTrain,
     FreezeWithoutEffect,
     NonLeafParameter,
+    DecayedNormOrBias,
 )

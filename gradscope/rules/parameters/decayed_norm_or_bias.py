@@ -9,9 +9,6 @@ from gradscope.run.recording import ParameterEntry, Recording
 
 _FEWEST_STEPS = 3
 
-_DECAY = 0.0
-"""Weight decay above this counts."""
-
 
 class DecayedNormOrBias(Rule):
     """GS111 decayed-norm-or-bias: weight decay also shrinks norm layers and biases.
@@ -54,7 +51,7 @@ class DecayedNormOrBias(Rule):
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per optimizer that decays such parameters."""
         groups, steps = run.frame("groups"), stepped(run)
-        groups = groups.loc[groups["step"].isin(steps["step"]) & (groups["weight_decay"] > _DECAY)]
+        groups = groups.loc[groups["step"].isin(steps["step"]) & (groups["weight_decay"] > 0)]
         findings = []
         for optimizer, own in groups.groupby("optimizer", sort=False):
             count = int(own["step"].nunique())
@@ -74,23 +71,16 @@ class DecayedNormOrBias(Rule):
             if not norms and not biases:
                 continue
             found = norms + biases
-            what = (
-                " and ".join(
-                    f"{len(entries)} {word}{'s' if len(entries) > 1 else ''}"
-                    for entries, word in (
-                        (norms, "parameter of normalisation layer"),
-                        (biases, "bias"),
-                    )
-                    if entries
-                )
-                .replace("layers", "layers")
-                .replace("biass", "biases")
+            what = " and ".join(
+                f"{len(entries)} {word}"
+                for entries, word in ((norms, "of normalisation layers"), (biases, "biases"))
+                if entries
             )
             decay = float(own["weight_decay"].max())
             findings.append(
                 self.finding(
                     message=(
-                        f"weight_decay={decay:g} of {optimizer} also shrinks {what}: "
+                        f"weight_decay={decay:g} of {optimizer} also shrinks one-dimensional parameters, {what}: "
                         f"{listed(entry.name for entry in found)}"
                     ),
                     fix=(

@@ -1,4 +1,4 @@
-"""GS103: one gradient, used by two optimizers."""
+"""GS103: one gradient, used twice."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _FEWEST_STEPS = 3
 
 
 class DuplicateParameter(Rule):
-    """GS103 duplicate-parameter: two optimizers step on the same gradient of a parameter.
+    """GS103 duplicate-parameter: the same gradient of a parameter is used twice.
 
     ## What it finds
 
     Parameters held by two optimizers, the second of which steps on gradients that the first has
-    just used.
+    just used; and parameters that one optimizer was given twice.
 
     ## Why it matters
 
-    These parameters move twice, at two learning rates, for one gradient.
+    These parameters move twice for one gradient, with two optimizers at two learning rates.
 
     ## How it is found
 
     gradscope notes which step used each gradient. Two optimizers that share parameters and have a
-    backward each, in turn, are not reported.
+    backward each, in turn, are not reported. What one optimizer holds twice stands in its groups.
 
     ## Example
 
@@ -78,6 +78,37 @@ class DuplicateParameter(Rule):
                     count=count,
                     **made_at(run, str(optimizer)),
                     evidence={"steps": count, "other_optimizers": ", ".join(sorted(others))},
+                )
+            )
+        return findings + self._held_twice(run)
+
+    def _held_twice(self, run: Recording) -> list[Finding]:
+        """Parameters that stand twice among the parameters of one optimizer."""
+        steps = stepped(run)
+        findings = []
+        for number, known in enumerate(run.optimizers):
+            twice = tuple(
+                entry.name
+                for entry in run.parameters
+                if sum(holder == number for holder, _ in entry.holders) > 1
+            )
+            own = steps.loc[steps["optimizer"] == known.name]
+            if not twice or len(own) < _FEWEST_STEPS:
+                continue
+            findings.append(
+                self.finding(
+                    message=(
+                        f"{known.name} was given {listed(twice)} twice: each step moves them twice "
+                        "by the same gradient"
+                    ),
+                    fix=f"pass every parameter to {known.name} once",
+                    params=twice,
+                    optimizer=known.name,
+                    step_first=int(own["step"].min()),
+                    step_last=int(own["step"].max()),
+                    count=len(own),
+                    **made_at(run, known.name),
+                    evidence={"steps": len(own), "other_optimizers": ""},
                 )
             )
         return findings

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import linecache
+from typing import Any
+
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.lookup import listed, place_of
 from gradscope.rules.rule import Rule
@@ -25,7 +29,8 @@ class ParameterCreatedInForward(Rule):
     ## How it is found
 
     The graph ends, at two closer looks and more, in parameters that belong to no model and that
-    are different tensors each time, inside the call of a watched module.
+    are different tensors each time, inside the call of a watched module or in a
+    line of a `forward`.
 
     ## Example
 
@@ -49,7 +54,9 @@ class ParameterCreatedInForward(Rule):
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per module that makes parameters."""
         rows = run.frame("strangers")
-        rows = rows.loc[rows["is_parameter"] & ~rows["recurs"] & (rows["module"] != "")]
+        rows = rows.loc[rows["is_parameter"] & ~rows["recurs"]]
+        inside = (rows["module"] != "") | rows.apply(_is_in_forward, axis=1).astype(bool)
+        rows = rows.loc[inside]
         findings = []
         for module, own in rows.groupby("module", sort=False):
             looks = int(own["step"].nunique())
@@ -57,18 +64,19 @@ class ParameterCreatedInForward(Rule):
                 continue
             unreached = [e.name for e in run.parameters if e.module == module and not e.reached]
             instead = f"; its own {listed(unreached)} got no gradient" if unreached else ""
+            of = str(module) or (run.models[0].name if len(run.models) == 1 else "a model")
             findings.append(
                 self.finding(
                     message=(
-                        f"the forward of {module} makes a new parameter of shape "
+                        f"the forward of {of} makes a new parameter of shape "
                         f"{own['shape'].iloc[0]} each time, that no optimizer holds{instead}"
                     ),
                     fix=(
-                        f"make parameters and layers in __init__ of {module}; in forward compute "
+                        f"make parameters and layers in __init__ of {of}; in forward compute "
                         "with tensors, without nn.Parameter()"
                     ),
                     params=tuple(unreached),
-                    modules=(str(module),),
+                    modules=(str(module),) if module else (),
                     step_first=int(own["step"].min()),
                     step_last=int(own["step"].max()),
                     count=looks,
@@ -77,3 +85,21 @@ class ParameterCreatedInForward(Rule):
                 )
             )
         return findings
+
+
+def _is_in_forward(row: Any) -> bool:
+    """Whether a line of the program lies in a function called forward, by its source."""
+    if not row["file"] or row["line"] is None or row["line"] != row["line"]:
+        return False
+    line = int(row["line"])
+    try:
+        tree = ast.parse("".join(linecache.getlines(str(row["file"]))))
+    except (SyntaxError, ValueError):
+        return False
+    around = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.lineno <= line <= (node.end_lineno or node.lineno)
+    ]
+    return bool(around) and max(around, key=lambda node: node.lineno).name == "forward"

@@ -146,7 +146,7 @@ class FreezeWithoutEffect(Rule):
         updates = run.frame("updates")
         since = updates["param"].map(frozen)
         moved = updates.loc[
-            since.notna() & (updates["step"] > since) & (updates["update_norm"] > 0)
+            since.notna() & (updates["step"] >= since) & (updates["update_norm"] > 0)
         ]
         params = tuple(str(name) for name in moved["param"].unique())
         if not params:

@@ -18,8 +18,13 @@ _FEWEST_PAIRS = 2
 
 _NEARLY_ALL = 0.9
 
-_VISIBLE = 0.05
-"""Change outside by the update itself: a perturbation that was taken back leaves rounding only."""
+_VISIBLE = 0.01
+"""Change outside by the update itself."""
+
+_ROUNDING = {"float16": 2.0**-9, "bfloat16": 2.0**-6}
+"""What a perturbation that was taken back may leave, by the norm of the weights."""
+
+_ROUNDING_ELSE = 1e-5
 
 _JUMP = 8.0
 """In single updates. Lookahead comes back by half of its five or six steps."""
@@ -94,7 +99,7 @@ class WeightsChangedOutsideStep(Rule):
         for optimizer, own in steps.groupby("optimizer", sort=False):
             held = [number for number in held_by(run, str(optimizer)) if number not in shared]
             looks = _looks(run, own, held)
-            constantly = _changed_constantly(looks) if len(active) == 1 else []
+            constantly = _changed_constantly(run, looks) if len(active) == 1 else []
             jumps, names = _jumps(looks)
             if constantly:
                 how, params = "after every step", constantly
@@ -161,18 +166,29 @@ def _distance(a: Any, b: Any) -> float:
     return float(np.linalg.norm(np.asarray(a, np.complex128) - np.asarray(b, np.complex128)))
 
 
-def _changed_constantly(looks: list[_Look]) -> list[int]:
-    """Parameters changed between nearly all directly following steps, if they are nearly all."""
+def _changed_constantly(run: Recording, looks: list[_Look]) -> list[int]:
+    """Parameters changed between nearly all directly following steps.
+
+    They have to be nearly all, or those that are thrown much farther each time than a step moves
+    them: a projection of some layers takes back what the step did, and no more.
+    """
     pairs = [(a, b) for a, b in itertools.pairwise(looks) if b.turn == a.turn + 1]
     if len(pairs) < _FEWEST_PAIRS:
         return []
     counts: dict[int, int] = {}
+    thrown: dict[int, int] = {}
     for a, b in pairs:
         for n in a.after.keys() & b.before.keys():
             outside, inside = _distance(b.before[n], a.after[n]), _distance(a.after[n], a.before[n])
-            counts[n] = counts.get(n, 0) + (outside > _VISIBLE * inside and outside > 0)
+            rounding = _ROUNDING.get(run.parameters[n].dtype, _ROUNDING_ELSE)
+            is_seen = outside > _VISIBLE * inside
+            is_seen = is_seen and outside > rounding * float(np.linalg.norm(a.after[n]))
+            counts[n] = counts.get(n, 0) + is_seen
+            thrown[n] = thrown.get(n, 0) + (is_seen and outside > _JUMP * inside > 0)
     changed = [n for n, count in counts.items() if count >= _NEARLY_ALL * len(pairs)]
-    return sorted(changed) if len(changed) >= _NEARLY_ALL * max(1, len(counts)) else []
+    if len(changed) >= _NEARLY_ALL * max(1, len(counts)):
+        return sorted(changed)
+    return sorted(n for n, count in thrown.items() if count == len(pairs))
 
 
 def _jumps(looks: list[_Look]) -> tuple[list[int], list[int]]:

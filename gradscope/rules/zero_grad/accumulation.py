@@ -72,7 +72,8 @@ class UnscaledAccumulation(Rule):
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per optimizer that adds up."""
         grads = run.frame("grads")
-        edited = set(grads.loc[grads["edited"], "step"])
+        by_clipping = grads["norm_before_clipping"].notna()
+        edited = set(grads.loc[grads["edited"] & ~by_clipping, "step"])
         findings = []
         for optimizer, own in stepped(run).groupby("optimizer", sort=False):
             usual = _accumulates(run, own)

@@ -25,8 +25,10 @@ class PartialZeroGrad(Rule):
 
     ## How it is found
 
-    The optimizer's first step used one backward; at nearly every later one its gradients come from
-    two backwards in different lines, the first of which another optimizer has already stepped on.
+    At nearly every step the optimizer's gradients come from two backwards in different lines, the
+    first of which another optimizer has already stepped on. If its very first step was clean, that
+    is an error; if not, its gradients were cleared too early, or it is meant to learn from both,
+    and this is a warning.
 
     ## Example
 
@@ -62,11 +64,12 @@ class PartialZeroGrad(Rule):
                     f"of {leak.owner} had left in its gradients, at "
                     f"{some_of(len(leak.rows), leak.n_steps)} steps"
                 ),
+                severity=Severity.ERROR if leak.first_is_clean else Severity.WARNING,
                 fix=f"call {leak.optimizer}.zero_grad() right before its own backward"
                 f"{line_of(leak.own)}",
                 **place_of(leak.own),
                 **details_of(run, leak),
             )
             for leak in leaks(run)
-            if not leak.reaches_owner and leak.first_is_clean
+            if not leak.reaches_owner
         ]

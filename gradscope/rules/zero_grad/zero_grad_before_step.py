@@ -67,7 +67,8 @@ class ZeroGradBeforeStep(Rule):
         """Return at most one finding per optimizer."""
         findings = []
         grads = run.frame("grads")
-        by_hand = set(grads.loc[grads["edited"] | (grads["status"] == "assigned"), "step"])
+        edited = grads["edited"] & grads["norm_before_clipping"].isna()  # and not by clipping
+        by_hand = set(grads.loc[edited | (grads["status"] == "assigned"), "step"])
         unused, lines = _unused(run), _lines(run)
         for optimizer, own in stepped(run).groupby("optimizer", sort=False):
             live = own[["n_fresh", "n_accumulated", "n_compounded", "n_stale", "n_assigned"]].sum(
