@@ -50,8 +50,8 @@ def logits_into_nll(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch
 def sigmoid_into_bce_with_logits(
     model: nn.Module, x: torch.Tensor, y: torch.Tensor
 ) -> torch.Tensor:
-    out = torch.sigmoid(model(x)[:, 0])
-    return nn.BCEWithLogitsLoss()(out, (y > 0).float())  # bad
+    out = torch.sigmoid(model(x)[:, 0])  # bad
+    return nn.BCEWithLogitsLoss()(out, (y > 0).float())
 
 
 def column_against_row(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -67,8 +67,8 @@ def log_softmax_over_batch(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -
 
 
 def picked_by_hand(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    logp = torch.log_softmax(model(x), dim=0)
-    return -logp[torch.arange(len(x)), y].mean()  # bad
+    logp = torch.log_softmax(model(x), dim=0)  # bad
+    return -logp[torch.arange(len(x)), y].mean()
 
 
 def negated(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

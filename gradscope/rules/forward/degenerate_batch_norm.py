@@ -6,7 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING
 
-from gradscope.rules.facts import names, stepped
+from gradscope.rules.facts import names, reached_losses, shape_of, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _LEAST_LOOKS = 2
 """A last batch of one example is no habit."""
+
+_MAP = 4
+"""Dimensions of a batch of images: examples, channels, height and width."""
 
 _MOMENTUM = re.compile(r"\bmomentum=([0-9.e+-]+)")
 
@@ -42,9 +45,10 @@ class DegenerateBatchNorm(Rule):
     ## How it is found
 
     At closer looks gradscope notes mode, settings and batch size of every batch normalisation. The
-    finding is raised when the batch size was 1 at all looks; when momentum is 0; when it was in
-    evaluation mode at all looks, inside a model in training mode, with scale and shift as they are
-    made, which tells it from a pretrained one that is frozen. A momentum near 1 is a note.
+    finding is raised when the batch size was 1 at all looks, unless losses compare maps, as those
+    of models from image to image do; when momentum is 0; when it was in evaluation mode at all
+    looks, inside a model in training mode, with scale and shift as they are made, which tells it
+    from a pretrained one that is frozen. A momentum near 1 is a note.
 
     ## Example
 
@@ -64,7 +68,7 @@ class DegenerateBatchNorm(Rule):
     code = "GS315"
     name = "degenerate-batch-norm"
     severity = Severity.WARNING
-    tables = ("calls", "params", "steps")
+    tables = ("calls", "params", "steps", "losses")
     symptom_of = ("GS306",)
 
     def check(self, run: Recording) -> list[Finding]:
@@ -82,6 +86,8 @@ class DegenerateBatchNorm(Rule):
             way = _way(run, calls, str(module), rows, trained)
             if way:
                 found.setdefault(way, []).append(str(module))
+        if _gives_maps(run):
+            found.pop("single example", [])  # an instance normalisation
         return [self._finding_for(run, way, modules, steps) for way, modules in found.items()]
 
     def _finding_for(
@@ -127,6 +133,12 @@ _SAYS = {
         Severity.WARNING,
     ),
 }
+
+
+def _gives_maps(run: Recording) -> bool:
+    """Whether every loss is about maps, such as images, with something to compare at each place."""
+    shapes = [shape_of(text) or () for text in reached_losses(run)["input_shape"]]
+    return bool(shapes) and all(len(shape) >= _MAP and math.prod(shape[2:]) > 1 for shape in shapes)
 
 
 def _way(

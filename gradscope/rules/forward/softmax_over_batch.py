@@ -32,7 +32,8 @@ class SoftmaxOverBatch(Rule):
     At closer looks gradscope notes which operation made the prediction of a loss function, or a
     matrix that right classes are picked from, and over which dimension it runs. The finding is
     raised when that is the first of two. Square matrices are silent: in a contrastive loss both
-    dimensions are the batch.
+    dimensions are the batch. So are entries picked along the first dimension as well, and weights
+    that are multiplied with something: a choice among moments, and an attention over them.
 
     ## Example
 
@@ -67,6 +68,17 @@ class SoftmaxOverBatch(Rule):
                 continue
             if all(shape[0] == shape[1] for shape in shapes):
                 continue
+            if not all(
+                _picks_classes(str(function), str(made_by), shape, shape_of(target) or ())
+                for function, made_by, shape, target in zip(
+                    rows["function"],
+                    rows["input_made_by"],
+                    shapes,
+                    rows["target_shape"],
+                    strict=True,
+                )
+            ):
+                continue
             row = rows.iloc[0]
             kind = str(row["input_made_by"])
             file, line = place_of(row, "made_at_")
@@ -95,3 +107,13 @@ class SoftmaxOverBatch(Rule):
                 )
             )
         return findings
+
+
+def _picks_classes(
+    function: str, made_by: str, shape: tuple[int, ...], target: tuple[int, ...]
+) -> bool:
+    """Whether a use of a matrix takes its rows for examples, and its columns for classes."""
+    if function in ("getitem", "gather"):
+        return target[:1] == shape[:1]  # something of every row
+    # Probabilities times something are weights, such as those of an attention under a mask.
+    return function != "mul" or made_by == "LogSoftmax"

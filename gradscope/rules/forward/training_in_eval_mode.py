@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradscope.rules.facts import belongs_to, names, stepped
+from gradscope.rules.facts import belongs_to, names, numbers_in, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -40,7 +40,9 @@ class TrainingInEvalMode(Rule):
     The finding is an error when training began in training mode and went on in evaluation mode to
     the end of the run, and a warning when it was in evaluation mode all along. It needs a batch
     normalisation or dropout that belongs to what is trained. A single module in evaluation mode,
-    inside a model in training mode, was put there on purpose, and is silent.
+    inside a model in training mode, was put there on purpose, and is silent. So are steps with
+    more forwards than backwards: some of them may have another purpose, such as an adversarial
+    example, and the mode may be theirs.
 
     ## Example
 
@@ -79,6 +81,8 @@ class TrainingInEvalMode(Rule):
             if n_tail < _LEAST_STEPS:
                 continue
             since = int(own["step"].iloc[len(modes) - n_tail])
+            if not _is_of_training(own, len(modes) - n_tail):
+                continue
             modules = _mode_dependent(run, calls, str(optimizer), since)
             if not modules:
                 continue
@@ -114,6 +118,21 @@ class TrainingInEvalMode(Rule):
                 )
             )
         return findings
+
+
+def _is_of_training(own: pd.DataFrame, n_before: int) -> bool:
+    """Whether the mode at the last steps is that of the forwards they train on.
+
+    Where there are more forwards than backwards, and more so than in training mode, some of them
+    may be for something else.
+
+    Args:
+        own: the steps of an optimizer.
+        n_before: how many come before those in evaluation mode.
+    """
+    extra = own["n_forward"] - own["backwards"].map(lambda text: len(numbers_in(text)))
+    usual = max(0, extra.iloc[:n_before].max()) if n_before else 0
+    return bool((extra.iloc[n_before:] <= usual).any())
 
 
 def _mode_dependent(

@@ -5,17 +5,27 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradscope.rules.facts import at, place_of, reached_losses, shape_of, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
+Numbers = NDArray[np.float64]
+
 _LEAST_STEPS = 50
 """A classifier whose labels have something to do with its inputs is below chance by then."""
 
 _LEAST_CLASSES = 3
 """With two classes the difference between chance and a hard problem is small."""
+
+_LEAST_SEEN = 10.0
+"""How many examples of each class there must have been, on the average, to learn anything."""
+
+_SURE = 3.0
+"""Standard errors by which losses lie below those of guessing, and fall, where something is learnt
+from labels of which most are noise."""
 
 _NEAR = 0.04
 """Relative distance of the loss from ln C. Guessing alone stays within noise of it."""
@@ -42,8 +52,10 @@ class TargetIndependentOfInput(Rule):
 
     The finding is raised when, over at least 50 steps, the median loss is within 4 % of ln C in
     each half of the run, gradients are not zero, and the updates add up to more than 2 % of the
-    weights. Other causes of the same curve, such as dead units or a detached loss, are looked for
-    first, and this finding is folded under theirs.
+    weights. A loss that is surely, if only a little, below ln C and still falling tells of noise in
+    the labels, and is silent; so is a run with fewer than ten examples of each class. Other causes
+    of the same curve, such as dead units or a detached loss, are looked for first, and this finding
+    is folded under theirs.
 
     ## Example
 
@@ -96,8 +108,13 @@ class TargetIndependentOfInput(Rule):
             return []  # the loss has other parts
         values = steps["loss"].to_numpy()
         chance = math.log(n_classes)
+        rows = losses["input_shape"].map(lambda text: math.prod(shape_of(text) or (0,)))
+        if float(rows.median()) / n_classes * len(steps) < _LEAST_SEEN * n_classes:
+            return []
         halves = np.array_split(values[len(values) // 10 :], 2)
         if any(abs(float(np.median(half)) / chance - 1) > _NEAR for half in halves):
+            return []
+        if _learns_a_little(halves[0], halves[1], chance):
             return []
         if not (steps["grad_norm"] > 0).all():
             return []
@@ -137,3 +154,11 @@ class TargetIndependentOfInput(Rule):
                 },
             )
         ]
+
+
+def _learns_a_little(early: Numbers, late: Numbers, chance: float) -> bool:
+    """Whether losses are surely below those of guessing, and surely fall."""
+    errors = [float(half.std(ddof=1)) / len(half) ** 0.5 for half in (early, late)]
+    below = chance - float(late.mean()) > _SURE * errors[1]
+    fallen = float(early.mean()) - float(late.mean())
+    return below and fallen > _SURE * math.hypot(*errors)

@@ -9,6 +9,9 @@ from gradscope.run.recording import ParameterEntry, Recording
 
 _FEWEST_STEPS = 3
 
+_DEFAULT = 0.01
+"""Weight decay of AdamW when none is asked for; for biases alone that is not worth a note."""
+
 
 class DecayedNormOrBias(Rule):
     """GS111 decayed-norm-or-bias: weight decay also shrinks norm layers and biases.
@@ -27,6 +30,7 @@ class DecayedNormOrBias(Rule):
     ## How it is found
 
     From the weight decay of each group at its steps, and the one-dimensional parameters in it.
+    Biases alone are not reported up to 0.01, the default of AdamW.
 
     ## Example
 
@@ -68,7 +72,8 @@ class DecayedNormOrBias(Rule):
             ]
             norms = [entry for entry in held if _is_of_norm(entry)]
             biases = [entry for entry in held if entry not in norms and _is_bias(entry)]
-            if not norms and not biases:
+            by_default = float(own["weight_decay"].max()) <= _DEFAULT
+            if not norms and (by_default or not biases):
                 continue
             found = norms + biases
             what = " and ".join(
@@ -80,7 +85,8 @@ class DecayedNormOrBias(Rule):
             findings.append(
                 self.finding(
                     message=(
-                        f"weight_decay={decay:g} of {optimizer} also shrinks one-dimensional parameters, {what}: "
+                        f"weight_decay={decay:g} of {optimizer} also shrinks one-dimensional "
+                        f"parameters, {what}: "
                         f"{listed(entry.name for entry in found)}"
                     ),
                     fix=(

@@ -116,7 +116,7 @@ class FreezeWithoutEffect(Rule):
                     if e.requires_grad
                     and e.reached
                     and e.holders
-                    and (not path or f".{e.name}".find(f".{path}.") >= 0)
+                    and (not path or f".{path}." in f".{e.name}.")
                 )
                 if not trained:
                     continue

@@ -58,6 +58,7 @@ class FormulaMismatch(Rule):
     name = "formula-mismatch"
     severity = Severity.WARNING
     tables = ("steps", "updates", "events")
+    symptom_of = ("GS103",)
 
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per optimizer."""

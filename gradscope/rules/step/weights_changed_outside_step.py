@@ -18,8 +18,8 @@ _FEWEST_PAIRS = 2
 
 _NEARLY_ALL = 0.9
 
-_VISIBLE = 0.01
-"""Change outside by the update itself."""
+_VISIBLE = 1e-3
+"""Change outside by the update itself; putting weights back to a norm hardly shows."""
 
 _ROUNDING = {"float16": 2.0**-9, "bfloat16": 2.0**-6}
 """What a perturbation that was taken back may leave, by the norm of the weights."""

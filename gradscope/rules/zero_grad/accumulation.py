@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 _FEWEST_STEPS = 3
 _NEARLY_ALL = 0.8
 
+_WHOLE = 0.75
+"""Share of the sum of undivided losses; batches differ."""
+
 
 def _accumulates(run: Recording, own: pd.DataFrame) -> int:
     """How many backwards of one line each step usually has; 0 if it does not accumulate."""
@@ -28,6 +31,16 @@ def _accumulates(run: Recording, own: pd.DataFrame) -> int:
     at = rows.set_index("backward")[["file", "line"]].astype(str).agg(":".join, axis=1)
     alike = [len({at.get(number) for number in some}) == 1 for some in numbers]
     return usual if sum(alike) >= _NEARLY_ALL * len(alike) else 0
+
+
+def _adds_whole_losses(run: Recording, own: pd.DataFrame, usual: int) -> bool:
+    """Whether a step descends a sum of losses just as the functions of the losses gave them."""
+    losses = run.frame("losses")
+    losses = losses.loc[losses["reached"].astype(bool) & losses["value"].notna()]
+    of_one = losses.groupby("step")["value"].mean()
+    of_step = own.set_index("step")["loss"]
+    ratios = (of_step / of_one).dropna()
+    return len(ratios) > 0 and float(ratios.median()) > _WHOLE * usual
 
 
 class UnscaledAccumulation(Rule):
@@ -46,8 +59,9 @@ class UnscaledAccumulation(Rule):
     ## How it is found
 
     The last operation of the loss is neither a division nor a multiplication, and the program did
-    not change the gradients before the step. A loss under a gradient scaler always ends in a
-    multiplication, and says nothing.
+    not change the gradients before the step, other than by clipping. A loss under a gradient
+    scaler always ends in a multiplication: there the sum is compared with what the loss functions
+    gave.
 
     ## Example
 
@@ -67,7 +81,7 @@ class UnscaledAccumulation(Rule):
     code = "GS204"
     name = "unscaled-accumulation"
     severity = Severity.INFO
-    tables = ("steps", "backwards", "grads")
+    tables = ("steps", "backwards", "grads", "losses")
 
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per optimizer that adds up."""
@@ -80,7 +94,9 @@ class UnscaledAccumulation(Rule):
             rows = backwards_at(run, [n for text in own["backwards"] for n in numbers_in(text)])
             made_by = set(rows["root_grad_fn"])
             divided = any(name.startswith(("Div", "Mul")) for name in made_by)
-            if not usual or divided or rows["scaled"].any() or edited & set(own["step"]):
+            if rows["scaled"].any():  # the scale is multiplied onto it last
+                divided = not _adds_whole_losses(run, own, usual)
+            if not usual or divided or edited & set(own["step"]):
                 continue
             findings.append(
                 self.finding(

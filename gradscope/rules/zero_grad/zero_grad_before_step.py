@@ -79,6 +79,7 @@ class ZeroGradBeforeStep(Rule):
             inside = own.loc[
                 (live > 0)
                 & lost
+                & (own["n_backward"] == 1)
                 & ~own["in_closure"]
                 & ~own["step"].isin(by_hand)
                 & np.array(

@@ -1,0 +1,149 @@
+"""Which parameters are trained, and by whom: broken set-ups and healthy ones."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import gradscope
+
+
+def train(
+    model: nn.Module,
+    *optimizers: torch.optim.Optimizer,
+    steps: int = 12,
+    before: Callable[[int], None] = lambda step: None,
+) -> dict[str, tuple[str, ...]]:
+    """Train for some steps; returns the parameters that findings name, by code."""
+    with gradscope.watch(model, list(optimizers), on_error="raise", every=1) as scope:
+        for step in range(steps):
+            before(step)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=False)
+            x = torch.randn(8, 6)
+            F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert not scope.findings.unchecked
+    return {finding.code: finding.params for finding in scope.findings}
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def sgd(params: Iterable[object], **options: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, **{"lr": 0.1, **options})  # type: ignore[arg-type]
+
+
+def test_healthy() -> None:
+    model = net()
+    assert not train(model, sgd(model.parameters()))
+
+
+def test_decay_of_norms_and_biases() -> None:
+    model = net()
+    found = train(model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1))
+    assert found["GS111"] == ("1.weight", "1.bias", "0.bias", "3.bias")
+
+
+def test_decay_of_matrices_only() -> None:
+    model = net()
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    assert "GS111" not in train(model, torch.optim.AdamW(groups, lr=1e-3))
+
+
+def test_given_twice_to_one_optimizer() -> None:
+    model = net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch says so, too
+        optimizer = sgd([*model.parameters(), *model[3].parameters()])
+    assert train(model, optimizer)["GS103"] == ("3.weight", "3.bias")
+
+
+def test_given_to_two_optimizers() -> None:
+    model = net()
+    found = train(model, sgd(model.parameters()), sgd(model[3].parameters()))
+    assert found["GS103"] == ("3.weight", "3.bias")
+
+
+def test_each_to_one_optimizer() -> None:
+    model = net()
+    assert "GS103" not in train(model, sgd(model[:3].parameters()), sgd(model[3].parameters()))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_frozen_while_training(decay: float) -> None:
+    model = net()
+
+    def freeze(step: int) -> None:
+        if step == 5:
+            model[0].requires_grad_(False)
+
+    found = train(model, sgd(model.parameters(), weight_decay=decay), before=freeze)
+    assert ("GS109" in found) is (decay > 0)
+
+
+def test_attribute_that_freezes_nothing() -> None:
+    model = net()
+    model[0].requires_grad = False  # type: ignore[assignment]
+    assert train(model, sgd(model.parameters()))["GS109"] == ("0.weight", "0.bias")
+
+
+def test_nothing_to_train() -> None:
+    model = net()
+    model.requires_grad_(False)
+    optimizer = sgd(model.parameters())
+    with gradscope.watch(model, optimizer, on_error="raise", every=1) as scope:
+        for _ in range(6):
+            optimizer.zero_grad()
+            extra = torch.zeros(3, requires_grad=True)
+            F.cross_entropy(model(torch.randn(8, 6)) + extra, torch.zeros(8).long()).backward()
+            optimizer.step()
+    assert "GS108" in {finding.code for finding in scope.findings}
+
+
+class MakesLayer(nn.Module):
+    def __init__(self, *, anew: bool) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 8)
+        self.head = None if anew else nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        head = nn.Linear(8, 3) if self.head is None else self.head
+        result: torch.Tensor = head(torch.tanh(self.body(x)))
+        return result
+
+
+@pytest.mark.parametrize("anew", [True, False])
+def test_layer_made_in_forward(anew: bool) -> None:
+    model = MakesLayer(anew=anew)
+    assert ("GS106" in train(model, sgd(model.parameters()))) is anew
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_were_to_be_tied(tied: bool) -> None:
+    torch.manual_seed(0)
+    table, head = nn.Embedding(9, 5), nn.Linear(5, 9, bias=False)
+    if tied:
+        head.weight = table.weight
+    else:
+        head.weight.data = table.weight.data.clone()
+    model = nn.Sequential(table, head)
+    optimizer = sgd(model.parameters())
+    with gradscope.watch(model, optimizer, on_error="raise", every=1) as scope:
+        for _ in range(12):
+            optimizer.zero_grad()
+            x = torch.randint(0, 9, (8,))
+            F.cross_entropy(model(x), (x + 1) % 9).backward()
+            optimizer.step()
+    assert ("GS107" in {finding.code for finding in scope.findings}) is not tied
