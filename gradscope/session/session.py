@@ -543,8 +543,9 @@ class Session:
     def _look_closer(self, module: nn.Module | None, *, someone_is_new: bool) -> None:
         """Follow every call of the step that begins, if there is a reason to."""
         is_search = self._cuts.wants_to_search(someone_is_new=someone_is_new)
-        # An evaluation tells nothing of the step.
-        is_due = torch.is_grad_enabled() and self._looks.is_due(self._attempts.n_ended)
+        # An evaluation tells nothing of the step; an encoder without gradients is part of it.
+        is_step = torch.is_grad_enabled() or (module is not None and module.training)
+        is_due = is_step and self._looks.is_due(self._attempts.n_ended)
         if self._cuts.is_armed or not (is_search or is_due):
             return
         if module is not None and not self._cuts.may_arm(module):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradscope
+from gradscope.rules import Severity
 from gradscope.scope import Scope
 
 MakeLoss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -230,7 +231,7 @@ def test_an_optimized_input_with_a_frozen_network_is_silent() -> None:
             optimizer.zero_grad()
             (-network(image)[0, 1]).backward()
             optimizer.step()
-    assert not scope.findings.at_least("warning")
+    assert not scope.findings.at_least(Severity.WARNING)
     assert scope.steps["n_fresh"].tolist() == [1] * 4
 
 

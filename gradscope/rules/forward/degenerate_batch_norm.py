@@ -87,7 +87,7 @@ class DegenerateBatchNorm(Rule):
             if way:
                 found.setdefault(way, []).append(str(module))
         if _gives_maps(run):
-            found.pop("single example", [])  # an instance normalisation
+            found = {way: at for way, at in found.items() if way != "single example"}
         return [self._finding_for(run, way, modules, steps) for way, modules in found.items()]
 
     def _finding_for(
