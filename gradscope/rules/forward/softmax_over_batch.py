@@ -8,9 +8,10 @@ from gradscope.rules.forward.loss_inputs import culprits, spread
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
-_OF_CLASSES = ("nll_loss", "cross_entropy", "kl_div", "getitem", "gather", "mul")
+_OF_CLASSES = ("nll_loss", "cross_entropy", "kl_div", "getitem", "gather")
 """Loss functions over classes, and how a negative log-likelihood is written by hand: picking the
-entries of the right classes, or multiplying with a one-hot target."""
+entries of the right classes. What is multiplied with a log-softmax may be a distribution over the
+same dimension, as in a ranking of lists."""
 
 
 class SoftmaxOverBatch(Rule):
@@ -69,10 +70,9 @@ class SoftmaxOverBatch(Rule):
             if all(shape[0] == shape[1] for shape in shapes):
                 continue
             if not all(
-                _picks_classes(str(function), str(made_by), shape, shape_of(target) or ())
-                for function, made_by, shape, target in zip(
+                _picks_classes(str(function), shape, shape_of(target) or ())
+                for function, shape, target in zip(
                     rows["function"],
-                    rows["input_made_by"],
                     shapes,
                     rows["target_shape"],
                     strict=True,
@@ -109,11 +109,7 @@ class SoftmaxOverBatch(Rule):
         return findings
 
 
-def _picks_classes(
-    function: str, made_by: str, shape: tuple[int, ...], target: tuple[int, ...]
-) -> bool:
+def _picks_classes(function: str, shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     """Whether a use of a matrix takes its rows for examples, and its columns for classes."""
-    if function in ("getitem", "gather"):
-        return target[:1] == shape[:1]  # something of every row
-    # Probabilities times something are weights, such as those of an attention under a mask.
-    return function != "mul" or made_by == "LogSoftmax"
+    is_by_hand = function in ("getitem", "gather")
+    return not is_by_hand or target[:1] == shape[:1]  # something of every row
