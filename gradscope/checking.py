@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from gradscope.errors import UsageError
 from gradscope.rules.causes import causes_first
+from gradscope.rules.facts import listed
 from gradscope.rules.finding import Finding, Findings, Severity
-from gradscope.rules.lookup import listed
 from gradscope.rules.wording import some_of
 from gradscope.run.recording import ParameterEntry, Recording
 from gradscope.scope import calling_frame, checked_models, checked_optimizers, names_of

@@ -413,7 +413,9 @@ class Scope:
         return self._recording.overhead(elapsed)
 
     def __repr__(self) -> str:
-        return _as_plain_text(self.__rich__())
+        from gradscope.views.terminal import plain_text
+
+        return plain_text(self._recording, self.findings)
 
     def __rich__(self) -> Any:
         from gradscope.views.terminal import screen
@@ -423,8 +425,7 @@ class Scope:
     def _repr_html_(self) -> str:
         from gradscope.views.notebook import html
 
-        self._settle()
-        return html(self._recording)
+        return html(self._recording, self.findings)
 
     def _table(self, name: str) -> pd.DataFrame:
         self._settle()
@@ -547,17 +548,6 @@ def watch(
         session.watch_optimizer(each_optimizer, name)
     _check_keep(session.recording, options)
     return Scope(session, judged_by, checked_on_finding(on_finding))
-
-
-def _as_plain_text(screen: Any) -> str:
-    """What a rich console shows, without colours."""
-    import io
-
-    from rich.console import Console
-
-    out = io.StringIO()
-    Console(file=out, width=100, no_color=True, highlight=False, legacy_windows=False).print(screen)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
 def _check_keep(recording: Recording, options: WatchOptions) -> None:

@@ -10,10 +10,11 @@ import torch
 from torch.nn import functional
 
 from gradscope.instruments.autograd_graph import NamesOf, capture_graph
+from gradscope.instruments.graph_nodes import operation_of
 from gradscope.instruments.late import Known, Late, Numbers, scalar_of
 from gradscope.instruments.module_survey import ModuleSurvey
 from gradscope.instruments.tensor_summary import TensorSummary, is_readable
-from gradscope.taps.user_frame import Location, user_location
+from gradscope.taps.user_frame import Location, columns_of, user_location
 
 _LOSSES = frozenset(
     {
@@ -207,9 +208,9 @@ class LossCalls:
             "target_shape": str(tuple(target.shape)),
             "input_made_by": made_by,
             "owner": owner if owner.lower().endswith("loss") else "",
-            **_place(location),
-            **_place(owner_made if owner.lower().endswith("loss") else None, "owner_"),
-            **_place(made_at, "made_at_"),
+            **columns_of(location),
+            **columns_of(owner_made if owner.lower().endswith("loss") else None, "owner_"),
+            **columns_of(made_at, "made_at_"),
         }
         if dim is not None:
             facts["input_dim"] = dim
@@ -217,12 +218,6 @@ class LossCalls:
         call = _LossCall(facts, -1 if node is None else node._sequence_nr(), leads_to, is_loss)
         self._calls.append(call)
         return call
-
-
-def _place(location: Location | None, prefix: str = "") -> dict[str, Any]:
-    if location is None:
-        return {}
-    return {f"{prefix}file": location.file, f"{prefix}line": location.line}
 
 
 def _are_tensors(*values: Any) -> bool:
@@ -246,7 +241,7 @@ def _origin(tensor: torch.Tensor) -> Any:
     """The node of the operation that made a tensor, views passed over; None if there is none."""
     node: Any = tensor.grad_fn
     for _ in range(_LONGEST_CHAIN):
-        if node is None or _operation(node) not in _PASSED_OVER or not node.next_functions:
+        if node is None or operation_of(node) not in _PASSED_OVER or not node.next_functions:
             return node
         node = node.next_functions[0][0]
     return None
@@ -256,7 +251,7 @@ def _described(node: Any) -> tuple[str, int | None]:
     """The name of an operation, and the dimension of a softmax."""
     if node is None:
         return "", None
-    name = _operation(node)
+    name = operation_of(node)
     if name not in ("Softmax", "LogSoftmax"):
         return name, None
     dim = int(node._saved_dim)
@@ -264,11 +259,6 @@ def _described(node: Any) -> tuple[str, int | None]:
         dim -= 1 << 64
     n_dims = len(node._input_metadata[0].shape)
     return name, dim % n_dims if n_dims else None
-
-
-def _operation(node: Any) -> str:
-    name: str = type(node).__name__
-    return name.rstrip("0123456789").removesuffix("Backward")
 
 
 def _range_of(prediction: torch.Tensor, class_dim: int) -> torch.Tensor:

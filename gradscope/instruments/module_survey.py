@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from gradscope.instruments.late import Known, Late, Numbers
 from gradscope.instruments.nested_tensors import nested_tensors
 from gradscope.instruments.tensor_summary import is_readable
-from gradscope.taps.user_frame import Location
+from gradscope.taps.user_frame import Location, columns_of
 
 MadeAt: TypeAlias = Callable[[nn.Module], Location | None]
 
@@ -53,8 +53,7 @@ class _Called:
     batch_size: int | None = None
     values_per_channel: int | None = None
     settings: str = ""
-    file: str = ""
-    line: int | None = None
+    made: Location | None = None
 
 
 @dataclass(slots=True)
@@ -104,9 +103,7 @@ class ModuleSurvey:
             if len(self._called) >= _MOST_MODULES:
                 return
             called = self._called[path] = _Called(kind, settings=_settings_of(module))
-            made = self._open_made[-1]
-            if made is not None:
-                called.file, called.line = made.file, made.line
+            called.made = self._open_made[-1]
         called.runs += 1
         called.training &= module.training
         if torch.is_grad_enabled():
@@ -156,11 +153,12 @@ class ModuleSurvey:
     def calls(self) -> Iterator[dict[str, Any]]:
         """Give the rows of the table ``calls``, without their step."""
         for path, called in self._called.items():
-            row = {name: getattr(called, name) for name in _Called.__slots__ if name != "kind"}
-            optional = ("batch_size", "values_per_channel", "line")
+            row = {name: getattr(called, name) for name in _Called.__slots__}
+            optional = ("batch_size", "values_per_channel")
             yield {
                 "module": path,
-                "module_type": called.kind,
+                "module_type": row.pop("kind"),
+                **columns_of(row.pop("made")),
                 **{name: value for name, value in row.items() if name not in optional},
                 **{name: row[name] for name in optional if row[name] is not None},
             }

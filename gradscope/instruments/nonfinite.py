@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from gradscope.instruments.graph_nodes import is_leaf, operation_of, operations_behind
+from gradscope.instruments.saved_tensors import saved_tensors_of
 from gradscope.instruments.tensor_summary import is_readable
 
-_RAW = "_raw_saved_"
 _IS_INFINITE_ITSELF = frozenset(
     {"Log", "Log2", "Log10", "Log1P", "Div", "Reciprocal", "Rsqrt", "Atanh", "Xlogy"}
 )
@@ -24,7 +25,6 @@ _SOFTMAXES = ("Softmax", "LogSoftmax")
 _MASKED = "as for a row that is -inf throughout, which an attention mask can make"
 
 _RESULTS = ("result", "output", "result0", "result1")
-_MOST_NODES = 50_000
 
 _Test = Callable[[torch.Tensor], torch.Tensor]
 
@@ -79,12 +79,12 @@ def first_nonfinite(roots: Sequence[torch.Tensor]) -> Origin | None:
     if n_bad:
         return Origin("", 0, 0, "weights were not finite any more before the forward", n_bad)
     for node in nodes:
-        name = _operation(node)
+        name = operation_of(node)
         if name in _IS_INFINITE_ITSELF:
             count = _n_singular(node, _SINGULAR[name])
             if count:
                 return _origin(node, nodes, _SINGULAR[name][2], count)
-        for saved, value in _saved(node):
+        for saved, value in saved_tensors_of(node):
             bad = int((~torch.isfinite(value)).sum()) if value.is_floating_point() else 0
             if not bad:
                 continue
@@ -93,8 +93,8 @@ def first_nonfinite(roots: Sequence[torch.Tensor]) -> Origin | None:
                 words = f"what goes into {name} is not finite already"
                 return _origin(node, nodes, words, bad)
             kind = "NaN" if bool(torch.isnan(value).any()) else "infinity"
-            at = _MASKED if _operation(guilty) in _SOFTMAXES else _singularity_of(guilty)
-            words = f"{_operation(guilty)} gave {kind}"
+            at = _MASKED if operation_of(guilty) in _SOFTMAXES else _singularity_of(guilty)
+            words = f"{operation_of(guilty)} gave {kind}"
             return _origin(guilty, nodes, f"{words}: {at}" if at else words, bad)
     if not nodes:
         return None
@@ -103,14 +103,14 @@ def first_nonfinite(roots: Sequence[torch.Tensor]) -> Origin | None:
 
 def first_singular(roots: Sequence[torch.Tensor]) -> Origin | None:
     """Return the operation, first in order, at a point where its derivative is infinite."""
-    nodes = _nodes_in_order(roots)
-    for node in nodes:
-        known = _SINGULAR.get(_operation(node))
-        if known is None:
-            continue
+    nodes = operations_behind(roots)
+    critical = [node for node in nodes if operation_of(node) in _SINGULAR]
+    critical.sort(key=lambda node: int(node._sequence_nr()))
+    for node in critical:
+        known = _SINGULAR[operation_of(node)]
         count = _n_singular(node, known)
         if count:
-            return _origin(node, nodes, known[2], count)
+            return _origin(node, critical, known[2], count)
     return None
 
 
@@ -118,14 +118,14 @@ def has_singular(roots: Sequence[torch.Tensor]) -> bool:
     """Whether a graph has an operation whose derivative is infinite somewhere."""
     return any(
         known[0] == name and _can_be_singular(node)
-        for node in _nodes_in_order(roots)
-        if (known := _SINGULAR.get(_operation(node))) is not None
-        for name, _ in _saved(node)
+        for node in operations_behind(roots)
+        if (known := _SINGULAR.get(operation_of(node))) is not None
+        for name, _ in saved_tensors_of(node)
     )
 
 
 def _can_be_singular(node: Any) -> bool:
-    if _operation(node) != "Pow":
+    if operation_of(node) != "Pow":
         return True
     exponent = getattr(node, "_saved_exponent", 1)
     return not isinstance(exponent, torch.Tensor) and exponent < 1 and exponent != 0
@@ -136,7 +136,7 @@ def _n_bad_weights(nodes: Sequence[Any]) -> int:
         used.variable
         for node in nodes
         for used, _ in node.next_functions
-        if type(used).__name__ == "AccumulateGrad"
+        if used is not None and is_leaf(used)
     }
     return sum(int((~torch.isfinite(leaf)).sum()) for leaf in leaves if is_readable(leaf))
 
@@ -147,71 +147,27 @@ def _n_singular(node: Any, known: tuple[str, _Test, str]) -> int:
         return 0
     return sum(
         int((is_singular(value) | torch.isnan(value)).sum())
-        for name, value in _saved(node)
+        for name, value in saved_tensors_of(node)
         if name == wanted and value.is_floating_point()
     )
 
 
 def _singularity_of(node: Any) -> str:
-    known = _SINGULAR.get(_operation(node))
+    known = _SINGULAR.get(operation_of(node))
     return known[2] if known is not None and _n_singular(node, known) else ""
 
 
 def _giver(node: Any) -> Any:
     """The last operation before a node that gave it something."""
-    givers = [
-        used
-        for used, _ in node.next_functions
-        if used is not None and type(used).__name__ != "AccumulateGrad"
-    ]
+    givers = [used for used, _ in node.next_functions if used is not None and not is_leaf(used)]
     return max(givers, key=lambda used: used._sequence_nr(), default=None)
 
 
 def _origin(node: Any, nodes: list[Any], what: str, count: int) -> Origin:
     alike = [other for other in nodes if type(other) is type(node)]
     rank = alike.index(node) if node in alike else 0
-    return Origin(_operation(node), rank, len(alike), what, count)
+    return Origin(operation_of(node), rank, len(alike), what, count)
 
 
 def _nodes_in_order(roots: Sequence[torch.Tensor]) -> list[Any]:
-    pending = [root.grad_fn for root in roots if root.grad_fn is not None]
-    seen = set(pending)
-    nodes: list[Any] = []
-    while pending and len(nodes) < _MOST_NODES:
-        node: Any = pending.pop()
-        nodes.append(node)
-        for used, _ in node.next_functions:
-            if used is not None and used not in seen and type(used).__name__ != "AccumulateGrad":
-                seen.add(used)
-                pending.append(used)
-    nodes.sort(key=lambda node: int(node._sequence_nr()))
-    return nodes
-
-
-_attributes: dict[type, list[str]] = {}
-
-
-def _saved(node: Any) -> list[tuple[str, torch.Tensor]]:
-    kind = type(node)
-    names = _attributes.get(kind)
-    if names is None:
-        names = _attributes[kind] = [name for name in dir(kind) if name.startswith(_RAW)]
-    found: list[tuple[str, torch.Tensor]] = []
-    for name in names:
-        try:
-            raw = getattr(node, name)
-        except RuntimeError:  # a custom Function's, after the backward
-            continue
-        for each in raw if type(raw) is tuple else (raw,):
-            value = each.data
-            if isinstance(value, torch.Tensor) and is_readable(value):
-                found.append((name[len(_RAW) :], value.detach()))
-    return found
-
-
-def _operation(node: Any) -> str:
-    return _stem(type(node).__name__)
-
-
-def _stem(name: str) -> str:
-    return name.rstrip("0123456789").removesuffix("Backward")
+    return sorted(operations_behind(roots), key=lambda node: int(node._sequence_nr()))

@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 
-# What only looks at the memory of a leaf gives no values of its own: img = pixels.view(3, 64, 64).
-_VIEWS = ("View", "Alias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Expand", "Select")
-_VIEWS_TOO = ("Slice", "AsStrided", "ReshapeAlias", "Narrow", "Unbind", "Split", "ViewAsComplex")
+from gradscope.instruments.graph_nodes import operation_of, operations_behind
 
-_MOST_NODES = 20_000
+# What only looks at the memory of a leaf gives no values of its own: img = pixels.view(3, 64, 64).
+_VIEWS = frozenset(
+    {
+        *("View", "Alias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Expand", "Select"),
+        *("Slice", "AsStrided", "ReshapeAlias", "Narrow", "Unbind", "Split", "ViewAsComplex"),
+    }
+)
 
 
 def precomputed_weights(
@@ -32,7 +36,7 @@ def precomputed_weights(
         One name for each, ``""`` where it lies in no global variable of the program; nothing where
         the graphs share anything else.
     """
-    old = [node for node in _nodes(roots) if node._sequence_nr() < before]
+    old = [node for node in operations_behind(roots) if node._sequence_nr() < before]
     if not old:
         return []
     for node in old:
@@ -54,19 +58,4 @@ def precomputed_weights(
 
 
 def _is_view(node: Any) -> bool:
-    name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
-    return name in _VIEWS or name in _VIEWS_TOO
-
-
-def _nodes(roots: Sequence[torch.Tensor]) -> list[Any]:
-    pending = [root.grad_fn for root in roots if root.grad_fn is not None]
-    seen: set[Any] = set(pending)
-    nodes: list[Any] = []
-    while pending and len(nodes) < _MOST_NODES:
-        node: Any = pending.pop()
-        nodes.append(node)
-        for used, _ in node.next_functions:
-            if used is not None and used not in seen and not hasattr(used, "variable"):
-                seen.add(used)
-                pending.append(used)
-    return nodes
+    return operation_of(node) in _VIEWS

@@ -6,14 +6,42 @@ user's forward once more. A node's ``_raw_saved_…`` attributes give the packed
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
+from gradscope.instruments.tensor_summary import is_readable
 from gradscope.run.captured_graph import SavedTensors, Shape
 
 _RAW: Final = "_raw_saved_"
+
+
+# Weakly: a custom Function's class may be one of many that a program makes.
+_attributes: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
+
+
+def _raw_attributes(kind: type) -> tuple[str, ...]:
+    known = _attributes.get(kind)
+    if known is None:
+        known = tuple(sorted(name for name in dir(kind) if name.startswith(_RAW)))
+        _attributes[kind] = known
+    return known
+
+
+def saved_tensors_of(node: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Give name and tensor of what a node has saved and that can be read as it lies."""
+    for name in _raw_attributes(type(node)):
+        try:
+            raw = getattr(node, name)
+        except RuntimeError:  # a custom Function's, after the backward
+            continue
+        for each in raw if type(raw) is tuple else (raw,):
+            packed = each.data
+            if isinstance(packed, torch.Tensor) and is_readable(packed):
+                yield name[len(_RAW) :], packed.detach()
 
 
 class SavedTensorReader:
@@ -63,9 +91,11 @@ class SavedTensorReader:
         )
 
     def _attributes_of(self, kind: type) -> list[tuple[str, int]]:
-        found = sorted(name for name in dir(kind) if name.startswith(_RAW))
         names = self._names
-        return [(name, names.setdefault(name[len(_RAW) :], len(names))) for name in found]
+        return [
+            (name, names.setdefault(name[len(_RAW) :], len(names)))
+            for name in _raw_attributes(kind)
+        ]
 
     def _take(self, number: int, name: int, raw: Any) -> None:
         packed = raw.data

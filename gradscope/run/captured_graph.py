@@ -17,6 +17,11 @@ Shape: TypeAlias = tuple[int, ...]
 """The extent of each dimension; ``()`` is a scalar."""
 
 
+def operation(node_name: str) -> str:
+    """Return the operation that a node is the backward of: ``Log`` for ``LogBackward0``."""
+    return node_name.rstrip("0123456789").removesuffix("Backward")
+
+
 def _no_integers() -> Integers:
     return np.zeros(0, np.int32)
 

@@ -19,7 +19,7 @@ from gradscope.instruments.tensor_summary import TensorSummary, is_readable
 from gradscope.session.census import Census
 from gradscope.taps.engine import inside_backward
 from gradscope.taps.module_calls import module_calls
-from gradscope.taps.user_frame import Location, user_location
+from gradscope.taps.user_frame import Location, columns_of, user_location
 
 _MOST_INPUTS = 8
 
@@ -170,6 +170,5 @@ class CloserLook:
             use = self._uses.get(id(leaf))
             if use is not None and use[0]() is leaf:
                 _, row["module"], location = use
-                if location is not None:
-                    row |= {"file": location.file, "line": location.line}
+                row |= columns_of(location)
             self._strangers.append(row)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gradscope.instruments.nonfinite import Origin, first_nonfinite, first_singular, has_singular
-from gradscope.run.captured_graph import CapturedGraph
+from gradscope.run.captured_graph import CapturedGraph, operation
 from gradscope.run.recording import Recording
 from gradscope.session.failures import Failures
 from gradscope.taps.user_frame import Location
@@ -117,8 +117,7 @@ def _place_of(origin: Origin, graphs: Any) -> tuple[str, Location | None]:
     The nodes of one operation are told apart by the order in which they were made.
     """
     for graph in graphs:
-        names = [name for name in graph.ops if _is_operation(name, origin.operation)]
-        numbers = [graph.ops.index(name) for name in names]
+        numbers = [n for n, name in enumerate(graph.ops) if operation(name) == origin.operation]
         nodes = np.flatnonzero(np.isin(graph.op, numbers))
         if len(nodes) != origin.of:
             continue
@@ -136,7 +135,3 @@ def _described(graph: CapturedGraph, node: int) -> tuple[str, Location | None]:
         file, line = graph.lines[int(graph.line[node])]
         location = Location(file, line, "")
     return module, location
-
-
-def _is_operation(name: str, operation: str) -> bool:
-    return name.rstrip("0123456789").removesuffix("Backward") == operation

@@ -46,7 +46,7 @@ from gradscope.taps.optimizer_creation import optimizer_creation
 from gradscope.taps.optimizer_steps import optimizer_steps
 from gradscope.taps.schedulers import schedulers
 from gradscope.taps.tap import Tap
-from gradscope.taps.user_frame import Location, user_frame, user_location
+from gradscope.taps.user_frame import Location, columns_of, user_frame, user_location
 from gradscope.taps.zero_grad import zero_grad
 
 _TAPS: tuple[Tap, ...] = (
@@ -238,7 +238,7 @@ class Session:
                 "event": event,
                 "detail": detail,
                 "subject": "" if optimizer is None else self.recording.optimizers[optimizer].name,
-                **_place(location),
+                **columns_of(location),
             }
         )
         if event == "unobserved":
@@ -707,9 +707,5 @@ def _row(call: BackwardCall, error: BaseException | None) -> dict[str, Any]:
         "retain_graph": call.retain_graph,
         "create_graph": call.create_graph,
         "error": "" if error is None else type(error).__name__,
-        **_place(call.location),
+        **columns_of(call.location),
     }
-
-
-def _place(location: Location | None) -> dict[str, Any]:
-    return {} if location is None else {"file": location.file, "line": location.line}

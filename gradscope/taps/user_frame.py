@@ -58,6 +58,18 @@ def user_location(start: FrameType | None = None) -> Location | None:
     return Location(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
 
 
+def columns_of(location: Location | None, prefix: str = "") -> dict[str, str | int]:
+    """Return ``file`` and ``line`` for the row of a table; nothing for an unknown place.
+
+    Args:
+        location: the place.
+        prefix: what stands in front of the columns' names.
+    """
+    if location is None:
+        return {}
+    return {f"{prefix}file": location.file, f"{prefix}line": location.line}
+
+
 def _belongs_to_user(filename: str) -> bool:
     if is_ours(filename) or filename.startswith(_TORCH):
         return False

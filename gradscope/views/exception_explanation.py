@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gradscope.rules.wording import place
+from gradscope.run.captured_graph import operation
 from gradscope.run.recording import ParameterEntry, Recording
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def _changed_in_place(story: _Story) -> tuple[str, str]:
     if shape is not None:
         what = f"a tensor of shape {shape}"
         if made_by:
-            what += f", made by {_operation(made_by)},"
+            what += f", made by {operation(made_by)},"
     cause = (
         f"{what} was changed in place between the forward and this backward{story.here}, which "
         "computes a derivative from its old values."
@@ -356,11 +357,7 @@ def _changed_tensor(message: str) -> tuple[tuple[int, ...] | None, str]:
 def _is_a_weight(made_by: str) -> bool:
     """Whether the operation is none, or only a view such as a linear layer takes of its weight."""
     views = ("", "T", "AsStrided", "Transpose", "AccumulateGrad", "View", "Permute")
-    return _operation(made_by) in views
-
-
-def _operation(made_by: str) -> str:
-    return re.sub(r"Backward\d*$", "", made_by)
+    return operation(made_by) in views
 
 
 def _held_by(run: Recording, parameter: ParameterEntry, optimizer: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from gradscope.rules import Findings
 from gradscope.rules.wording import shortened
 from gradscope.run.recording import Recording
 from gradscope.views.loop import summarize
@@ -12,9 +13,14 @@ from gradscope.views.loop import summarize
 _GOOD, _BAD = "#2e9e5b", "#d9534f"
 
 
-def html(run: Recording) -> str:
-    """Return a self-contained fragment; everything from the user's program is escaped."""
-    summary = summarize(run)
+def html(run: Recording, findings: Findings | None = None) -> str:
+    """Return a self-contained fragment; everything from the user's program is escaped.
+
+    Args:
+        run: what was recorded.
+        findings: of it; those of all rules by default.
+    """
+    summary = summarize(run, findings)
     colour = _GOOD if summary.healthy else _BAD
     mark = "✓" if summary.healthy else "✗"
     parts = [

@@ -19,13 +19,13 @@ _MOST_EVIDENCE = 6
 """How many facts stand under a finding; all of them are in ``evidence``."""
 
 
-def plain_text(run: Recording) -> str:
+def plain_text(run: Recording, findings: Findings | None = None) -> str:
     """Return the screen as text without colours, at most 100 columns wide."""
     from rich.console import Console
 
     out = io.StringIO()
     Console(file=out, width=_WIDTH, no_color=True, highlight=False, legacy_windows=False).print(
-        screen(run)
+        screen(run, findings)
     )
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 

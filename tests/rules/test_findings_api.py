@@ -391,3 +391,9 @@ def test_findings_by_severity_and_as_a_frame() -> None:
     assert frame["severity"].tolist() == ["error", "warning", "info"]
     assert frame["params"].tolist() == [(), ("p",), ()]
     assert findings[1:].unchecked == findings.unchecked
+
+
+def test_every_screen_shows_what_is_wanted_only() -> None:
+    scope = watched(clear=False, ignore=["GS201"])
+    assert "GS201" not in repr(scope)
+    assert "GS201" not in scope._repr_html_()

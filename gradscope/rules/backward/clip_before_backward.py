@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from gradscope.rules.backward.clip_order import clips_of, misplaced_clips
-from gradscope.rules.facts import at
+from gradscope.rules.backward.clip_order import described, misplaced_clips
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -56,29 +55,14 @@ class ClipBeforeBackward(Rule):
         """Return one finding per optimizer."""
         findings = []
         for optimizer, own in misplaced_clips(run, "before"):
-            file, line, detail, n_clips = clips_of(run, optimizer)
+            clipping, details = described(run, optimizer, own)
             findings.append(
                 self.finding(
                     message=(
-                        f"{detail.split(',')[0] or 'clipping'}{at(file, line)} is called before "
-                        f"loss.backward() has computed the gradients: none of {len(own)} steps of "
-                        f"{optimizer} was clipped"
+                        f"{clipping} is called before loss.backward() has computed the gradients: "
+                        f"none of {len(own)} steps of {optimizer} was clipped"
                     ),
-                    fix=(
-                        f"move the clipping{at(file, line)} between loss.backward() and "
-                        f"{optimizer}.step()"
-                    ),
-                    optimizer=optimizer,
-                    step_first=int(own["step"].min()),
-                    step_last=int(own["step"].max()),
-                    count=len(own),
-                    file=file,
-                    line=line,
-                    evidence={
-                        "clipping": detail,
-                        "clippings": n_clips,
-                        "order": str(own["order"].iloc[-1]),
-                    },
+                    **details,
                 )
             )
         return findings

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from gradscope.rules.facts import place_of, words_of
+from gradscope.rules.facts import at, place_of, span, words_of
 from gradscope.run.recording import Recording
 
 if TYPE_CHECKING:
@@ -65,6 +65,31 @@ def clips_of(run: Recording, optimizer: str) -> tuple[str | None, int | None, st
         return None, None, "", 0
     file, line = place_of(clips.iloc[0])
     return file, line, str(clips["detail"].iloc[0]), len(clips)
+
+
+def described(run: Recording, optimizer: str, own: pd.DataFrame) -> tuple[str, dict[str, Any]]:
+    """Return a misplaced clipping in words, and what every finding about one has.
+
+    Args:
+        run: the recording.
+        optimizer: whose gradients are clipped.
+        own: its steps.
+    """
+    file, line, detail, n_clips = clips_of(run, optimizer)
+    return f"{detail.split(',')[0] or 'clipping'}{at(file, line)}", {
+        "fix": (
+            f"move the clipping{at(file, line)} between loss.backward() and {optimizer}.step()"
+        ),
+        "optimizer": optimizer,
+        **span(own),
+        "file": file,
+        "line": line,
+        "evidence": {
+            "clipping": detail,
+            "clippings": n_clips,
+            "order": str(own["order"].iloc[-1]),
+        },
+    }
 
 
 def limit_of(run: Recording, optimizer: str) -> float:

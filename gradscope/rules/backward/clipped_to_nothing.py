@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from gradscope.rules.backward.clip_order import clips_of
-from gradscope.rules.facts import at, stepped
+from gradscope.rules.facts import at, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -99,9 +99,7 @@ class ClippedToNothing(Rule):
                         f"{before.median():.3g} here, 1.0 is usual"
                     ),
                     optimizer=str(name),
-                    step_first=int(shrunk["step"].min()),
-                    step_last=int(shrunk["step"].max()),
-                    count=len(shrunk),
+                    **span(shrunk),
                     file=file,
                     line=line,
                     evidence={

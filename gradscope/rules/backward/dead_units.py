@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradscope.rules.facts import names, stepped
+from gradscope.rules.facts import listed, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -79,7 +79,7 @@ class DeadUnits(Rule):
         modules = tuple(dict.fromkeys(path or kind for path, kind, _ in dead))
         first = min(step for _, _, step in dead)
         steps = stepped(run)
-        kinds = names(tuple(f"{path or 'the model'} ({kind})" for path, kind, _ in dead))
+        kinds = listed(tuple(f"{path or 'the model'} ({kind})" for path, kind, _ in dead))
         after = steps.loc[steps["step"] >= first]
         # Dead from the start is how they were initialised; what died later has another cause.
         from_the_start = first == int(run.frame("activations")["step"].min())
@@ -88,7 +88,7 @@ class DeadUnits(Rule):
                 severity=Severity.ERROR if from_the_start else Severity.WARNING,
                 message=(
                     f"all units of {kinds} are zero for every input since step {first}: no "
-                    f"gradient passes, and that of {names(params)} is exactly zero"
+                    f"gradient passes, and that of {listed(params)} is exactly zero"
                 ),
                 fix=(
                     "let the units be active at the start: biases of zero, smaller weights, inputs "

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradscope.rules.facts import names, stepped
+from gradscope.rules.facts import listed, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -97,7 +97,7 @@ class ExplodingGradient(Rule):
                     severity=Severity.INFO if is_clipped else Severity.WARNING,
                     message=(
                         f"the norm of all gradients of {optimizer} {what}; the largest are those "
-                        f"of {names(params)}"
+                        f"of {listed(params)}"
                     ),
                     fix=(
                         "initialise the weights smaller (nn.init.kaiming_normal_), normalise "
@@ -111,9 +111,7 @@ class ExplodingGradient(Rule):
                     ),
                     params=params,
                     optimizer=str(optimizer),
-                    step_first=int(large["step"].min()),
-                    step_last=int(large["step"].max()),
-                    count=len(large),
+                    **span(large),
                     evidence={
                         "grad_norm_first": float(norms[0]),
                         "grad_norm_max": float(np.nanmax(norms)),

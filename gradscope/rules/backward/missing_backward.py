@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradscope.rules.facts import at, place_of, stepped
+from gradscope.rules.facts import at, place_of, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -85,9 +85,7 @@ class MissingBackward(Rule):
                     ),
                     params=params,
                     optimizer=str(optimizer),
-                    step_first=int(own["step"].min()),
-                    step_last=int(own["step"].max()),
-                    count=len(own),
+                    **span(own),
                     file=file,
                     line=line,
                     evidence={

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from gradscope.rules.facts import at, names, place_of
+from gradscope.rules.facts import at, listed, place_of
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.rules.wording import some_of
@@ -95,7 +95,7 @@ class NonFiniteGradient(Rule):
         step = int(first["step"])
         params = tuple(bad.loc[bad["step"] == step, "param"])
         source, file, line, module = _source(run, step)
-        what = names(params) if params else "the gradients"
+        what = listed(params) if params else "the gradients"
         message = (
             f"the gradients of {what} became NaN or infinite at step {step}"
             if params

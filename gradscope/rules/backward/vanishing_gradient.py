@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradscope.rules.facts import names, stepped
+from gradscope.rules.facts import listed, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -135,7 +135,7 @@ class VanishingGradient(Rule):
             message=(
                 f"the gradient of {params[0]} is {ratio:.1e} of that of {table.columns[-1]}, per "
                 f"weight: it shrinks by about {per_layer:.3g} from layer to layer, and nothing is "
-                f"left for {names(params)}"
+                f"left for {listed(params)}"
             ),
             fix=(
                 (f"replace {saturated} by ReLU or GELU, " if saturated else "use ReLU or GELU, ")

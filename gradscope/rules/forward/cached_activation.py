@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradscope.rules.facts import belongs_to, has_moved, names, stepped
+from gradscope.rules.facts import belongs_to, has_moved, listed, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -90,13 +90,13 @@ class CachedActivation(Rule):
                 params += own
         if not modules or not later:
             return []
-        shown = names(modules)
+        shown = listed(modules)
         return [
             self.finding(
                 message=(
                     f"{shown} was called at step {looks[0]} and never again at {len(looks) - 1} "
                     f"later looks, although the model is: its result is kept and used again, and "
-                    f"{names(params)} no longer get a gradient"
+                    f"{listed(params)} no longer get a gradient"
                 ),
                 fix=(
                     f"call {shown} in every forward; keep its result only under torch.no_grad(), "

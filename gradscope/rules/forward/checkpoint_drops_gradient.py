@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradscope.rules.facts import belongs_to, names, stepped, without_gradient
+from gradscope.rules.facts import belongs_to, listed, span, stepped, without_gradient
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -65,12 +65,12 @@ class CheckpointDropsGradient(Rule):
             if any(belongs_to(name, path) for name in params)
             and not any(path != other and belongs_to(path, other) for other in inside)
         )
-        shown = names([path or "the model" for path in modules])
+        shown = listed([path or "the model" for path in modules])
         return [
             self.finding(
                 message=(
                     f"{shown} runs in a reentrant checkpoint, and none of its inputs requires "
-                    f"grad: {names(params)} have never had a gradient"
+                    f"grad: {listed(params)} have never had a gradient"
                 ),
                 fix=(
                     f"checkpoint {shown} with use_reentrant=False, or give it an input that "
@@ -78,9 +78,7 @@ class CheckpointDropsGradient(Rule):
                 ),
                 params=params,
                 modules=modules,
-                step_first=int(steps["step"].min()),
-                step_last=int(steps["step"].max()),
-                count=len(steps),
+                **span(steps),
                 evidence={"checkpointed_modules": len(inside), "parameters": len(params)},
             )
         ]

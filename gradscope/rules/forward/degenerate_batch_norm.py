@@ -6,7 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING
 
-from gradscope.rules.facts import names, reached_losses, shape_of, stepped
+from gradscope.rules.facts import listed, reached_losses, shape_of, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -97,13 +97,11 @@ class DegenerateBatchNorm(Rule):
         kinds = {e.module_type for e in run.parameters if e.module in modules} or {"BatchNorm"}
         return self.finding(
             severity=severity,
-            message=f"{names(modules)} ({', '.join(sorted(kinds))}) {says}",
+            message=f"{listed(modules)} ({', '.join(sorted(kinds))}) {says}",
             fix=fix,
             params=tuple(entry.name for entry in run.parameters if entry.module in modules),
             modules=tuple(modules),
-            step_first=int(steps["step"].min()),
-            step_last=int(steps["step"].max()),
-            count=len(steps),
+            **span(steps),
             evidence={"way": way, "modules": len(modules)},
         )
 

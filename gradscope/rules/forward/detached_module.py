@@ -8,8 +8,9 @@ from gradscope.graphs.unreached import operations_made, unreached
 from gradscope.rules.facts import (
     belongs_to,
     holder_of,
+    listed,
     module_around,
-    names,
+    span,
     stepped,
     without_gradient,
 )
@@ -118,7 +119,7 @@ class DetachedModule(Rule):
             return None
         is_sure = has_nothing_else or any(used for _, used in cut.values())
         takers = list(dict.fromkeys(taker for taken, _ in cut.values() for taker in taken))
-        given = f": its result goes to {names(takers)} without a graph" if takers else ""
+        given = f": its result goes to {listed(takers)} without a graph" if takers else ""
         alone = f"; {optimizer} has nothing else to train" if has_nothing_else else ""
         ordered = tuple(entry.name for entry in missing if entry.name in params)
         modules = tuple(module_around(path, ordered) for path in cut)
@@ -126,22 +127,20 @@ class DetachedModule(Rule):
         return self.finding(
             severity=Severity.ERROR if is_sure else Severity.INFO,
             message=(
-                f"{names(paths)} runs, but its graph does not lead to the loss{given}: "
-                f"{len(ordered)} parameters ({names(ordered)}) have never had a gradient in "
+                f"{listed(paths)} runs, but its graph does not lead to the loss{given}: "
+                f"{len(ordered)} parameters ({listed(ordered)}) have never had a gradient in "
                 f"{len(own)} steps of {optimizer}{alone}"
             ),
             fix=(
-                f"look at what happens to the output of {names(paths)}"
-                + (f" before {names(takers)} takes it" if takers else "")
+                f"look at what happens to the output of {listed(paths)}"
+                + (f" before {listed(takers)} takes it" if takers else "")
                 + ": take away .detach(), .data, .numpy() or argmax there, or, if it is not to "
                 f"be trained, leave its parameters out of {optimizer}"
             ),
             params=ordered,
             modules=modules,
             optimizer=optimizer,
-            step_first=int(own["step"].min()),
-            step_last=int(own["step"].max()),
-            count=len(own),
+            **span(own),
             evidence={
                 "taken_by": ", ".join(takers),
                 "parameters": len(ordered),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradscope.rules.facts import at, names, place_of, without_gradient
+from gradscope.rules.facts import at, listed, place_of, without_gradient
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.forward.loss_inputs import spread
 from gradscope.rules.rule import Rule
@@ -71,7 +71,7 @@ class DiscardedLoss(Rule):
                 self.finding(
                     message=(
                         f"the {row['function']} computed{at(file, line)} is never propagated back, "
-                        f"and {names(left_out)} depend on it alone: they have never had a gradient"
+                        f"and {listed(left_out)} depend on it alone: they have never had a gradient"
                     ),
                     fix=(
                         f"add the loss{at(file, line)} to the one that backward() is called on; a "

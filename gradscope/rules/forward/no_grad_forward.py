@@ -8,8 +8,9 @@ from gradscope.graphs.unreached import unreached
 from gradscope.rules.facts import (
     belongs_to,
     holder_of,
+    listed,
     module_around,
-    names,
+    span,
     stepped,
     without_gradient,
 )
@@ -81,13 +82,13 @@ class NoGradForward(Rule):
             params = tuple(entry.name for entry in entries)
             paths = tuple(m for m in modules if any(belongs_to(name, m) for name in params))
             paths = tuple(module_around(path, params) for path in paths)
-            shown = names([path or "the model" for path in paths])
+            shown = listed([path or "the model" for path in paths])
             findings.append(
                 self.finding(
                     severity=Severity.INFO if are_aside else Severity.ERROR,
                     message=(
                         f"{shown} only runs under torch.no_grad(), although {optimizer} is to "
-                        f"train it: {names(params)} never had a gradient in {len(own)} steps"
+                        f"train it: {listed(params)} never had a gradient in {len(own)} steps"
                     ),
                     fix=(
                         f"call {shown} outside of torch.no_grad(), or leave its parameters out of "
@@ -96,9 +97,7 @@ class NoGradForward(Rule):
                     params=params,
                     modules=paths,
                     optimizer=optimizer,
-                    step_first=int(own["step"].min()),
-                    step_last=int(own["step"].max()),
-                    count=len(own),
+                    **span(own),
                     evidence={"parameters": len(params), "in_eval_mode": are_aside},
                 )
             )

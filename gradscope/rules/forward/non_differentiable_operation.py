@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradscope.rules.facts import at, names, stepped
+from gradscope.rules.facts import at, listed, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.forward.detached_loss import DetachedLoss
 from gradscope.rules.rule import Rule
+from gradscope.run.captured_graph import operation
 from gradscope.run.recording import Recording
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class NonDifferentiableOperation(Rule):
     def _flattened(self, run: Recording) -> list[Finding]:
         for step in sorted(run.graphs):
             graph = run.graphs[step]
-            flat = [n for n in range(len(graph)) if _operation(graph, n) in _FLAT]
+            flat = [n for n in range(len(graph)) if operation(graph.op_of(n)) in _FLAT]
             if not flat:
                 continue
             behind = _only_behind(graph, flat)
@@ -115,12 +115,12 @@ class NonDifferentiableOperation(Rule):
             file, line = graph.lines[line_number] if line_number >= 0 else (None, None)
             module = graph.calls.path(int(graph.call[node])) if graph.call[node] >= 0 else ""
             steps = stepped(run)
-            function = _operation(graph, node).lower()
+            function = operation(graph.op_of(node)).lower()
             return [
                 self.finding(
                     message=(
                         f"{function}(){at(file, line)} has a derivative of zero everywhere, and "
-                        f"every path from {names(zero)} to the loss leads through it: their "
+                        f"every path from {listed(zero)} to the loss leads through it: their "
                         "gradients are exactly zero"
                     ),
                     fix=(
@@ -129,19 +129,13 @@ class NonDifferentiableOperation(Rule):
                     ),
                     params=zero,
                     modules=(module,) if module else (),
-                    step_first=int(steps["step"].min()),
-                    step_last=int(steps["step"].max()),
-                    count=len(steps),
+                    **span(steps),
                     file=file,
                     line=line,
                     evidence={"operation": function, "parameters": len(zero)},
                 )
             ]
         return []
-
-
-def _operation(graph: CapturedGraph, node: int) -> str:
-    return re.sub(r"Backward\d*$", "", graph.op_of(node))
 
 
 def _only_behind(graph: CapturedGraph, blocked: list[int]) -> set[str]:

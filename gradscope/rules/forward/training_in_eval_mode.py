@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradscope.rules.facts import belongs_to, names, numbers_in, stepped
+from gradscope.rules.facts import belongs_to, listed, numbers_in, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -99,7 +99,7 @@ class TrainingInEvalMode(Rule):
                     severity=Severity.ERROR if flipped else Severity.WARNING,
                     message=(
                         f"{optimizer} trains the model in evaluation mode (model.training is "
-                        f"False) {began}: {kinds} ({names(paths)}) do not what they do in training"
+                        f"False) {began}: {kinds} ({listed(paths)}) do not what they do in training"
                     ),
                     fix=(
                         "call model.train() at the beginning of every epoch, and again after every "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from gradscope.rules.facts import at, place_of, reached_losses, shape_of, stepped
+from gradscope.rules.facts import at, place_of, reached_losses, shape_of, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -90,9 +90,7 @@ class ConstantTarget(Rule):
                         f"look at where the targets of {function}{at(file, line)} come from: "
                         "labels were lost on the way, by a cast, a division or a wrong index"
                     ),
-                    step_first=int(steps["step"].min()),
-                    step_last=int(steps["step"].max()),
-                    count=len(steps),
+                    **span(steps),
                     file=file,
                     line=line,
                     evidence={

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradscope.rules.facts import at, place_of, stepped
+from gradscope.rules.facts import at, place_of, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
+from gradscope.run.captured_graph import operation
 from gradscope.run.recording import Recording
 
 if TYPE_CHECKING:
@@ -137,9 +138,7 @@ class RisingObjective(Rule):
             message=message,
             fix=fix,
             optimizer=optimizer,
-            step_first=int(steps["step"].min()),
-            step_last=int(steps["step"].max()),
-            count=len(steps),
+            **span(steps),
             file=file,
             line=line,
             evidence={
@@ -157,7 +156,7 @@ def _source_of(graph: CapturedGraph) -> str:
         return ""
     node = int(graph.roots[0])
     for _ in range(16):
-        name = re.sub(r"Backward\d*$", "", graph.op_of(node))
+        name = operation(graph.op_of(node))
         if name in _NOT_NEGATIVE or _is_square(graph, node, name):
             return name
         if name not in _KEEPS_THE_MEANING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradscope.rules.facts import at, place_of, reached_losses, shape_of, stepped
+from gradscope.rules.facts import at, place_of, reached_losses, shape_of, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.rules.step.learning_rate_too_high import LearningRateTooHigh
@@ -70,9 +70,7 @@ class SummedLoss(Rule):
                         "size of the batch"
                     ),
                     severity=Severity.WARNING if jumps else self.severity,
-                    step_first=int(steps["step"].min()),
-                    step_last=int(steps["step"].max()),
-                    count=len(steps),
+                    **span(steps),
                     file=file,
                     line=line,
                     evidence={

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradscope.rules.facts import names, stepped
+from gradscope.rules.facts import listed, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -87,7 +87,7 @@ class SymmetricInitialization(Rule):
         return [
             self.finding(
                 message=(
-                    f"{names(weights)} began {began}, and all rows still are alike, gradients "
+                    f"{listed(weights)} began {began}, and all rows still are alike, gradients "
                     f"included, at all {alike[0].n_looks} looks: all units of these layers compute "
                     "the same"
                 ),
@@ -97,9 +97,7 @@ class SymmetricInitialization(Rule):
                 ),
                 params=params,
                 modules=modules,
-                step_first=int(steps["step"].min()),
-                step_last=int(steps["step"].max()),
-                count=len(steps),
+                **span(steps),
                 evidence={
                     "looks": alike[0].n_looks,
                     "began_with_zeros": len(zero),

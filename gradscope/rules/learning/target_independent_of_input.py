@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from gradscope.rules.facts import at, place_of, reached_losses, shape_of, stepped
+from gradscope.rules.facts import at, place_of, reached_losses, shape_of, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -140,9 +140,7 @@ class TargetIndependentOfInput(Rule):
                     "permutation, and sorted and split alike?"
                 ),
                 optimizer=str(steps["optimizer"].iloc[0]),
-                step_first=int(steps["step"].min()),
-                step_last=int(steps["step"].max()),
-                count=len(steps),
+                **span(steps),
                 file=file,
                 line=line,
                 evidence={

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradscope.rules.facts import stepped
+from gradscope.rules.facts import span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.learning.uninformed_loss_mismatch import UninformedLossMismatch
 from gradscope.rules.rule import Rule
@@ -102,9 +102,7 @@ class UnnormalizedInput(Rule):
                 ),
                 severity=severity,
                 modules=(module,),
-                step_first=int(steps["step"].min()),
-                step_last=int(steps["step"].max()),
-                count=len(steps),
+                **span(steps),
                 evidence={
                     "input_min": float(row["min"]),
                     "input_max": float(row["max"]),

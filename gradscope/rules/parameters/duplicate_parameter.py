@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from gradscope.rules.facts import listed, made_at, span, stepped
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import listed, made_at, stepped
 from gradscope.rules.rule import Rule
 from gradscope.rules.wording import some_of
 from gradscope.run.recording import Recording
@@ -104,9 +104,7 @@ class DuplicateParameter(Rule):
                     fix=f"pass every parameter to {known.name} once",
                     params=twice,
                     optimizer=known.name,
-                    step_first=int(own["step"].min()),
-                    step_last=int(own["step"].max()),
-                    count=len(own),
+                    **span(own),
                     **made_at(run, known.name),
                     evidence={"steps": len(own), "other_optimizers": ""},
                 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from gradscope.rules.facts import listed, made_at, span
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.learning.target_independent_of_input import TargetIndependentOfInput
-from gradscope.rules.lookup import listed, made_at
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
@@ -136,9 +136,7 @@ class NothingToTrain(Rule):
                     fix=f"call requires_grad_(True) on what {known.name} is to train",
                     params=tuple(e.name for e in held),
                     optimizer=known.name,
-                    step_first=int(own["step"].min()),
-                    step_last=int(own["step"].max()),
-                    count=len(own),
+                    **span(own),
                     **made_at(run, known.name),
                     evidence={"frozen": len(held), "steps": len(own)},
                 )

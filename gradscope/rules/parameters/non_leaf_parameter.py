@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from gradscope.rules.facts import first_place
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import place_of
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
@@ -64,7 +64,7 @@ class NonLeafParameter(Rule):
                     "leaf, so that it has no .grad of its own"
                 ),
                 fix="make the values first, and call requires_grad_() on the finished tensor",
-                **place_of(ended),
+                **first_place(ended),
                 evidence={"raised": str(ended["detail"].iloc[0])},
             )
         ]
@@ -86,6 +86,6 @@ class NonLeafParameter(Rule):
             ),
             fix="make the values first, and call requires_grad_() on the finished tensor",
             params=tuple(names.split(", ")) if names else (),
-            **place_of(raised if len(raised) else backwards),
+            **first_place(raised if len(raised) else backwards),
             evidence={"names": names},
         )

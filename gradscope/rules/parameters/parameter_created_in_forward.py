@@ -6,8 +6,8 @@ import ast
 import linecache
 from typing import Any
 
+from gradscope.rules.facts import first_place, listed
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import listed, place_of
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
@@ -80,7 +80,7 @@ class ParameterCreatedInForward(Rule):
                     step_first=int(own["step"].min()),
                     step_last=int(own["step"].max()),
                     count=looks,
-                    **place_of(own),
+                    **first_place(own),
                     evidence={"looks": looks, "shape": str(own["shape"].iloc[0])},
                 )
             )

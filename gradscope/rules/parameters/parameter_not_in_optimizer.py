@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gradscope.rules.facts import first_place, listed, made_at, model_of, stepped
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import listed, made_at, model_of, place_of, stepped
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import ParameterEntry, Recording
 
@@ -53,7 +53,7 @@ def _fed_by(run: Recording, model: str, trained: Mapping[str, int]) -> str | Non
 def _module_made_at(run: Recording, entry: ParameterEntry) -> dict[str, Any]:
     """Where the module that holds an unregistered parameter was made, as a finding takes it."""
     calls = run.frame("calls")
-    return place_of(calls.loc[calls["module_type"] == entry.module_type])
+    return first_place(calls.loc[calls["module_type"] == entry.module_type])
 
 
 class ParameterNotInOptimizer(Rule):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from gradscope.rules.facts import events_of, first_place, made_at, stepped
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import events_of, made_at, place_of, stepped
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
@@ -79,7 +79,7 @@ class DecayedLearningRate(Rule):
                 continue
             rows = small[0]
             scheduled = events_of(run, "scheduler", str(optimizer))
-            where = place_of(scheduled)
+            where = first_place(scheduled)
             kind = str(scheduled["detail"].iloc[0]) if len(scheduled) else ""
             by = f"; {kind}.step() was called {len(scheduled)} times" if kind else ""
             findings.append(

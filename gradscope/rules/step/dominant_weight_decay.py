@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradscope.rules.facts import made_at, span, stepped
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import made_at, stepped
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
@@ -105,9 +105,7 @@ class DominantWeightDecay(Rule):
                     ),
                     fix=f"lower weight_decay of {optimizer}; 0.01 is usual for AdamW, 1e-4 for SGD",
                     optimizer=str(optimizer),
-                    step_first=int(own["step"].min()),
-                    step_last=int(own["step"].max()),
-                    count=len(own),
+                    **span(own),
                     **made_at(run, str(optimizer)),
                     evidence={
                         "weight_decay": decay,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from gradscope.rules.facts import listed, made_at, stepped
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import listed, made_at, stepped
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
+from gradscope.rules.facts import made_at, span, stepped
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import made_at, stepped
 from gradscope.rules.rule import Rule
 from gradscope.rules.step.loss_trend import loss_trend, update_ratios
 from gradscope.run.recording import Recording
@@ -105,9 +105,7 @@ class LearningRateTooHigh(Rule):
                     ),
                     fix=f"lower the learning rate of {optimizer}, ten times at first",
                     optimizer=str(optimizer),
-                    step_first=int(own["step"].min()),
-                    step_last=int(own["step"].max()),
-                    count=len(own),
+                    **span(own),
                     **made_at(run, str(optimizer)),
                     evidence={
                         "lr": lr,

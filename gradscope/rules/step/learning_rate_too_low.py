@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from gradscope.rules.facts import made_at, span, stepped
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import made_at, stepped
 from gradscope.rules.rule import Rule
 from gradscope.rules.step.loss_trend import loss_trend, update_ratios
 from gradscope.run.recording import Recording
@@ -90,9 +90,7 @@ class LearningRateTooLow(Rule):
                     ),
                     fix=f"raise the learning rate of {optimizer}",
                     optimizer=str(optimizer),
-                    step_first=int(own["step"].min()),
-                    step_last=int(own["step"].max()),
-                    count=len(own),
+                    **span(own),
                     **made_at(run, str(optimizer)),
                     evidence={
                         "lr": rate,

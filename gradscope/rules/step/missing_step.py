@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from gradscope.rules.facts import events_of, first_place, held_by
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import events_of, held_by, place_of
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
@@ -87,7 +87,7 @@ class MissingStep(Rule):
                     fix=f"call {optimizer}.step() after loss.backward()",
                     params=tuple(entry.name for entry in trained),
                     optimizer=optimizer,
-                    **place_of(unused.iloc[::-1]),
+                    **first_place(unused.iloc[::-1]),
                     evidence={
                         "backwards": len(unused),
                         "steps_of_optimizer": 0,

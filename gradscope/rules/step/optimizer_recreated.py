@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradscope.rules.facts import stepped
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import stepped
 from gradscope.rules.rule import Rule
 from gradscope.rules.wording import place
 from gradscope.run.recording import Recording

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from gradscope.rules.facts import backwards_at, first_place, numbers_in, span, stepped, words_of
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import backwards_at, numbers_in, place_of, stepped, words_of
 from gradscope.rules.rule import Rule
 from gradscope.rules.wording import some_of
 from gradscope.run.recording import Recording
@@ -82,10 +82,8 @@ class ScaledGradientStep(Rule):
                     ),
                     fix=f"call scaler.step({optimizer}) instead of {optimizer}.step()",
                     optimizer=str(optimizer),
-                    step_first=int(wrong["step"].min()),
-                    step_last=int(wrong["step"].max()),
-                    count=len(wrong),
-                    **place_of(backwards_at(run, numbers_in(wrong["backwards"].iloc[0]))),
+                    **span(wrong),
+                    **first_place(backwards_at(run, numbers_in(wrong["backwards"].iloc[0]))),
                     evidence={
                         "steps_on_scaled_gradients": len(wrong),
                         "steps_of_optimizer": len(own),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from gradscope.rules.facts import backwards_at, events_of, first_place, numbers_in, span
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import backwards_at, events_of, numbers_in, place_of
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
@@ -71,10 +71,8 @@ class ScalerNotUpdated(Rule):
                 ),
                 fix=f"call scaler.update() once per iteration, after scaler.step({optimizers[-1]})",
                 optimizer=optimizers[0] if len(optimizers) == 1 else None,
-                step_first=int(scaled["step"].min()),
-                step_last=int(scaled["step"].max()),
-                count=len(scaled),
-                **place_of(backwards_at(run, numbers)),
+                **span(scaled),
+                **first_place(backwards_at(run, numbers)),
                 evidence={"steps_through_scaler": len(scaled), "updates": 0, "raised": raised},
             )
         ]

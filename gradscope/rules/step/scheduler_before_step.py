@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from gradscope.rules.facts import events_of, first_place
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import events_of, place_of
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
@@ -83,7 +83,7 @@ class SchedulerBeforeStep(Rule):
                     step_first=int(first),
                     step_last=int(first),
                     count=len(calls),
-                    **place_of(early),
+                    **first_place(early),
                     evidence={"scheduler": kind, "scheduler_steps": len(calls)},
                 )
             )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from gradscope.rules.facts import events_of, first_place, held_by, span, stepped
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import events_of, held_by, place_of, stepped
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
@@ -79,10 +79,8 @@ class SchedulerOfIdleOptimizer(Rule):
                     fix=f"make {kind} with {by}, the optimizer that steps",
                     severity=Severity.ERROR if sharing else Severity.WARNING,
                     optimizer=idle,
-                    step_first=int(own["step"].min()),
-                    step_last=int(own["step"].max()),
-                    count=len(own),
-                    **place_of(own),
+                    **span(own),
+                    **first_place(own),
                     evidence={
                         "scheduler": kind,
                         "scheduler_steps": len(own),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from gradscope.rules.facts import backwards_at, first_place, numbers_in, span, words_of
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import backwards_at, numbers_in, place_of, words_of
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
@@ -92,10 +92,8 @@ class StepBeforeBackward(Rule):
                     ),
                     fix=f"move {optimizer}.step() behind loss.backward()",
                     optimizer=str(optimizer),
-                    step_first=int(own["step"].min()),
-                    step_last=int(own["step"].max()),
-                    count=len(own),
-                    **place_of(backwards),
+                    **span(own),
+                    **first_place(backwards),
                     evidence={
                         "order_of_first_step": str(own["order"].iloc[0]),
                         "order_of_last_step": str(own["order"].iloc[-1]),

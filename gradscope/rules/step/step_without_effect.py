@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from gradscope.rules.facts import made_at, span, stepped
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import made_at, stepped
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
@@ -90,9 +90,7 @@ class StepWithoutEffect(Rule):
                         "in place"
                     ),
                     optimizer=str(optimizer),
-                    step_first=int(able["step"].min()),
-                    step_last=int(able["step"].max()),
-                    count=len(able),
+                    **span(able),
                     **made_at(run, str(optimizer)),
                     evidence={
                         "recorded_steps": len(able),
@@ -118,9 +116,7 @@ class StepWithoutEffect(Rule):
                     ),
                     fix="look for what makes the gradients infinite or NaN",
                     optimizer=str(optimizer),
-                    step_first=int(own["step"].min()),
-                    step_last=int(own["step"].max()),
-                    count=len(own),
+                    **span(own),
                     **made_at(run, str(optimizer)),
                     evidence={"skipped": len(own)},
                 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gradscope.rules.facts import made_at, stepped
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import made_at, stepped
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 

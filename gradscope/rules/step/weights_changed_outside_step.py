@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from gradscope.rules.facts import events_of, held_by, listed, stepped
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import events_of, held_by, listed, stepped
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 

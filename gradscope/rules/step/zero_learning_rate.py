@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from gradscope.rules.facts import events_of, first_place, held_by, made_at, stepped
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import events_of, held_by, made_at, place_of, stepped
 from gradscope.rules.rule import Rule
 from gradscope.rules.wording import some_of
 from gradscope.run.recording import Recording
@@ -98,7 +98,7 @@ class ZeroLearningRate(Rule):
             fix = f"give {optimizer} a learning rate above 0"
             if initial and len(scheduled):
                 kind = str(scheduled["detail"].iloc[0])
-                where = place_of(scheduled)  # who sets the learning rate
+                where = first_place(scheduled)  # who sets the learning rate
                 why = f"; its scheduler {kind} multiplies the initial {initial} by 0"
                 fix = (
                     f"look at the function or the lengths that {kind} was given: it has to leave "

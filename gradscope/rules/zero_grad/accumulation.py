@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from gradscope.rules.facts import backwards_at, first_place, numbers_in, span, stepped
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import backwards_at, numbers_in, place_of, stepped
 from gradscope.rules.rule import Rule
 from gradscope.rules.wording import some_of
 from gradscope.run.recording import Recording
@@ -106,10 +106,8 @@ class UnscaledAccumulation(Rule):
                     ),
                     fix=f"divide the loss by {usual} before backward, if a mean was meant",
                     optimizer=str(optimizer),
-                    step_first=int(own["step"].min()),
-                    step_last=int(own["step"].max()),
-                    count=len(own),
-                    **place_of(rows),
+                    **span(own),
+                    **first_place(rows),
                     evidence={"backwards_per_step": usual, "root_grad_fn": ", ".join(made_by)},
                 )
             )
@@ -166,7 +164,7 @@ class DroppedAccumulation(Rule):
             usual = _accumulates(run, own)
             if not usual:
                 continue
-            here = place_of(backwards_at(run, numbers_in(str(own["backwards"].iloc[0]))))
+            here = first_place(backwards_at(run, numbers_in(str(own["backwards"].iloc[0]))))
             dropped: dict[int, int] = {}
             for step, text in zip(own["step"], own["discarded"], strict=True):
                 rows = backwards_at(run, numbers_in(text))

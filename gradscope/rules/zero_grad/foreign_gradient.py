@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gradscope.rules.facts import backwards_at, first_place, held_by, numbers_in, stepped
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import backwards_at, held_by, numbers_in, place_of, stepped
 from gradscope.rules.rule import Rule
 from gradscope.rules.wording import place, some_of
 from gradscope.run.recording import Recording
@@ -118,15 +118,15 @@ def details_of(run: Recording, leak: Leak) -> dict[str, Any]:
             "polluted_steps": len(leak.rows),
             "steps_of_optimizer": leak.n_steps,
             "foreign_optimizer": leak.owner,
-            "foreign_line": place_of(leak.foreign)["line"],
-            "own_line": place_of(leak.own)["line"],
+            "foreign_line": first_place(leak.foreign)["line"],
+            "own_line": first_place(leak.own)["line"],
         },
     }
 
 
 def line_of(rows: pd.DataFrame) -> str:
     """Where a backward is, within a sentence."""
-    at = place_of(rows)
+    at = first_place(rows)
     return f" at {place(at['file'], at['line'])}" if at["file"] else ""
 
 
@@ -183,7 +183,7 @@ class ForeignGradient(Rule):
                     f"detach what the loss of {leak.owner} takes from the parameters of "
                     f"{leak.optimizer}, or call {leak.optimizer}.zero_grad() between the two"
                 ),
-                **place_of(leak.foreign),
+                **first_place(leak.foreign),
                 **details_of(run, leak),
             )
             for leak in leaks(run)

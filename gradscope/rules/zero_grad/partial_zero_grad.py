@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from gradscope.rules.facts import first_place
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import place_of
 from gradscope.rules.rule import Rule
 from gradscope.rules.wording import some_of
 from gradscope.rules.zero_grad.foreign_gradient import details_of, leaks, line_of
@@ -67,7 +67,7 @@ class PartialZeroGrad(Rule):
                 severity=Severity.ERROR if leak.first_is_clean else Severity.WARNING,
                 fix=f"call {leak.optimizer}.zero_grad() right before its own backward"
                 f"{line_of(leak.own)}",
-                **place_of(leak.own),
+                **first_place(leak.own),
                 **details_of(run, leak),
             )
             for leak in leaks(run)

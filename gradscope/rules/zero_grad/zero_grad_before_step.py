@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradscope.rules.facts import backwards_at, events_of, first_place, numbers_in, span, stepped
 from gradscope.rules.finding import Finding, Severity
-from gradscope.rules.lookup import backwards_at, events_of, numbers_in, place_of, stepped
 from gradscope.rules.rule import Rule
 from gradscope.rules.wording import some_of
 from gradscope.run.recording import Recording
@@ -106,9 +106,7 @@ class ZeroGradBeforeStep(Rule):
             ),
             fix=f"clear the gradients of {optimizer} before loss.backward(), not after it",
             optimizer=optimizer,
-            step_first=int(rows["step"].min()),
-            step_last=int(rows["step"].max()),
-            count=len(rows),
+            **span(rows),
             **_cleared_at(run, optimizer, own, rows),
             evidence={
                 "steps_without_gradient": len(rows),
@@ -132,9 +130,7 @@ class ZeroGradBeforeStep(Rule):
                 "every micro-batch"
             ),
             optimizer=optimizer,
-            step_first=int(rows["step"].min()),
-            step_last=int(rows["step"].max()),
-            count=len(rows),
+            **span(rows),
             **_cleared_at(run, optimizer, own, rows),
             evidence={
                 "backwards_cleared_per_step": dropped,
@@ -188,5 +184,5 @@ def _cleared_at(
         & (calls["step"] <= step)
     ]
     if len(calls):
-        return place_of(calls.iloc[::-1])
-    return place_of(backwards_at(run, numbers_in(str(rows["discarded"].iloc[-1]))))
+        return first_place(calls.iloc[::-1])
+    return first_place(backwards_at(run, numbers_in(str(rows["discarded"].iloc[-1]))))
