@@ -113,7 +113,8 @@ class Capture:
         from gradscope.instruments.source_lines import SourceLines
 
         self._lines = SourceLines()
-        self._finder = GraphCutFinder(lambda error: None, (self._lines,))
+        self._finder = GraphCutFinder(lambda error: None)
+        self._finder.tell(self._lines)
 
 
 def capture(model: Any, *, lines: bool = False) -> Capture:

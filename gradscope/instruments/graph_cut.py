@@ -88,12 +88,9 @@ class GraphCutFinder:
 
     Args:
         on_failure: told when following a call raises; after that no more calls are followed.
-        also: whoever else listens to the calls as long as they are followed.
     """
 
-    def __init__(
-        self, on_failure: Callable[[Exception], None], also: Iterable[Listener] = ()
-    ) -> None:
+    def __init__(self, on_failure: Callable[[Exception], None]) -> None:
         self._on_failure = on_failure
         self._blind = False
         self._origins: dict[int, _Origin] = {}
@@ -105,9 +102,7 @@ class GraphCutFinder:
         self._thread = threading.get_ident()
         self._torch_functions = TorchFunctionTap()
         self._torch_functions.add(self)
-        self._also = tuple(also)
-        for listener in self._also:
-            self._torch_functions.add(listener)
+        self._also: list[Listener] = []
         module_calls.add(self)
 
     def failed(self, where: str, error: Exception) -> None:
@@ -120,6 +115,11 @@ class GraphCutFinder:
     def can_be_disarmed(self) -> bool:
         """Whether :meth:`disarm` would leave nothing behind: not in the middle of a call."""
         return self._torch_functions.can_be_removed
+
+    def tell(self, listener: Listener) -> None:
+        """Let somebody else listen to the calls, as long as they are followed."""
+        self._also.append(listener)
+        self._torch_functions.add(listener)
 
     def suspend(self) -> None:
         """See no calls until :meth:`resume`."""

@@ -60,18 +60,20 @@ class CutSearch:
             return False
         return True
 
-    def arm(self, also: Listener | None) -> None:
-        """Follow every call from here on.
-
-        Args:
-            also: whoever else listens to the functions that are called.
-        """
+    def arm(self) -> None:
+        """Follow every call from here on."""
         self._n_searches += 1
         self._suspicious = False
-        listeners = (self._lines,) if also is None else (self._lines, also)
-        self._finder = self._failures.run("graph_cut", GraphCutFinder, self._failed, listeners)
+        self._finder = self._failures.run("graph_cut", GraphCutFinder, self._failed)
         if self._finder is not None:
-            self._event("armed", "graph_cut" if also is None else "graph_cut, closer_look")
+            self._finder.tell(self._lines)
+            self._event("armed", "graph_cut")
+
+    def tell(self, listener: Listener | None) -> None:
+        """Let somebody else listen to the calls that are followed, as long as they are."""
+        if self._finder is not None and listener is not None:
+            self._finder.tell(listener)
+            self._event("armed", "closer_look")
 
     def backward_reached_nothing(
         self, roots: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]

@@ -546,11 +546,14 @@ class Session:
         # An evaluation tells nothing of the step; an encoder without gradients is part of it.
         is_step = torch.is_grad_enabled() or (module is not None and module.training)
         is_due = is_step and self._looks.is_due(self._attempts.n_ended)
-        if self._cuts.is_armed or not (is_search or is_due):
+        if not (is_search or is_due):
             return
-        if module is not None and not self._cuts.may_arm(module):
-            return
-        self._cuts.arm(self._looks.begin(self._attempts.n_ended) if is_due else None)
+        if not self._cuts.is_armed:
+            if module is not None and not self._cuts.may_arm(module):
+                return
+            self._cuts.arm()
+        if is_due:
+            self._cuts.tell(self._looks.begin(self._attempts.n_ended))
 
     def _is_here(self, *, binding: bool = False) -> bool:
         """Whether this is the thread that is watched.

@@ -10,7 +10,8 @@ from gradscope.run.recording import ParameterEntry, Recording
 _FEWEST_STEPS = 3
 
 _DEFAULT = 0.01
-"""Weight decay of AdamW when none is asked for; for biases alone that is not worth a note."""
+"""Weight decay of AdamW when none is asked for, which is not worth a note; nor is as much of it, in
+any optimizer, for biases alone."""
 
 
 class DecayedNormOrBias(Rule):
@@ -72,8 +73,9 @@ class DecayedNormOrBias(Rule):
             ]
             norms = [entry for entry in held if _is_of_norm(entry)]
             biases = [entry for entry in held if entry not in norms and _is_bias(entry)]
-            by_default = float(own["weight_decay"].max()) <= _DEFAULT
-            if not norms and (by_default or not biases):
+            is_little = float(own["weight_decay"].max()) <= _DEFAULT
+            is_adamw = any(run.optimizers[number].kind == "AdamW" for number in numbers)
+            if not (norms or biases) or (is_little and (is_adamw or not norms)):
                 continue
             found = norms + biases
             what = " and ".join(
