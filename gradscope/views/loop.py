@@ -145,11 +145,12 @@ def _hidden(n: int) -> str:
 def _parameters(run: Recording) -> list[str]:
     facts = []
     registered = [p for p in run.parameters if p.in_model]
+    known = registered or run.parameters  # a program may hold tensors without any module
     for number, optimizer in enumerate(run.optimizers):
-        held = [p for p in run.parameters if any(holder == number for holder, _ in p.holders)]
+        held = [p for p in known if any(holder == number for holder, _ in p.holders)]
         facts.append(
-            f"{optimizer.name} holds {len(held)} of {_counted(len(registered), 'tensor')} "
-            f"({sum(p.numel for p in held):,} of {sum(p.numel for p in registered):,} numbers) "
+            f"{optimizer.name} holds {len(held)} of {_counted(len(known), 'tensor')} "
+            f"({sum(p.numel for p in held):,} of {sum(p.numel for p in known):,} numbers) "
             f"in {_counted(optimizer.n_groups, 'group')}"
         )
     missed = [p for p in registered if not p.holders and p.requires_grad]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import gradscope
 from gradscope import Scope
 from gradscope.config import WatchOptions
+from gradscope.instruments.symmetry import read_symmetry
 from gradscope.run.recording import Recording
 from gradscope.session.session import Session
 
@@ -72,6 +74,19 @@ def test_an_evaluation_begins_no_look() -> None:
 
     scope, _ = train(model, loss_of, 1)
     assert scope.calls["batch_size"].tolist() == [4]
+    assert scope.calls["runs"].tolist() == [1]
+
+
+def test_a_look_goes_on_until_every_optimizer_has_stepped() -> None:
+    first, second = nn.Linear(3, 2), nn.Linear(2, 1)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (first, second)]
+    with gradscope.watch([first, second], optimizers, on_error="raise") as scope:
+        for model, optimizer, width in zip((first, second), optimizers, (3, 2), strict=True):
+            optimizer.zero_grad()
+            model(torch.randn(4, width)).square().mean().backward()
+            optimizer.step()
+    assert scope.calls["module"].tolist() == ["first", "second"]
+    assert scope.calls["step"].tolist() == [0, 0]
 
 
 # -- modules ----------------------------------------------------------------------------------
@@ -214,6 +229,15 @@ def test_parameters_made_in_the_forward_are_strangers_that_do_not_recur() -> Non
     assert (strangers["line"] == line_of(Wrapping.forward, "F.linear")).all()
 
 
+def test_a_leaf_outside_of_all_models_recurs() -> None:
+    shift = torch.zeros(2, requires_grad=True)
+    scope, _ = train(
+        nn.Linear(3, 2), lambda m, i: (m(torch.randn(4, 3)) + shift).square().mean(), 5
+    )
+    assert scope.strangers["recurs"].tolist() == [False, True, True]
+    assert not scope.strangers["is_parameter"].any()
+
+
 def test_what_lies_in_a_plain_list_is_found_and_named() -> None:
     class Listed(nn.Module):
         def __init__(self) -> None:
@@ -339,6 +363,18 @@ def test_the_operation_that_first_gave_no_finite_value_is_found(
     assert found["line"].iloc[0] == line_of(loss_of, line)
 
 
+def test_of_several_operations_alike_the_guilty_one_is_found() -> None:
+    def loss_of(model: nn.Module, number: int) -> torch.Tensor:
+        out = model(torch.ones(4, 3))
+        fine = out.square().sum(1).sqrt()
+        bad = (out * (number != 3)).square().sum(1).sqrt()
+        return (fine + bad).mean()
+
+    scope, _ = train(nn.Linear(3, 2), loss_of, 6)
+    found = scope.events.loc[scope.events["event"] == "nonfinite"]
+    assert found["line"].iloc[0] == line_of(loss_of, "bad = ")
+
+
 def test_finite_losses_are_not_traced() -> None:
     scope, _ = train(nn.Linear(3, 2), lambda m, i: m(torch.randn(4, 3)).norm().sqrt(), 8)
     assert "nonfinite" not in set(scope.events["event"])
@@ -361,8 +397,31 @@ def test_units_that_stay_alike_are_counted_and_broken_symmetry_is_not() -> None:
     random = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     nn.init.zeros_(random[2].weight)  # a last layer of zeros is soon another one
     params = train(random, lambda m, i: F.cross_entropy(m(x), y))[0].params.set_index("param")
-    assert params.loc["2.weight", "n_symmetric_looks"] < params.loc["2.weight", "n_looks"]
+    # Its rows are equal at first, but their gradients are not.
+    assert params.loc["2.weight", "n_symmetric_looks"] == 0 < params.loc["2.weight", "n_looks"]
     assert params.loc["0.weight", "n_symmetric_looks"] <= 1
+
+
+def test_rows_of_a_gradient_are_equal_but_for_rounding() -> None:
+    weight = nn.Parameter(torch.ones(4, 3))
+    weight.grad = torch.ones(4, 3) + 1e-6 * torch.rand(4, 3)
+    assert read_symmetry([weight]).flags.value().tolist() == [1]
+    weight.grad = torch.ones(4, 3) + 1e-2 * torch.rand(4, 3)
+    assert read_symmetry([weight]).flags.value().tolist() == [0]
+
+
+def test_two_embeddings_that_began_alike_were_never_to_be_tied() -> None:
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left = nn.Embedding(5, 3)
+            self.right = copy.deepcopy(self.left)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.left(x) * self.right(x)).sum(1)
+
+    scope, _ = train(Towers(), lambda m, i: m(torch.arange(5)).mean(), 2)
+    assert scope.params["copy_of"].tolist() == ["", ""]
 
 
 def test_an_output_layer_that_began_as_a_copy_of_the_embedding() -> None:
@@ -412,16 +471,25 @@ def test_weights_that_are_results_are_told_at_the_second_backward() -> None:
     assert "non_leaf" in set(events["event"])
 
 
-def test_an_image_that_is_optimized_through_a_view_is_no_such_weight() -> None:
-    def program() -> None:
-        pixels = torch.randn(12, requires_grad=True)
-        image = pixels.view(3, 4)
-        optimizer = torch.optim.SGD([pixels], lr=0.1)
-        for _ in range(3):
-            optimizer.zero_grad()
-            image.square().mean().backward()
-            optimizer.step()
+def image_through_a_view() -> None:
+    pixels = torch.randn(12, requires_grad=True)
+    image = pixels.view(3, 4)
+    for _ in range(3):
+        image.square().mean().backward()
+        with torch.no_grad():
+            pixels -= 0.1 * pixels.grad
+            pixels.grad = None
 
+
+def hidden_state_that_is_carried_over() -> None:
+    model, hidden = nn.Linear(3, 3), torch.zeros(1, 3)
+    for _ in range(3):
+        hidden = torch.tanh(model(hidden + 1))
+        hidden.square().mean().backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("program", [image_through_a_view, hidden_state_that_is_carried_over])
+def test_what_is_shared_for_other_reasons_is_no_such_weight(program: Callable[[], None]) -> None:
     assert "non_leaf" not in set(discovered(program).frame("events")["event"])
 
 

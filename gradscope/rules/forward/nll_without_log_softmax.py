@@ -62,6 +62,7 @@ class NllWithoutLogSoftmax(Rule):
             if made_by & _LOGARITHMS or not (is_probability or is_positive):
                 continue
             file, line = place_of(rows.iloc[0], "made_at_")
+            called = at(*place_of(rows.iloc[0]))
             what = next(iter(made_by)) if is_probability else ""
             modules = culprits(run, what) if what else ()
             given = f"comes out of {with_kind(modules, what)}" if what else "is no log-probability"
@@ -69,7 +70,7 @@ class NllWithoutLogSoftmax(Rule):
             findings.append(
                 self.finding(
                     message=(
-                        f"the prediction given to nll_loss (NLLLoss){at(file, line)} {given}: its "
+                        f"the prediction given to nll_loss (NLLLoss){called} {given}: its "
                         f"values go from {low:.3g} to {high:.3g}, log-probabilities are never "
                         "positive"
                     ),

@@ -56,17 +56,18 @@ class SigmoidBeforeBceWithLogits(Rule):
                 continue
             what = sorted(made_by)[0]
             file, line = place_of(rows.iloc[0], "made_at_")
+            called = at(*place_of(rows.iloc[0]))
             modules = culprits(run, what)
             findings.append(
                 self.finding(
                     message=(
                         "the prediction given to binary_cross_entropy_with_logits "
-                        f"(BCEWithLogitsLoss){at(file, line)} has already gone through "
+                        f"(BCEWithLogitsLoss){called} has already gone through "
                         f"{with_kind(modules, what)}: the loss applies a sigmoid by itself"
                     ),
                     fix=(
-                        f"pass the logits{at(file, line)} without {with_kind(modules, what)}, or "
-                        "use binary_cross_entropy (BCELoss)"
+                        f"leave out {with_kind(modules, what)}{at(file, line)} and pass the "
+                        "logits, or use binary_cross_entropy (BCELoss)"
                     ),
                     modules=modules,
                     file=file,

@@ -89,7 +89,7 @@ class SoftmaxOverBatch(Rule):
                     message=(
                         f"the {kind}"
                         + (f" (module {', '.join(modules)})" if modules else "")
-                        + f" of the prediction of shape {shape} used{at(file, line)} runs over "
+                        + f" of the prediction of shape {shape}{at(file, line)} runs over "
                         f"dim=0, the batch of {shape[0]}, and not over the {shape[1]} classes: "
                         "examples compete with each other"
                     ),

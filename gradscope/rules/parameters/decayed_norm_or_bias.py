@@ -31,7 +31,7 @@ class DecayedNormOrBias(Rule):
     ## How it is found
 
     From the weight decay of each group at its steps, and the one-dimensional parameters in it.
-    Biases alone are not reported up to 0.01, the default of AdamW.
+    Up to 0.01, the default of AdamW, nothing is reported of an AdamW, nor biases alone of others.
 
     ## Example
 
