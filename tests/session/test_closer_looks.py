@@ -476,15 +476,14 @@ def image_through_a_view() -> None:
     image = pixels.view(3, 4)
     for _ in range(3):
         image.square().mean().backward()
-        with torch.no_grad():
-            pixels -= 0.1 * pixels.grad
-            pixels.grad = None
+        pixels.data.sub_(0.1 * pixels.grad)
+        pixels.grad = None
 
 
 def hidden_state_that_is_carried_over() -> None:
-    model, hidden = nn.Linear(3, 3), torch.zeros(1, 3)
+    weight, hidden = torch.randn(3, 3, requires_grad=True), torch.zeros(1, 3)
     for _ in range(3):
-        hidden = torch.tanh(model(hidden + 1))
+        hidden = torch.tanh((hidden + 1) @ weight)
         hidden.square().mean().backward(retain_graph=True)
 
 
