@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -192,11 +193,22 @@ _COLUMNS = (
 
 def _summary(output: torch.Tensor, kind: str) -> torch.Tensor:
     """Return float32[7], the numbers of :data:`_COLUMNS`."""
+    # Each line was chosen by its time: var_mean takes ten times as long as what stands here, and
+    # on the host a number known to be usual spares a look at every element.
     values = output.float()
-    zero = values == 0
-    units = 1 if values.dim() == 4 else values.dim() - 1
-    others = [dim for dim in range(values.dim()) if dim != units]
-    dead = zero.all(dim=others).float().mean() if others else zero.float().mean()
+    on_host = values.device.type == "cpu"
+    n = values.numel()
+    mean = values.mean()
+    least, greatest = torch.aminmax(values)
+    zero_fraction = dead = nonfinite = torch.zeros((), device=values.device)
+    if not on_host or int(torch.count_nonzero(values)) < n:
+        units = 1 if values.dim() == 4 else values.dim() - 1
+        others = [dim for dim in range(values.dim()) if dim != units]
+        alive = torch.count_nonzero(values, dim=others) if others else (values != 0).long()
+        zero_fraction = 1 - alive.sum() / n
+        dead = (alive == 0).float().mean()
+    if not on_host or not math.isfinite(mean.item()):
+        nonfinite = (~torch.isfinite(values)).sum().float()
     ends = _ENDS.get(kind)
     saturated = torch.full((), float("nan"), device=values.device)
     if ends is not None:
@@ -204,13 +216,13 @@ def _summary(output: torch.Tensor, kind: str) -> torch.Tensor:
         saturated = ((values - low < _NEAR_AN_END) | (high - values < _NEAR_AN_END)).float().mean()
     return torch.stack(
         [
-            values.mean(),
-            values.std(correction=0),
-            values.abs().amax(),
-            zero.float().mean(),
+            mean,
+            torch.linalg.vector_norm(values - mean) / math.sqrt(n),
+            torch.maximum(greatest, -least),
+            zero_fraction,
             dead,
             saturated,
-            (~torch.isfinite(values)).sum().float(),
+            nonfinite,
         ]
     )
 

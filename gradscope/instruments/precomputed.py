@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gradscope.instruments.graph_nodes import operation_of, operations_behind
+from gradscope.instruments.graph_nodes import is_leaf, operation_of, operations_behind
 
 # What only looks at the memory of a leaf gives no values of its own: img = pixels.view(3, 64, 64).
 _VIEWS = frozenset(
@@ -25,7 +25,8 @@ def precomputed_weights(
     """Return the names of weights that are results of an operation on a leaf.
 
     They show in the second graph of a run: as the only operations that it shares with the first,
-    each of them, or a chain of them, with a single leaf at its end.
+    each of them, or a chain of them, with a single leaf at its end that nothing else uses. A state
+    that is carried over from the first iteration has weights behind it that the second uses too.
 
     Args:
         roots: where the second backward starts.
@@ -36,17 +37,20 @@ def precomputed_weights(
         One name for each, ``""`` where it lies in no global variable of the program; nothing where
         the graphs share anything else.
     """
-    old = [node for node in operations_behind(roots) if node._sequence_nr() < before]
-    if not old:
-        return []
+    nodes = operations_behind(roots)
+    old = [node for node in nodes if node._sequence_nr() < before]
+    used_by_new = {
+        used for node in nodes if node._sequence_nr() >= before for used, _ in node.next_functions
+    }
+    used_by_old = set()
     for node in old:
         inputs = [used for used, _ in node.next_functions if used is not None]
         if len(inputs) != 1:
             return []
-        leaf = getattr(inputs[0], "variable", None)
-        if leaf is not None and is_trained(leaf):
+        (used,) = inputs
+        if is_leaf(used) and (used in used_by_new or is_trained(used.variable)):
             return []
-    used_by_old = {used for node in old for used, _ in node.next_functions}
+        used_by_old.add(used)
     last = [node for node in old if node not in used_by_old and not _is_view(node)]
     program = vars(sys.modules["__main__"]) if "__main__" in sys.modules else {}
     names = {
