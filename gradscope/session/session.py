@@ -552,7 +552,7 @@ class Session:
             if module is not None and not self._cuts.may_arm(module):
                 return
             self._cuts.arm()
-        if is_due:
+        if is_due and not self._broken:  # arming, too, may be what fails
             self._cuts.tell(self._looks.begin(self._attempts.n_ended))
 
     def _is_here(self, *, binding: bool = False) -> bool:
