@@ -275,6 +275,8 @@ class Session:
             return False
         is_new = self._attempts.someone_is_new
         self._look_closer(module, someone_is_new=is_new)
+        if self._broken:  # arming, too, may be what fails; what is put up now would stay
+            return False
         self._graphs.call_started(module, self._attempts.n_ended, someone_is_new=is_new)
         self._call = (time.perf_counter(), _sequence_nr())
         return True
@@ -552,7 +554,7 @@ class Session:
             if module is not None and not self._cuts.may_arm(module):
                 return
             self._cuts.arm()
-        if is_due and not self._broken:  # arming, too, may be what fails
+        if is_due and not self._broken:
             self._cuts.tell(self._looks.begin(self._attempts.n_ended))
 
     def _is_here(self, *, binding: bool = False) -> bool:
