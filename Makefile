@@ -37,6 +37,11 @@ test: lint ## everything that has to pass: style, types, layers, all tests
 quick: $(READY) ## the tests without the slow ones, in two minutes
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
+.PHONY: frameworks
+frameworks: $(READY) ## the programs on Lightning, transformers and accelerate, which it installs
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group frameworks
+	$(BIN)/python -m pytest tests/frameworks
+
 .PHONY: lint
 lint: $(READY) ## style, types, layers
 	$(BIN)/ruff check .

@@ -51,7 +51,8 @@ class GradientReader:
         tokens = [id(gradient) for gradient in gradients]
         absent = tokens.count(_NO_GRADIENT)
         if absent == len(tokens):
-            return self._nothing, self._nothing, False
+            nothing = self._nothing[: len(tokens)]
+            return nothing, nothing, False
         token = np.array(tokens, np.int64)
         if not absent:
             try:

@@ -392,3 +392,14 @@ def test_a_subclass_that_calls_its_parents_step_makes_one_attempt() -> None:
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
     assert len(scope.steps) == 2
+
+
+@pytest.mark.parametrize("n_layers", [1, 4, 5, 20])
+def test_steps_without_any_gradient_of_models_of_every_size(n_layers: int) -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(n_layers)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(3):
+            optimizer.step()
+    assert list(scope.grads["status"].unique()) == ["none"]
+    assert len(scope.grads) == 3 * 2 * n_layers

@@ -99,7 +99,7 @@ class TrainingInEvalMode(Rule):
                     severity=Severity.ERROR if flipped else Severity.WARNING,
                     message=(
                         f"{optimizer} trains the model in evaluation mode (model.training is "
-                        f"False) {began}: {kinds} ({listed(paths)}) do not what they do in training"
+                        f"False) {began}, and {kinds} ({listed(paths)}) with it"
                     ),
                     fix=(
                         "call model.train() at the beginning of every epoch, and again after every "
