@@ -24,6 +24,26 @@ _IS_INFINITE_ITSELF = frozenset(
 _SOFTMAXES = ("Softmax", "LogSoftmax")
 _MASKED = "as for a row that is -inf throughout, which an attention mask can make"
 
+_FROM_OUTSIDE = (
+    "what goes into it is not finite already: an input, or something computed without gradients"
+)
+
+_EDGES = {
+    ("Addmm", "mat1"): 1,
+    ("Addmm", "mat2"): 2,
+    ("Mm", "self"): 0,
+    ("Mm", "mat2"): 1,
+    ("Bmm", "self"): 0,
+    ("Bmm", "mat2"): 1,
+    ("Mul", "self"): 0,
+    ("Mul", "other"): 1,
+    ("Div", "self"): 0,
+    ("Div", "other"): 1,
+    ("Convolution", "input"): 0,
+    ("Convolution", "weight"): 1,
+}
+"""Through which of its edges an operation got what it saves (torch 2.13)."""
+
 _RESULTS = ("result", "output", "result0", "result1")
 
 _Test = Callable[[torch.Tensor], torch.Tensor]
@@ -46,6 +66,15 @@ _SINGULAR: dict[str, tuple[str, _Test, str]] = {
     "Xlogy": ("other", lambda value: value == 0, "the logarithm of 0"),
 }
 """Operations whose derivative is infinite somewhere: what they save, where, and in words."""
+
+_UNDEFINED = {
+    "Sqrt": "the square root of a negative number, or of NaN",
+    "Rsqrt": "1 / the square root of a negative number, or of NaN",
+    "Log": "the logarithm of a negative number, or of NaN",
+    "Log2": "the logarithm of a negative number, or of NaN",
+    "Log10": "the logarithm of a negative number, or of NaN",
+}
+"""Where they have no value at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +106,21 @@ def first_nonfinite(roots: Sequence[torch.Tensor]) -> Origin | None:
     nodes = _nodes_in_order(roots)
     n_bad = _n_bad_weights(nodes)
     if n_bad:
-        return Origin("", 0, 0, "weights were not finite any more before the forward", n_bad)
+        return Origin("", 0, 0, "weights that were not finite any more before the forward", n_bad)
     for node in nodes:
         name = operation_of(node)
-        if name in _IS_INFINITE_ITSELF:
-            count = _n_singular(node, _SINGULAR[name])
-            if count:
-                return _origin(node, nodes, _SINGULAR[name][2], count)
+        if name in _IS_INFINITE_ITSELF and (found := _singularity(node)):
+            return _origin(node, nodes, *found)
         for saved, value in saved_tensors_of(node):
             bad = int((~torch.isfinite(value)).sum()) if value.is_floating_point() else 0
             if not bad:
                 continue
-            guilty = node if saved in _RESULTS else _giver(node)
+            guilty = node if saved in _RESULTS else _giver(node, saved)
             if guilty is None:
-                words = f"what goes into {name} is not finite already"
-                return _origin(node, nodes, words, bad)
+                return _origin(node, nodes, _FROM_OUTSIDE, bad)
             kind = "NaN" if bool(torch.isnan(value).any()) else "infinity"
-            at = _MASKED if operation_of(guilty) in _SOFTMAXES else _singularity_of(guilty)
+            found = _singularity(guilty)
+            at = _MASKED if operation_of(guilty) in _SOFTMAXES else found and found[0]
             words = f"{operation_of(guilty)} gave {kind}"
             return _origin(guilty, nodes, f"{words}: {at}" if at else words, bad)
     if not nodes:
@@ -107,10 +134,9 @@ def first_singular(roots: Sequence[torch.Tensor]) -> Origin | None:
     critical = [node for node in nodes if operation_of(node) in _SINGULAR]
     critical.sort(key=lambda node: int(node._sequence_nr()))
     for node in critical:
-        known = _SINGULAR[operation_of(node)]
-        count = _n_singular(node, known)
-        if count:
-            return _origin(node, critical, known[2], count)
+        found = _singularity(node)
+        if found:
+            return _origin(node, critical, *found)
     return None
 
 
@@ -141,24 +167,37 @@ def _n_bad_weights(nodes: Sequence[Any]) -> int:
     return sum(int((~torch.isfinite(leaf)).sum()) for leaf in leaves if is_readable(leaf))
 
 
-def _n_singular(node: Any, known: tuple[str, _Test, str]) -> int:
-    wanted, is_singular, _ = known
-    if not _can_be_singular(node):
-        return 0
-    return sum(
-        int((is_singular(value) | torch.isnan(value)).sum())
+def _singularity(node: Any) -> tuple[str, int] | None:
+    """At which point a node has an infinite or undefined derivative, in words, and how often."""
+    known = _SINGULAR.get(operation_of(node))
+    if known is None or not _can_be_singular(node):
+        return None
+    wanted, is_singular, words = known
+    values = [
+        value
         for name, value in saved_tensors_of(node)
         if name == wanted and value.is_floating_point()
-    )
+    ]
+    n_singular = sum(int(is_singular(value).sum()) for value in values)
+    n_undefined = sum(int(_is_undefined(node, wanted, value).sum()) for value in values)
+    if n_singular or not n_undefined:
+        return (words, n_singular) if n_singular else None
+    return _UNDEFINED.get(operation_of(node), "what goes into it is NaN already"), n_undefined
 
 
-def _singularity_of(node: Any) -> str:
-    known = _SINGULAR.get(operation_of(node))
-    return known[2] if known is not None and _n_singular(node, known) else ""
+def _is_undefined(node: Any, saved: str, value: torch.Tensor) -> torch.Tensor:
+    """Where an operation has no value: it gave NaN, or a negative number is under a logarithm."""
+    if saved not in _RESULTS and operation_of(node) in _UNDEFINED:
+        return torch.isnan(value) | (value < 0)
+    return torch.isnan(value)
 
 
-def _giver(node: Any) -> Any:
-    """The last operation before a node that gave it something."""
+def _giver(node: Any, saved: str) -> Any:
+    """The operation that gave a node what it saved, as far as that can be told; None for none."""
+    place = _EDGES.get((operation_of(node), saved))
+    if place is not None and place < len(node.next_functions):
+        giver = node.next_functions[place][0]
+        return None if giver is None or is_leaf(giver) else giver
     givers = [used for used, _ in node.next_functions if used is not None and not is_leaf(used)]
     return max(givers, key=lambda used: used._sequence_nr(), default=None)
 

@@ -220,6 +220,12 @@ STEPS = Table(
         ),
         ("through_scaler", F, "whether it was called by a gradient scaler"),
         ("in_closure", F, "whether a closure computed its gradients inside the step"),
+        (
+            "written_between",
+            R,
+            "share of its parameters (of a few that are looked at) that were written in place "
+            "since its step before, other than through `.data`; NaN where that is not known",
+        ),
         ("forward_ms", R, "time in the outermost calls of watched models"),
         ("backward_ms", R, "time in backward"),
         ("step_ms", R, "time since this optimizer's last attempt, the whole loop body"),

@@ -35,6 +35,10 @@ _LOOKED_AT_CLOSELY = 8
 """How many optimizers have their first steps looked at closely; a program may make one per task."""
 
 
+_MOST_LOOKS = 8
+"""How many steps are recorded because the weights were written before them."""
+
+
 class _Follower:
     """What is kept for one optimizer."""
 
@@ -55,6 +59,15 @@ class _Follower:
         self.first_node = _sequence_nr()
         # The step whose copies are still there.
         self.copied_step: int | None = None
+        self._n_looks = 0
+        self._was_written = False
+
+    def is_worth_a_look(self, written_between: float) -> bool:
+        """Whether the program has just written what it usually leaves to the optimizer."""
+        was_written, self._was_written = self._was_written, written_between > 0
+        is_new = written_between > 0.5 and not was_written and self._n_looks < _MOST_LOOKS
+        self._n_looks += is_new
+        return is_new
 
 
 class Attempts:
@@ -146,7 +159,12 @@ class Attempts:
         began = time.perf_counter()
         follower, options = self._followers[optimizer], self._options
         is_asked_for = options.keeps_step(self.n_ended)
-        recorded = is_asked_for or follower.schedule.is_recorded(follower.n_attempts)
+        written = follower.observer.written_between()
+        recorded = (
+            is_asked_for
+            or follower.schedule.is_recorded(follower.n_attempts)
+            or follower.is_worth_a_look(written)
+        )
         recorded = recorded and not follower.is_differentiable
         keeps = recorded and (is_asked_for or isinstance(options.keep_steps, int))
         if recorded:
@@ -155,6 +173,7 @@ class Attempts:
             recorded=recorded, scale=scale, keeps=keeps and bool(options.keep)
         )
         reading.in_closure = has_closure
+        reading.written_between = written
         reading.through_scaler = through_scaler
         if not has_closure:
             follower.observer.read_gradients(reading)
@@ -356,6 +375,7 @@ class Attempts:
             scaled=reading.scaled,
             through_scaler=reading.through_scaler,
             in_closure=reading.in_closure,
+            written_between=reading.written_between,
             recorded=reading.recorded,
             observe_seconds=observed,
         )

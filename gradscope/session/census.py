@@ -118,7 +118,7 @@ class Census:
         return changed
 
     def adopt_unregistered(self, leaves: Iterable[torch.Tensor]) -> None:
-        """Take in tensors that lie in plain lists, dicts or attributes of a model's modules."""
+        """Take in parameters that lie in plain lists, dicts or attributes of a model's modules."""
         wanted = {id(leaf) for leaf in leaves if self._number(leaf) is None}
         several = len(self._models) > 1
         for known in self._models:
@@ -390,7 +390,7 @@ class _Holder:
 
 
 def _unregistered_in(model: nn.Module) -> Iterator[tuple[str, _Holder, torch.Tensor]]:
-    """Give path, holding module and tensor of what modules hold without having registered it."""
+    """Give path, holding module and parameter of what modules hold without having registered it."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name.startswith("_") and name in _OWN_ATTRIBUTES:
@@ -407,7 +407,7 @@ _DEEPEST = 3
 def _tensors_under(
     path: str, value: Any, depth: int
 ) -> Iterator[tuple[str, _Holder | None, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, nn.Parameter):  # a plain tensor may be an input that wants a gradient
         yield path, None, value
     elif isinstance(value, nn.Module):
         for name, parameter in value.named_parameters():

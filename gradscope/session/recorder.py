@@ -248,6 +248,7 @@ def record_step(
     scaled: bool,
     through_scaler: bool,
     in_closure: bool,
+    written_between: float,
     recorded: bool,
     observe_seconds: float,
 ) -> None:
@@ -280,6 +281,7 @@ def record_step(
             "discarded": ", ".join(map(str, attempt.discarded)),
             "through_scaler": through_scaler,
             "in_closure": in_closure,
+            "written_between": written_between,
             "forward_ms": 1e3 * attempt.forward_seconds,
             "backward_ms": 1e3 * attempt.backward_seconds,
             "step_ms": 1e3 * record.seconds,

@@ -46,7 +46,7 @@ from gradscope.taps.optimizer_creation import optimizer_creation
 from gradscope.taps.optimizer_steps import optimizer_steps
 from gradscope.taps.schedulers import schedulers
 from gradscope.taps.tap import Tap
-from gradscope.taps.user_frame import Location, columns_of, user_frame, user_location
+from gradscope.taps.user_frame import Location, columns_of, making_frame, user_frame, user_location
 from gradscope.taps.zero_grad import zero_grad
 
 _TAPS: tuple[Tap, ...] = (
@@ -516,11 +516,12 @@ class Session:
         # One made by another thread than the watched one is taken in when the watched one steps it.
         if self._thread not in (None, threading.get_ident()):
             return
-        self.watch_optimizer(optimizer, assigned_name(user_frame()) or "optimizer")
+        frame = making_frame(optimizer)
+        self.watch_optimizer(optimizer, assigned_name(frame) or "optimizer")
         self.event(
             "optimizer_found",
             type(optimizer).__name__,
-            user_location(),
+            user_location(frame),
             self._census.number_of_optimizer(optimizer),
         )
 

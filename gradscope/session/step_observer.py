@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from gradscope.session.census import Census
 from gradscope.session.gradients import GradientLook, Integers, as_slice
 
 _SAMPLE = 8
-"""How many gradients are looked at to see whether an update changes them."""
+"""How many parameters are looked at to see whether an update changes gradients, or what writes."""
 
 Attempt = Callable[..., Any]
 """``attempt(part, function, *args)`` runs one instrument; None once that instrument has failed."""
@@ -53,6 +54,7 @@ class StepReading:
         kept: these tensors by name, by place of their parameter, and what else the rule was given.
         through_scaler: whether a gradient scaler called the step.
         in_closure: whether a closure computes its gradients.
+        written_between: share of the parameters that were written since the step before.
         is_consumed: whether the ledger has been told that the update uses these gradients.
         seconds: spent on all this reading.
     """
@@ -79,6 +81,7 @@ class StepReading:
     )
     through_scaler: bool = False
     in_closure: bool = False
+    written_between: float = math.nan
     is_consumed: bool = False
     seconds: float = 0.0
 
@@ -130,6 +133,20 @@ class StepObserver:
         self._attempt = attempt
         self._generation = -1
         self._are_copied = False
+        self._versions_left: list[int] | None = None
+
+    def written_between(self) -> float:
+        """Return the share of parameters written in place since the last step ended.
+
+        A few are looked at, and no tensor is read. NaN before the first step, and for a parameter
+        that counts no versions.
+        """
+        self._prepare()
+        now = self._versions()
+        before = self._versions_left
+        if not now or before is None:
+            return math.nan
+        return sum(a != b for a, b in zip(before, now, strict=True)) / len(now)
 
     def begin(self, *, recorded: bool, scale: Late[Any] | None, keeps: bool = False) -> StepReading:
         """Read what there is before the update, the gradients left out.
@@ -220,6 +237,7 @@ class StepObserver:
                 reading.kept = (
                     self._attempt("kept_tensors", self._kept, optimizer, tensors, is_copied) or {}
                 )
+        self._versions_left = self._versions()
         return self._look_after(reading, tensors)
 
     def weight(self, param: int, position: int, index: tuple[int, ...]) -> WeightStep | None:
@@ -266,6 +284,12 @@ class StepObserver:
         token, version, _ = self._gradients.identities(self._gradients.gradients(tensors))
         return GradientLook(self._at, token, version)
 
+    def _versions(self) -> list[int] | None:
+        try:
+            return [self._references[i]()._version for i in self._sample.tolist()]
+        except (AttributeError, RuntimeError):  # one is gone, or was made in inference mode
+            return None
+
     def _tensors(self) -> list[Any]:
         return [reference() for reference in self._references]
 
@@ -284,6 +308,7 @@ class StepObserver:
         self._state = StateReader()
         self._keeper = TensorKeeper(np.flatnonzero(self._census.match(params, self._keep)).tolist())
         self._was_recorded = False
+        self._versions_left = None
         self._generation = self._census.generation
         # An update treats the gradients of a group alike: a few tell of all.
         self._sample = (

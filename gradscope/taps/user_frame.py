@@ -50,6 +50,20 @@ def user_frame(start: FrameType | None = None) -> FrameType | None:
     return None
 
 
+def making_frame(thing: object) -> FrameType | None:
+    """Return the frame of the program that makes an object whose ``__init__`` is running.
+
+    The object's own ``__init__``, where the program has written it, is passed over.
+    """
+    frame = user_frame(sys._getframe(1))
+    while frame is not None and frame.f_code.co_name == "__init__":
+        first = frame.f_code.co_varnames[0] if frame.f_code.co_argcount else ""
+        if frame.f_locals.get(first) is not thing:
+            break
+        frame = user_frame(frame.f_back) if frame.f_back is not None else None
+    return frame
+
+
 def user_location(start: FrameType | None = None) -> Location | None:
     """Return the line of the user's program that is being executed, or None if there is none."""
     frame = user_frame(start if start is not None else sys._getframe(1))

@@ -233,3 +233,42 @@ def test_labels_without_a_relation_to_inputs() -> None:
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_an_ordinary_first_loss_is_silent(scale: float) -> None:
     assert not told(train(mlp(), loss_of=lambda out, y: F.cross_entropy(scale * out, y)))
+
+
+@pytest.mark.parametrize("how", ["functions", "one module"])
+def test_one_of_two_activations_is_dead(how: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+            self.act = nn.ReLU()
+            nn.init.constant_(self.b.bias, -50.0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            act = torch.relu if how == "functions" else self.act
+            result: torch.Tensor = self.c(act(self.b(act(self.a(x)))))
+            return result
+
+    torch.manual_seed(0)
+    assert told(train(Net())) == ["GS406"]
+
+
+def test_inputs_that_are_not_numbers() -> None:
+    def with_gaps() -> torch.Tensor:
+        x = torch.randn(16, 6)
+        x[0, 0] = float("nan")
+        return x
+
+    torch.manual_seed(0)
+    findings = train(mlp(), make_x=with_gaps)
+    assert told(findings)[0] == "GS405"
+    assert "input" in findings[0].message
+    assert "data" in findings[0].fix
+
+
+def test_the_root_of_a_negative_number() -> None:
+    torch.manual_seed(0)
+    findings = train(
+        mlp(), loss_of=lambda out, y: F.cross_entropy(torch.sqrt(out - out.max() - 1), y)
+    )
+    assert "square root of a negative number" in findings[0].message

@@ -111,3 +111,59 @@ def test_a_momentum_of_zero_is_named() -> None:
         nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4, momentum=0.0), nn.Flatten(), nn.Linear(16, 3)
     )
     assert told(judged(nothing, model)) == ["GS315"]
+
+
+def test_a_generator_left_in_eval_mode_beside_a_discriminator_that_trains() -> None:
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    judge = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 1))
+    made_by, judged_by = (torch.optim.Adam(m.parameters(), lr=1e-3) for m in (generator, judge))
+    with gradscope.watch([generator, judge], [made_by, judged_by], on_error="raise") as scope:
+        for i in range(24):
+            fake = generator(torch.randn(16, 4))
+            judged_by.zero_grad()
+            scores = judge(torch.randn(16, 2)), judge(fake.detach())
+            (F.softplus(-scores[0]) + F.softplus(scores[1])).mean().backward()
+            judged_by.step()
+            made_by.zero_grad()
+            F.softplus(-judge(fake)).mean().backward()
+            made_by.step()
+            if i == 6:
+                generator.eval()
+    assert told(scope.findings) == ["GS306"]
+    assert scope.findings[0].modules == ("generator.1",)
+
+
+def test_parts_called_one_after_the_other_in_eval_mode() -> None:
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2))
+    decoder = nn.Sequential(nn.Dropout(0.2), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD([*encoder.parameters(), *decoder.parameters()], lr=0.05)
+    encoder.eval()
+    decoder.eval()
+    with gradscope.watch([encoder, decoder], optimizer, on_error="raise") as scope:
+        for _ in range(12):
+            x = torch.randn(8, 6)
+            optimizer.zero_grad()
+            F.cross_entropy(decoder(encoder(x)), (x[:, 0] > 0).long()).backward()
+            optimizer.step()
+    assert told(scope.findings) == ["GS306"]
+
+
+def test_a_new_model_per_fold_evaluated_with_gradients_enabled() -> None:
+    torch.manual_seed(0)
+    session_models = [
+        nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        for _ in range(3)
+    ]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in session_models]
+    with gradscope.watch(session_models, optimizers, on_error="raise") as scope:
+        for model, optimizer in zip(session_models, optimizers, strict=True):
+            for _ in range(9):
+                x = torch.randn(8, 6)
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), (x[:, 0] > 0).long()).backward()
+                optimizer.step()
+            model.eval()
+            model(torch.randn(8, 6))
+    assert told(scope.findings) == []

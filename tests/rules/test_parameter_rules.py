@@ -147,3 +147,48 @@ def test_weights_that_were_to_be_tied(tied: bool) -> None:
             F.cross_entropy(model(x), (x + 1) % 9).backward()
             optimizer.step()
     assert ("GS107" in {finding.code for finding in scope.findings}) is not tied
+
+
+@pytest.mark.parametrize("undone", [True, False])
+def test_frozen_for_the_other_network_and_never_freed(undone: bool) -> None:
+    torch.manual_seed(0)
+    made, judge = nn.Linear(4, 2), nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+    opt_made, opt_judge = sgd(made.parameters()), sgd(judge.parameters())
+    with gradscope.watch([made, judge], [opt_made, opt_judge], on_error="raise") as scope:
+        for _ in range(12):
+            judge.requires_grad_(undone or judge[0].weight.requires_grad)
+            opt_judge.zero_grad()
+            loss = F.softplus(judge(made(torch.randn(8, 4)).detach())).mean()
+            if loss.requires_grad:
+                loss.backward()
+            opt_judge.step()
+            judge.requires_grad_(False)
+            opt_made.zero_grad()
+            F.softplus(-judge(made(torch.randn(8, 4)))).mean().backward()
+            opt_made.step()
+    assert ("GS108" in {f.code for f in scope.findings if f.severity > 0}) is not undone
+
+
+@pytest.mark.parametrize("container", ["list", "dict", "attribute of a tensor"])
+def test_parameters_in_plain_containers_of_the_model_itself(container: str) -> None:
+    class Prompted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+            made = torch.randn(8) * 0.1
+            plain = made.requires_grad_()  # an input that wants a gradient looks like this
+            self.kept = {
+                "list": [nn.Parameter(made)],
+                "dict": {"a": nn.Parameter(made)},
+                "attribute of a tensor": plain,
+            }[container]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            kept = self.kept
+            own = kept[0] if isinstance(kept, list) else kept["a"] if type(kept) is dict else kept
+            result: torch.Tensor = self.last(torch.tanh(self.first(x) + own))
+            return result
+
+    model = Prompted()
+    named = "GS101" in train(model, sgd(model.parameters()))
+    assert named is (container != "attribute of a tensor")

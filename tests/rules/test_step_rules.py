@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -101,3 +103,119 @@ def test_broken(loop: Loop, options: dict[str, float], code: str) -> None:
 @pytest.mark.parametrize("loop", [usual, by_hand, sharpness_aware, clamped_without_effect])
 def test_healthy(loop: Loop) -> None:
     assert not codes(loop)
+
+
+def reset_at_times(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if optimizer.state_dict()["param_groups"][0]["lr"] and next(EVERY_FIFTH) == 0:
+        for layer in (model[0], model[2]):  # type: ignore[index]
+            layer.reset_parameters()
+    usual(model, optimizer)
+
+
+def back_to_the_start(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if next(EVERY_FIFTH) == 0:
+        model.load_state_dict(net().state_dict())
+    usual(model, optimizer)
+
+
+def swapped_for_an_evaluation(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    usual(model, optimizer)
+    if next(EVERY_FIFTH) == 4:
+        kept = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(net().state_dict())
+        model.load_state_dict(kept)
+
+
+def taken_back_if_worse(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    usual(model, optimizer)
+    if next(EVERY_FIFTH) == 4:
+        model.load_state_dict(kept)
+
+
+EVERY_FIFTH = (i % 5 for i in itertools.count())
+
+
+@pytest.mark.parametrize(
+    ("loop", "is_broken"),
+    [
+        (reset_at_times, True),
+        (back_to_the_start, True),
+        (swapped_for_an_evaluation, False),
+        (taken_back_if_worse, False),
+    ],
+)
+def test_weights_written_now_and_then(loop: Loop, is_broken: bool) -> None:
+    global EVERY_FIFTH
+    EVERY_FIFTH = (i % 5 for i in itertools.count())
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(60):
+            loop(model, optimizer)
+    assert ("GS512" in {f.code for f in scope.findings if f.severity > 0}) is is_broken
+
+
+@pytest.mark.parametrize("every_time", [True, False])
+@pytest.mark.parametrize("kind", ["adam", "momentum"])
+def test_a_state_that_is_emptied(every_time: bool, kind: str) -> None:
+    model = net()
+    optimizer = (
+        torch.optim.Adam(model.parameters(), lr=0.01)
+        if kind == "adam"
+        else torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    )
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for i in range(12):
+            if every_time or i == 6:
+                optimizer.state.clear()
+            usual(model, optimizer)
+    assert ("GS507" in {f.code for f in scope.findings if f.severity > 0}) is every_time
+
+
+class WorksOnCopies(torch.optim.Optimizer):
+    def __init__(self, params: object, lr: float) -> None:
+        super().__init__(params, {"lr": lr})  # type: ignore[arg-type]
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.detach().clone().sub_(group["lr"] * p.grad)
+
+
+def test_an_optimizer_that_works_on_copies() -> None:
+    model = net()
+    optimizer = WorksOnCopies(model.parameters(), lr=0.1)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(12):
+            usual(model, optimizer)
+    (found,) = (f for f in scope.findings if f.code == "GS513")
+    assert "rounding" not in found.message
+    assert "in place" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("steps_by", "updates", "is_broken"),
+    [
+        ("scaler", False, True),
+        ("optimizer", False, True),
+        ("scaler", True, False),
+    ],
+)
+def test_a_second_unscale_that_raises(steps_by: str, updates: bool, is_broken: bool) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    watching = gradscope.watch(model, optimizer, on_error="raise")
+    with contextlib.suppress(RuntimeError), watching:
+        for _ in range(4):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model)).backward()
+            scaler.unscale_(optimizer)
+            if steps_by == "scaler":
+                scaler.step(optimizer)
+            else:
+                optimizer.step()
+            if updates:
+                scaler.update()
+    assert ("GS515" in {f.code for f in watching.findings if f.severity > 0}) is is_broken

@@ -112,15 +112,21 @@ def _dead_activations(run: Recording) -> list[tuple[str, str, int]]:
     """Path, kind and first dead step of each activation that is dead to the end."""
     rows = run.frame("activations")
     rows = rows.loc[rows["module_type"].isin(_CUT_OFF) & rows["shape"].str.contains(r"\d, *\d")]
-    dead = []
+    dead: dict[tuple[str, str], int] = {}
     for (module, kind), own in rows.groupby(["module", "module_type"], sort=False):
-        # A module may be called several times in a look: it is dead where all of its calls are.
-        looks = own.groupby("step")["dead_fraction"].min().sort_index() >= _DEAD
-        flags = looks.to_numpy()
-        n_tail = len(flags) if flags.all() else int(np.argmin(flags[::-1]))
-        if n_tail >= max(_LEAST_LOOKS, _LEAST_SHARE_OF_LOOKS * len(flags)):
-            dead.append((str(module), str(kind), int(looks.index[-n_tail])))
-    return dead
+        # The calls of a function, or of a module that is used twice, are told apart by their order.
+        order = own.groupby("step").cumcount()
+        if own.groupby("step").size().nunique() > 1:
+            order = order * 0  # another number of them at every look: dead where all of them are
+        for _, calls in own.groupby(order):
+            looks = calls.groupby("step")["dead_fraction"].min().sort_index() >= _DEAD
+            flags = looks.to_numpy()
+            n_tail = len(flags) if flags.all() else int(np.argmin(flags[::-1]))
+            if n_tail >= max(_LEAST_LOOKS, _LEAST_SHARE_OF_LOOKS * len(flags)):
+                first = int(looks.index[-n_tail])
+                key = (str(module), str(kind))
+                dead[key] = min(first, dead.get(key, first))
+    return [(module, kind, first) for (module, kind), first in dead.items()]
 
 
 def _without_any_gradient(run: Recording, since: int) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ class NonFiniteGradient(Rule):
     code = "GS405"
     name = "non-finite-gradient"
     severity = Severity.ERROR
-    tables = ("steps", "grads", "events", "activations")
+    tables = ("steps", "grads", "events", "activations", "batches")
     symptom_of = ("GS514", "GS515", "GS604", "GS607")
 
     def check(self, run: Recording) -> list[Finding]:
@@ -130,10 +130,19 @@ def _source(run: Recording, step: int) -> tuple[str, str | None, int | None, str
     """Where the first non-finite value came from: words, file, line and module."""
     events = run.frame("events")
     told = events.loc[(events["event"] == "nonfinite") & (events["step"] <= step + 1)]
+    # What is said of weights after the step that spoilt them is no news.
+    told = told.loc[(told["step"] <= step) | ~told["detail"].str.startswith("weights")]
     if len(told):
         file, line = place_of(told.iloc[0])
         detail = str(told["detail"].iloc[0])
         return detail, file, line, str(told["subject"].iloc[0])
+    batches = run.frame("batches")
+    given = batches.loc[
+        (batches["role"] == "input") & (batches["nonfinite"] > 0) & (batches["step"] <= step)
+    ]
+    if len(given):
+        n_bad = int(given["nonfinite"].iloc[0])
+        return f"the input of {given['owner'].iloc[0]} ({n_bad} values)", None, None, ""
     activations = run.frame("activations")
     seen = activations.loc[(activations["nonfinite"] > 0) & (activations["step"] <= step)]
     if len(seen):
@@ -153,6 +162,10 @@ _ADVICE = {
 
 
 def _fix(source: str, where: str) -> str:
+    if "input" in source:
+        return "look at the data: leave such examples out, or fill in what is missing"
+    if source.startswith("weights"):
+        return "look at what wrote the weights before that step: a load, an initialisation"
     lowered = source.lower()
     for word in ("softmax", "log", "sqrt", "norm", "div", "exp"):
         if word in lowered:

@@ -77,7 +77,7 @@ class VanishingGradient(Rule):
     name = "vanishing-gradient"
     severity = Severity.WARNING
     tables = ("steps", "grads", "params", "activations")
-    symptom_of = ("GS307", "GS309", "GS605")
+    symptom_of = ("GS307", "GS309", "GS505", "GS605")
 
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per optimizer."""

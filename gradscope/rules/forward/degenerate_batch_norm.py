@@ -6,7 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING
 
-from gradscope.rules.facts import listed, reached_losses, shape_of, span, stepped
+from gradscope.rules.facts import listed, model_of, reached_losses, shape_of, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -161,8 +161,11 @@ def _way(
         else entry.norm_first == 0
         for entry in own
     )
-    others = calls.loc[calls["module"].isin(["", *(model.name for model in run.models)])]
-    # In evaluation mode as a whole: that is another rule's matter.
-    model_trains = bool(others["training"].astype(bool).any())
-    never = not training.any() and is_new and module in trained and tracks and model_trains
+    # In evaluation mode as a whole: that is another rule's matter, or an evaluation.
+    root = model_of(run, own[0].name) if own else ""
+    whole = calls.loc[calls["module"].isin(["" if len(run.models) == 1 else root])]
+    trains = whole.groupby("step")["training"].all()
+    model_trains = bool(rows["step"].map(trains).fillna(value=False).all())
+    is_seen = rows["step"].nunique() >= _LEAST_LOOKS and not training.any()
+    never = is_seen and is_new and module in trained and tracks and model_trains
     return "never learnt" if never else ""

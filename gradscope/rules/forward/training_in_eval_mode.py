@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from gradscope.rules.facts import belongs_to, listed, numbers_in, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
-from gradscope.run.recording import Recording
+from gradscope.run.recording import ParameterEntry, Recording
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,10 +81,13 @@ class TrainingInEvalMode(Rule):
             if n_tail < _LEAST_STEPS:
                 continue
             since = int(own["step"].iloc[len(modes) - n_tail])
-            if not _is_of_training(own, len(modes) - n_tail):
-                continue
             modules = _mode_dependent(run, calls, str(optimizer), since)
             if not modules:
+                continue
+            if not (
+                _is_of_training(own, len(modes) - n_tail)
+                or _run_once_a_backward(own, calls.loc[calls["module"].isin(modules)], since)
+            ):
                 continue
             flipped = bool(modes.any())
             paths = tuple(modules)
@@ -135,6 +138,23 @@ def _is_of_training(own: pd.DataFrame, n_before: int) -> bool:
     return bool((extra.iloc[n_before:] <= usual).any())
 
 
+def _run_once_a_backward(own: pd.DataFrame, calls: pd.DataFrame, since: int) -> bool:
+    """Whether at a look no module ran more often than there were backwards.
+
+    So it is where a model's parts are called one after the other: many forwards, none of them for
+    anything else.
+
+    Args:
+        own: the steps of an optimizer.
+        calls: the calls of the modules in question.
+        since: the first step in evaluation mode.
+    """
+    most = calls.loc[calls["step"] >= since].groupby("step")["runs"].max()
+    backwards = own.set_index("step")["backwards"].map(lambda text: len(numbers_in(text)))
+    at = most.index.intersection(backwards.index)
+    return len(at) > 0 and bool((most[at] <= backwards[at]).any())
+
+
 def _mode_dependent(
     run: Recording, calls: pd.DataFrame, optimizer: str, since: int
 ) -> dict[str, str]:
@@ -156,7 +176,7 @@ def _mode_dependent(
         }
     late = calls.loc[calls["step"] >= since]
     seen = late if len(late) else calls
-    if len(late) and late.loc[_is_root(run, late), "training"].astype(bool).any():
+    if len(late) and late.loc[_is_root(run, late, trained), "training"].astype(bool).any():
         return {}  # the model trains, and parts of it were put into evaluation mode
     found = {}
     for module, kind, training, settings in zip(
@@ -178,12 +198,8 @@ def _mode_dependent(
     return found
 
 
-def _is_root(run: Recording, calls: pd.DataFrame) -> pd.Series[bool]:
+def _is_root(run: Recording, calls: pd.DataFrame, trained: list[ParameterEntry]) -> pd.Series[bool]:
     """Which calls are those of whole models, which hold what is trained."""
     roots = [""] if len(run.models) == 1 else [model.name for model in run.models]
-    held = {
-        root
-        for root in roots
-        if any(belongs_to(entry.name, root) and entry.reached for entry in run.parameters)
-    }
+    held = {root for root in roots if any(belongs_to(entry.name, root) for entry in trained)}
     return calls["module"].isin(held)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from gradscope.rules.facts import listed, made_at, span
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.learning.target_independent_of_input import TargetIndependentOfInput
@@ -9,6 +11,9 @@ from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
 _FEWEST_STEPS = 2
+
+_LEAST_SHARE = 0.5
+"""Of the steps of an optimizer: less may be the end of a training in phases."""
 
 
 class FrozenParameter(Rule):
@@ -80,7 +85,8 @@ class NothingToTrain(Rule):
 
     ## What it finds
 
-    An optimizer that steps while all of its parameters have `requires_grad=False`.
+    An optimizer that steps while all of its parameters have `requires_grad=False`, from the start
+    or for most of the run.
 
     ## Why it matters
 
@@ -88,7 +94,8 @@ class NothingToTrain(Rule):
 
     ## How it is found
 
-    No parameter of it requires grad, and none had a gradient at any of its steps.
+    No parameter of it requires grad at the end, and none had a gradient at any of its steps, or at
+    the later half of them.
 
     ## Example
 
@@ -122,16 +129,20 @@ class NothingToTrain(Rule):
         for number, known in enumerate(run.optimizers):
             held = [e for e in run.parameters if any(n == number for n, _ in e.holders)]
             own = steps.loc[steps["optimizer"] == known.name]
-            if not held or any(e.requires_grad or e.reached for e in held):
+            if not held or any(e.requires_grad for e in held):
                 continue
-            if (len(own) and int(own[live].to_numpy().sum())) or len(own) < _FEWEST_STEPS:
+            has_gradient = own[live].to_numpy().sum(axis=1) > 0
+            n_before = int(np.flatnonzero(has_gradient)[-1]) + 1 if has_gradient.any() else 0
+            if len(own) - n_before < max(_FEWEST_STEPS, _LEAST_SHARE * len(own)):
                 continue
+            own = own.iloc[n_before:]
             findings.append(
                 self.finding(
+                    severity=Severity.WARNING if n_before else Severity.ERROR,
                     message=(
                         f"all {len(held)} parameters of {known.name} are frozen (requires_grad is "
-                        f"False): {listed(e.name for e in held)}; its {len(own)} steps change "
-                        "nothing"
+                        f"False): {listed(e.name for e in held)}; its {len(own)} "
+                        f"{'last ' if n_before else ''}steps change nothing"
                     ),
                     fix=f"call requires_grad_(True) on what {known.name} is to train",
                     params=tuple(e.name for e in held),

@@ -19,7 +19,7 @@ def _lost(run: Recording) -> list[ParameterEntry]:
         if entry.requires_grad
         and entry.reached
         and not entry.holders
-        and (entry.in_model or entry.module)
+        and (entry.in_model or entry.module_type)
         and entry.norm_first == entry.norm_last
     ]
 
@@ -189,6 +189,8 @@ class StaleOptimizerParameter(Rule):
             replaced = [
                 e for e in lost if e.shape in shapes or (len(e.shape), *e.shape[1:]) in ranks
             ]
+            modules = {e.module for e in replaced}
+            replaced = [e for e in lost if e in replaced or (e.module and e.module in modules)]
             if not stale or not replaced:
                 continue
             if any(e.in_model for e in stale) and not any(not e.in_model for e in stale):

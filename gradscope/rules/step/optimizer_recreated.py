@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradscope.rules.facts import stepped
+from gradscope.rules.facts import listed, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.rules.wording import place
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _FEWEST = 4
 """As many optimizers as no training has phases with a step or two each."""
 
+_FEWEST_EMPTY = 2
+"""The first three steps of an optimizer are always recorded; two of them should find a state."""
+
 _MANY_STEPS = 5
 """An optimizer that lives longer than this is one per epoch, task or phase."""
 
@@ -30,7 +33,8 @@ class OptimizerRecreated(Rule):
     ## What it finds
 
     Optimizers of one class, over the same parameters, that the same line of the program makes again
-    and again, and that step a few times each.
+    and again, and that step a few times each; or one optimizer whose `state` is emptied before
+    every step.
 
     ## Why it matters
 
@@ -41,8 +45,9 @@ class OptimizerRecreated(Rule):
     ## How it is found
 
     From the line that made each optimizer, the parameters it holds, how often it stepped, and its
-    class (plain SGD has nothing to lose). The weights have to go on from one to the next: inner
-    loops of meta-learning and simulated clients begin at other weights each time.
+    class (plain SGD has nothing to lose). The state is emptied where a step leaves some and the
+    later steps find none. The weights have to go on from one to the next: inner loops of
+    meta-learning and simulated clients begin at other weights each time.
 
     ## Example
 
@@ -67,10 +72,56 @@ class OptimizerRecreated(Rule):
     code = "GS507"
     name = "optimizer-recreated"
     severity = Severity.ERROR
-    tables = ("steps", "events", "params", "groups", "updates")
+    tables = ("steps", "events", "params", "groups", "updates", "state")
 
     def check(self, run: Recording) -> list[Finding]:
-        """Return one finding per line that makes optimizers."""
+        """Return one finding per line that makes optimizers, and per one without memory."""
+        return [*self._made_anew(run), *self._emptied(run)]
+
+    def _emptied(self, run: Recording) -> list[Finding]:
+        """One finding per optimizer that finds no state, although its steps leave some."""
+        steps, state = stepped(run), run.frame("state")
+        findings = []
+        for optimizer, rows in state.groupby("optimizer", sort=False):
+            left = set(rows.loc[rows["when"] == "after", "step"])
+            found = set(rows.loc[rows["when"] == "before", "step"])
+            later = sorted(left)[1:]
+            empty = [step for step in later if step not in found]
+            own = steps.loc[steps["optimizer"] == optimizer]
+            turns = own.set_index("step")["optimizer_step"]
+            pairs = [
+                (a, b)
+                for a, b in itertools.pairwise(sorted(left))
+                if turns.get(b, 0) - turns.get(a, 0) == 1
+            ]
+            if (
+                len(empty) < _FEWEST_EMPTY
+                or len(empty) < len(later)
+                or not _same_weights(run, [str(optimizer)], pairs)
+            ):
+                continue
+            keys = listed(dict.fromkeys(rows["key"]))
+            findings.append(
+                self.finding(
+                    message=(
+                        f"the state of {optimizer} ({keys}) is thrown away before every step: what "
+                        "a step leaves, the next one does not find"
+                    ),
+                    fix=(
+                        f"look for {optimizer}.state.clear(), a new state or load_state_dict "
+                        "inside the loop, and take it out of there"
+                    ),
+                    params=tuple(dict.fromkeys(rows["param"])),
+                    optimizer=str(optimizer),
+                    step_first=int(empty[0]),
+                    step_last=int(empty[-1]),
+                    count=len(empty),
+                    evidence={"recorded_steps": len(later), "found_no_state": len(empty)},
+                )
+            )
+        return findings
+
+    def _made_anew(self, run: Recording) -> list[Finding]:
         events = run.frame("events")
         made = events.loc[
             (events["event"] == "optimizer_found")
@@ -140,17 +191,22 @@ def _has_memory(kind: str, groups: pd.DataFrame) -> bool:
 
 def _goes_on(run: Recording, steps: pd.DataFrame, names: list[str]) -> bool:
     """Whether the weights that one optimizer left are those that the next one found."""
+    last = steps.loc[steps["optimizer"].isin(names)].groupby("optimizer")["step"].max()
+    first = steps.loc[steps["optimizer"].isin(names)].groupby("optimizer")["step"].min()
+    return _same_weights(run, names, [(last[a], first[b]) for a, b in itertools.pairwise(names)])
+
+
+def _same_weights(run: Recording, names: list[str], pairs: list[tuple[int, int]]) -> bool:
+    """Whether the weights after the first steps are those before the second ones, at most pairs."""
     updates = run.frame("updates")
     updates = updates.loc[updates["optimizer"].isin(names)]
     squares: Any = updates.assign(
         before=updates["weight_norm_before"] ** 2, after=updates["weight_norm_after"] ** 2
     )
     sums = squares.groupby("step")[["before", "after"]].sum()
-    last = steps.loc[steps["optimizer"].isin(names)].groupby("optimizer")["step"].max()
-    first = steps.loc[steps["optimizer"].isin(names)].groupby("optimizer")["step"].min()
     same = [
-        math.isclose(sums["after"][last[a]], sums["before"][first[b]], rel_tol=1e-6)
-        for a, b in itertools.pairwise(names)
-        if last[a] in sums.index and first[b] in sums.index
+        math.isclose(sums["after"][a], sums["before"][b], rel_tol=1e-6)
+        for a, b in pairs
+        if a in sums.index and b in sums.index
     ]
     return not same or float(np.mean(same)) >= 0.5

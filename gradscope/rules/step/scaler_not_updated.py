@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from gradscope.rules.facts import backwards_at, events_of, first_place, numbers_in, span
+from gradscope.rules.facts import backwards_at, events_of, first_place, numbers_in, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
+
+_RAISED = ("since the last update()", "unscale_() is being called after step()")
+"""What PyTorch says of a second unscale_ or step (2.13): a second one there was."""
 
 
 class ScalerNotUpdated(Rule):
@@ -52,12 +55,11 @@ class ScalerNotUpdated(Rule):
         scaled = steps.loc[steps["through_scaler"]]
         events = run.frame("events")
         texts = events.loc[events["event"].isin(("exception", "ended")), "detail"]
-        raised = any("since the last update()" in text for text in texts)
-        # A further attempt that raised before it began still shows that there was a second.
-        if (len(scaled) < 2 and not (raised and len(scaled))) or len(
-            events_of(run, "scale_update")
-        ):
+        raised = any(sign in text for text in texts for sign in _RAISED)
+        if (len(scaled) < 2 and not raised) or len(events_of(run, "scale_update")):
             return []
+        if scaled.empty:
+            return self._without_the_scaler(run)
         optimizers = [str(name) for name in scaled["optimizer"].unique()]
         if len(scaled) == len(optimizers) and not raised:
             return []  # the first iteration only, of several optimizers
@@ -74,5 +76,26 @@ class ScalerNotUpdated(Rule):
                 **span(scaled),
                 **first_place(backwards_at(run, numbers)),
                 evidence={"steps_through_scaler": len(scaled), "updates": 0, "raised": raised},
+            )
+        ]
+
+    def _without_the_scaler(self, run: Recording) -> list[Finding]:
+        """The second unscale_ raised, and neither step nor update of the scaler came between."""
+        steps = stepped(run)
+        if steps.empty:
+            return []  # unscale_ twice in one iteration
+        optimizer = str(steps["optimizer"].iloc[-1])
+        numbers = numbers_in(str(steps["backwards"].iloc[0]))
+        return [
+            self.finding(
+                message=(
+                    f"scaler.unscale_({optimizer}) was called a second time, and PyTorch raised: "
+                    f"{optimizer}.step() was called directly, and scaler.update() never"
+                ),
+                fix=f"call scaler.step({optimizer}) and scaler.update() in place of that step",
+                optimizer=optimizer,
+                **span(steps),
+                **first_place(backwards_at(run, numbers)),
+                evidence={"steps_through_scaler": 0, "updates": 0, "raised": True},
             )
         ]

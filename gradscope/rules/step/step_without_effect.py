@@ -69,10 +69,12 @@ class StepWithoutEffect(Rule):
                 continue
             rows = updates.loc[updates["step"].isin(able["step"])]
             lost = float(rows["unchanged_fraction"].median()) if len(rows) else float("nan")
+            # An optimizer of the program's own has no formula that could ask for anything.
+            has_formula = bool(rows["residual"].notna().any())
             rounding = (
                 f"; the updates that its formula asks for are lost to rounding (lr "
                 f"{float(rates.max()):.3g})"
-                if lost > 0.99
+                if lost > 0.99 and has_formula
                 else ""
             )
             findings.append(

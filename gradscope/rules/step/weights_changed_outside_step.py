@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from gradscope.rules.facts import events_of, held_by, listed, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _FEWEST_PAIRS = 2
 """The first three steps are always recorded: two pairs."""
@@ -28,6 +32,20 @@ _ROUNDING_ELSE = 1e-5
 
 _JUMP = 8.0
 """In single updates. Lookahead comes back by half of its five or six steps."""
+
+_FEWEST_WRITTEN = 0.9
+"""Share of the parameters; a reset leaves out none."""
+
+_RARELY = 0.5
+"""Share of the steps. What is written before every step belongs to the method, or is the sharding
+of the parameters."""
+
+_JUMP_OF_WRITTEN = 2.0
+"""In single updates, where the weights are known to have been written; their way from one step to
+another is at most one update a step, and those between may have been larger than the two seen."""
+
+_LEAST_WAY = 3
+"""In steps. A step that is taken back because it made things worse is a shorter one."""
 
 _FEWEST_JUMPS = 2
 """Loading the best weights, or averaged ones, is done once."""
@@ -60,7 +78,9 @@ class WeightsChangedOutsideStep(Rule):
 
     Some weights of each parameter are kept around each recorded step. What a step left is compared
     with what the directly following one finds; over longer distances a jump has to be larger than
-    several updates of every step in between. Weights that are swapped for an evaluation and put
+    several updates of every step in between, or two where a version counter tells that something
+    wrote the weights just before; and weights written to the very values of an earlier step are
+    told at once. Weights that are swapped for an evaluation and put
     back are the same again; a projection of some layers, one load of the best weights, and the
     clamped critic of a Wasserstein GAN are not reported.
 
@@ -100,7 +120,7 @@ class WeightsChangedOutsideStep(Rule):
             held = [number for number in held_by(run, str(optimizer)) if number not in shared]
             looks = _looks(run, own, held)
             constantly = _changed_constantly(run, looks) if len(active) == 1 else []
-            jumps, names = _jumps(looks)
+            jumps, names = _jumps(run, looks, _written(own))
             if constantly:
                 how, params = "after every step", constantly
                 text = (
@@ -191,16 +211,23 @@ def _changed_constantly(run: Recording, looks: list[_Look]) -> list[int]:
     return sorted(n for n, count in thrown.items() if count == len(pairs))
 
 
-def _jumps(looks: list[_Look]) -> tuple[list[int], list[int]]:
-    """Steps before which nearly all parameters lay too far from where they were left."""
+def _written(own: pd.DataFrame) -> set[int]:
+    """Steps before which something wrote nearly all weights, if that is rare."""
+    written = own.loc[own["written_between"] >= _FEWEST_WRITTEN, "step"]
+    return set(written) if len(written) <= _RARELY * len(own) else set()
+
+
+def _jumps(run: Recording, looks: list[_Look], written: set[int]) -> tuple[list[int], list[int]]:
+    """Steps before which nearly all weights lay where the optimizer cannot have brought them."""
     jumps, names = [], set[int]()
-    for a, b in itertools.pairwise(looks):
+    for place, (a, b) in enumerate(itertools.pairwise(looks)):
         common = sorted(a.after.keys() & b.before.keys())
+        limit = _JUMP_OF_WRITTEN if b.step in written else _JUMP
         far = [
             n
             for n in common
             if _distance(b.before[n], a.after[n])
-            > _JUMP
+            > limit
             * (b.turn - a.turn)
             * max(
                 _distance(a.after[n], a.before[n]),
@@ -208,7 +235,25 @@ def _jumps(looks: list[_Look]) -> tuple[list[int], list[int]]:
                 1e-6 * float(np.linalg.norm(a.after[n])),
             )
         ]
-        if common and len(far) >= _NEARLY_ALL * len(common):
+        same = [c.turn for c in looks[: place + 1] if b.step in written and _is_same(b, c)]
+        back = bool(same) and b.turn - same[-1] >= _LEAST_WAY
+        if _n_values(run, far) >= _NEARLY_ALL * max(1, _n_values(run, common)) or back:
             jumps.append(b.step)
-            names.update(far)
+            names.update(common if back else far)
     return jumps, sorted(names)
+
+
+def _is_same(later: _Look, earlier: _Look) -> bool:
+    """Whether a step finds the very weights that an earlier one had found, and moved away from."""
+    return all(
+        n in earlier.before and np.array_equal(later.before[n], earlier.before[n])
+        for n in later.before
+    ) and not any(
+        np.array_equal(earlier.after[n], later.before[n])
+        for n in later.before
+        if _distance(earlier.after[n], earlier.before[n])
+    )
+
+
+def _n_values(run: Recording, params: Iterable[int]) -> int:
+    return sum(run.parameters[n].numel for n in params)
