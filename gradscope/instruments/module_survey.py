@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
@@ -40,11 +41,15 @@ _SETTINGS = (
 
 _MOST_MODULES = 5000
 
+_OF_UNKNOWN = "\0"
+"""Between the class and the id of a module that belongs to no watched model."""
+
 
 @dataclass(slots=True)
 class _Called:
     """One module, over all of its calls."""
 
+    module: weakref.ref[nn.Module]
     kind: str
     runs: int = 0
     training: bool = True
@@ -55,6 +60,14 @@ class _Called:
     values_per_channel: int | None = None
     settings: str = ""
     made: Location | None = None
+
+    def add(self, other: _Called) -> None:
+        """Take in another module that is called by the same name."""
+        self.runs += other.runs
+        self.training &= other.training
+        self.with_grad |= other.with_grad
+        self.checkpointed |= other.checkpointed
+        self.has_graph |= other.has_graph
 
 
 @dataclass(slots=True)
@@ -68,13 +81,18 @@ class _Given:
 class ModuleSurvey:
     """Follows the module calls of one thread.
 
+    A module has the name that it has at the end: the first call of a second model shows that there
+    are several, and all paths begin with a model's name from then on.
+
     Args:
-        paths: path of each module of the models by its id.
+        paths: gives the path of each module of the models by its id.
         made_at: where a module was made, as far as that was seen.
     """
 
-    def __init__(self, paths: Mapping[int, str], made_at: MadeAt) -> None:
-        self._paths = paths
+    def __init__(self, paths: Callable[[], Mapping[int, str]], made_at: MadeAt) -> None:
+        self._paths_now = paths
+        self._paths = paths()
+        self._last_paths: Mapping[int, str] | None = None
         self._made_at = made_at
         self._called: dict[str, _Called] = {}
         self._given: list[_Given] = []
@@ -88,7 +106,7 @@ class ModuleSurvey:
 
     @property
     def here(self) -> str:
-        """Path of the innermost module that is running; empty outside of all."""
+        """Key of the innermost module that is running, for :meth:`path_of`; empty outside."""
         return self._open[-1][1] if self._open else ""
 
     def module_started(self, module: nn.Module, args: Any) -> None:
@@ -96,14 +114,15 @@ class ModuleSurvey:
         kind = type(module).__name__
         path = self._paths.get(id(module))
         if path is None:
-            path = f"<{kind}>"
+            path = f"<{kind}>{_OF_UNKNOWN}{id(module)}"
         self._open.append((id(module), path, kind))
         self._open_made.append(self._made_at(module))
         called = self._called.get(path)
         if called is None:
             if len(self._called) >= _MOST_MODULES:
                 return
-            called = self._called[path] = _Called(kind, settings=_settings_of(module))
+            known = weakref.ref(module)
+            called = self._called[path] = _Called(known, kind, settings=_settings_of(module))
             called.made = self._open_made[-1]
         called.runs += 1
         called.training &= module.training
@@ -151,10 +170,26 @@ class ModuleSurvey:
         """What may still be on its way."""
         return [given.numbers for given in self._given]
 
+    def path_of(self, key: str) -> str:
+        """Return the path of a module that was called, once the look has ended."""
+        if self._last_paths is None:
+            self._last_paths = self._paths_now()
+        called = self._called.get(key)
+        module = called.module() if called is not None else None
+        known = self._last_paths.get(id(module)) if module is not None else None
+        return key.split(_OF_UNKNOWN)[0] if known is None else known
+
     def calls(self) -> Iterator[dict[str, Any]]:
         """Give the rows of the table ``calls``, without their step."""
-        for path, called in self._called.items():
-            row = {name: getattr(called, name) for name in _Called.__slots__}
+        by_path: dict[str, _Called] = {}
+        for key, called in self._called.items():
+            path = self.path_of(key)
+            if path in by_path:
+                by_path[path].add(called)
+            else:
+                by_path[path] = called
+        for path, called in by_path.items():
+            row = {name: getattr(called, name) for name in _Called.__slots__ if name != "module"}
             optional = ("batch_size", "values_per_channel")
             yield {
                 "module": path,
@@ -172,7 +207,7 @@ class ModuleSurvey:
                 continue
             row = dict(zip(_COLUMNS, numbers.tolist(), strict=True))
             yield {
-                "module": given.module,
+                "module": self.path_of(given.module),
                 "module_type": given.kind,
                 "shape": given.shape,
                 **row,

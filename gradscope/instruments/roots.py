@@ -12,12 +12,21 @@ _KEY = "gradscope"
 _MOST_REMEMBERED = 4096
 _SCALING = ("DivBackward0", "MulBackward0", "NegBackward0")
 _LONGEST_CHAIN = 4
+_SUMMING = (*_SCALING, "AddBackward0", "SubBackward0")
+_MOST_TERMS = 16
 
 
 class _Token:
-    """Lies in the metadata of a node, and so lives exactly as long as the node."""
+    """Lies in the metadata of a node, and so lives exactly as long as the node.
 
-    __slots__ = ("__weakref__",)
+    Attributes:
+        backward: number of the backward that began at the node.
+    """
+
+    __slots__ = ("__weakref__", "backward")
+
+    def __init__(self, backward: int) -> None:
+        self.backward = backward
 
 
 class Roots:
@@ -37,8 +46,9 @@ class Roots:
         """Return what is known of the roots of a backward that is about to begin.
 
         Returns:
-            ``repeats``, the number of the earlier backward from the same tensor, where there is
-            one; ``scaled``; and ``n_alive``, how many graphs of earlier backwards are still there.
+            ``repeats``, the number of the earlier backward from the same tensor, or from one that
+            is a term of it, where there is one; ``scaled``; and ``n_alive``, how many graphs of
+            earlier backwards are still there.
         """
         number = self._n_backwards
         self._n_backwards += 1
@@ -50,13 +60,16 @@ class Roots:
             if met is not None and met[0]() is root:
                 facts["repeats"] = met[1]
             elif root.grad_fn is not None:
-                self._watch(root.grad_fn)
+                term = _earlier_term(root.grad_fn)
+                if term is not None:
+                    facts["repeats"] = term.backward
+                self._watch(root.grad_fn, number)
             self._met[id(root)] = (weakref.ref(root), number)
         if len(self._met) > _MOST_REMEMBERED:
             self._met = {key: met for key, met in self._met.items() if met[0]() is not None}
         return facts
 
-    def _watch(self, node: Any) -> None:
+    def _watch(self, node: Any, number: int) -> None:
         # A node of autograd is no Python object that could be referred to weakly; what its
         # metadata holds is, and goes with it.
         # (loss / k).backward() and scaler.scale(loss).backward() start above what a program keeps.
@@ -68,6 +81,21 @@ class Roots:
             if type(node).__name__ not in _SCALING or used is None or hasattr(used, "variable"):
                 break
             node = used
-        token = _Token()
+        token = _Token(number)
         node.metadata[_KEY] = token
         self._alive.add(token)
+
+
+def _earlier_term(node: Any) -> _Token | None:
+    """The root of an earlier backward among the terms of a sum of losses."""
+    waiting = [node]
+    for _ in range(_MOST_TERMS):
+        if not waiting:
+            break
+        node = waiting.pop()
+        token: _Token | None = node.metadata.get(_KEY)
+        if token is not None:
+            return token
+        if type(node).__name__ in _SUMMING:
+            waiting += [used for used, _ in node.next_functions if used is not None]
+    return None

@@ -49,7 +49,7 @@ class CloserLook:
         self._on_failure = failed
         self._is_blind = False
         self._thread = threading.get_ident()
-        self._survey = ModuleSurvey(census.paths_of_modules(), made_at)
+        self._survey = ModuleSurvey(census.paths_of_modules, made_at)
         self._losses = LossCalls(census.names_of, self._survey)
         self._inputs: list[TensorSummary] = []
         self._reached: set[int] = set()
@@ -143,7 +143,10 @@ class CloserLook:
             "activations": list(self._survey.activations()),
             "batches": [summary.row() for summary in (*self._inputs, *self._losses.targets)],
             "losses": list(self._losses.rows(self._reached, self._reached_params)),
-            "strangers": self._strangers,
+            "strangers": [
+                {**row, "module": self._survey.path_of(row["module"])} if "module" in row else row
+                for row in self._strangers
+            ],
         }
         for each in rows.values():
             for row in each:

@@ -18,7 +18,10 @@ from gradscope.taps.user_frame import Location
 
 _MOST_TOLD = 4
 _SHARE = 0.1
-"""The share of the time that looking at singular points may take."""
+"""The share of the time that looking at singular points may take, after the first backwards."""
+
+_ALWAYS = 32
+"""So many first backwards are looked at whatever it costs."""
 
 
 class NonfiniteSearch:
@@ -71,7 +74,8 @@ class NonfiniteSearch:
         self._n_backwards += 1
         if self._n_backwards & (self._n_backwards - 1) == 0:  # now and then: graphs change
             self._has_singular = bool(self._failures.run("nonfinite", has_singular, roots))
-        if now < self._next_look or not self._has_singular:
+        is_early = self._n_backwards <= _ALWAYS
+        if not self._has_singular or (now < self._next_look and not is_early):
             return
         found: Origin | None = self._failures.run("nonfinite", first_singular, roots)
         self._suspect = self._suspect or found

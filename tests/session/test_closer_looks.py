@@ -511,3 +511,40 @@ def test_modules_know_the_line_that_made_them() -> None:
     assert loss["owner"] == "CrossEntropyLoss"
     assert loss["owner_line"] == line_of(program, "nn.CrossEntropyLoss")
     assert loss["made_at_line"] == line_of(program, "nn.Softmax")
+
+
+# -- names of modules ---------------------------------------------------------------------------
+
+
+def test_modules_of_a_model_that_is_found_within_the_look_have_its_name() -> None:
+    torch.manual_seed(0)
+    first, second = nn.Sequential(nn.Linear(3, 4), nn.Tanh()), nn.Linear(4, 2)
+    scope = Scope(Session(WatchOptions(), discovers=True))
+    with scope:
+        optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            second(first(torch.randn(5, 3))).sum().backward()
+            optimizer.step()
+    at_first = scope.calls.loc[scope.calls["step"] == 0, "module"]
+    assert list(at_first) == ["first", "first.0", "first.1", "second"]
+    activations = scope.activations.loc[scope.activations["step"] == 0, "module"]
+    assert list(activations) == ["first.0", "first.1", "second"]
+
+
+def test_a_loss_within_a_sum_that_is_propagated_back_again() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(3):
+            out = model(torch.randn(4, 3))
+            part, other = out.square().mean(), out.abs().mean()
+            optimizer.zero_grad()
+            part.backward(retain_graph=True)
+            (0.5 * (part + other)).backward()
+            optimizer.step()
+    repeats = scope.backwards["repeats"]
+    assert list(repeats.isna()) == [True, False] * 3
+    assert list(repeats.dropna()) == [0, 2, 4]
+    assert "GS402" in {finding.code for finding in scope.findings}

@@ -71,12 +71,15 @@ class CachedActivation(Rule):
         later = set(calls.loc[calls["step"] > looks[0], "module"])
         if not raised and len(steps) < _LEAST_STEPS:
             return []
-        # A model that is found later than the first look changes the paths of all: only a module
-        # whose parent is called under the same path at later looks is comparable.
+        # A model that is found later than the first look changes the paths of all: comparable is a
+        # module whose parent is called under the same path at later looks, and a whole model.
+        models = {model.name for model in run.models} if len(run.models) > 1 else set()
         gone = [
             str(path)
             for path in first
-            if path and path not in later and path.rpartition(".")[0] in later
+            if path
+            and path not in later
+            and (path.rpartition(".")[0] in later or (path in models and later & models))
         ]
         silent = _without_later_gradients(run, steps)
         modules: list[str] = []
@@ -85,7 +88,7 @@ class CachedActivation(Rule):
             if any(belongs_to(path, other) for other in modules) or _has_siblings(path, later):
                 continue
             own = [name for name in silent if belongs_to(name, path)]
-            if own:
+            if own and (path not in models or _trains_others(run, own, later & models)):
                 modules.append(path)
                 params += own
         if not modules or not later:
@@ -131,6 +134,16 @@ def _without_later_gradients(run: Recording, steps: pd.DataFrame) -> list[str]:
         and entry.name not in got
         and (entry.reached or not has_moved(entry))
     ]
+
+
+def _trains_others(run: Recording, params: list[str], models: set[str]) -> bool:
+    """Whether an optimizer that holds parameters also trains other models."""
+    holders = {n for entry in run.parameters if entry.name in params for n, _ in entry.holders}
+    return any(
+        belongs_to(entry.name, model) and entry.reached and holders & {n for n, _ in entry.holders}
+        for entry in run.parameters
+        for model in models
+    )
 
 
 def _has_siblings(path: str, called: set[str]) -> bool:
