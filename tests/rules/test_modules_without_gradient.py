@@ -240,3 +240,20 @@ def test_a_teacher_moved_by_an_average_is_silent() -> None:
                 for p, q in zip(teacher.parameters(), student.parameters(), strict=True):
                     p.lerp_(q, 0.1)
     assert not told(scope.findings)
+
+
+def test_a_result_kept_with_its_graph_is_named() -> None:
+    torch.manual_seed(0)
+    encoder, decoder = nn.Sequential(nn.Linear(6, 8), nn.Tanh()), nn.Linear(8, 3)
+    optimizer = torch.optim.SGD([*encoder.parameters(), *decoder.parameters()], lr=0.01)
+    kept = None
+    with gradscope.watch([encoder, decoder], optimizer, on_error="raise") as scope:
+        for _ in range(9):
+            kept = encoder(torch.randn(5, 6)) if kept is None else kept
+            loss = F.cross_entropy(decoder(kept), torch.randint(0, 3, (5,)))
+            optimizer.zero_grad()
+            loss.backward(retain_graph=True)
+            optimizer.step()
+    (found,) = (f for f in scope.findings if f.code == "GS314")
+    assert found.modules == ("encoder",)
+    assert "that first call's graph" in found.message

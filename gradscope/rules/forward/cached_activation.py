@@ -35,8 +35,9 @@ class CachedActivation(Rule):
 
     At closer looks gradscope notes which modules are called. The finding is raised when a module
     that an optimizer trains was called at the first look and at none of the later ones, and no step
-    after the first found a gradient of its parameters. One among numbered siblings that are called,
-    such as a block that is skipped or an expert, is silent.
+    after the first found a gradient of its parameters, or backwards go through the graph of that
+    first call for ever. One among numbered siblings that are called, such as a block that is
+    skipped or an expert, is silent.
 
     ## Example
 
@@ -81,7 +82,12 @@ class CachedActivation(Rule):
             and path not in later
             and (path.rpartition(".")[0] in later or (path in models and later & models))
         ]
-        silent = _without_later_gradients(run, steps)
+        has_old_graph = _goes_through_old_nodes(run, looks)
+        silent = (
+            [entry.name for entry in run.parameters if entry.holders and entry.reached]
+            if has_old_graph
+            else _without_later_gradients(run, steps)
+        )
         modules: list[str] = []
         params: list[str] = []
         for path in gone:
@@ -99,7 +105,12 @@ class CachedActivation(Rule):
                 message=(
                     f"{shown} was called at step {looks[0]} and never again at {len(looks) - 1} "
                     f"later looks, although the model is: its result is kept and used again, and "
-                    f"{listed(params)} no longer get a gradient"
+                    f"{listed(params)} "
+                    + (
+                        "get gradients of that first call's graph"
+                        if has_old_graph
+                        else "no longer get a gradient"
+                    )
                 ),
                 fix=(
                     f"call {shown} in every forward; keep its result only under torch.no_grad(), "
@@ -113,6 +124,13 @@ class CachedActivation(Rule):
                 evidence={"looks": len(looks), "parameters": len(params)},
             )
         ]
+
+
+def _goes_through_old_nodes(run: Recording, looks: list[int]) -> bool:
+    """Whether at every later look a backward went through operations of earlier steps."""
+    backwards = run.frame("backwards")
+    old = backwards.loc[backwards["n_old_nodes"].fillna(0) > 0, "step"]
+    return len(looks) >= _LEAST_LOOKS and set(looks[1:]) <= set(old.dropna())
 
 
 def _without_later_gradients(run: Recording, steps: pd.DataFrame) -> list[str]:
