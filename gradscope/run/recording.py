@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +16,7 @@ from gradscope.run.captured_graph import CapturedGraph
 from gradscope.run.columns import MISSING, Columns
 from gradscope.run.kept_tensors import KeptTensors
 from gradscope.run.schema import MODELS, PARAMS, TABLES
+from gradscope.run.thinning import MOST_ROW_BYTES, OF_STEPS, Thinning, thin
 from gradscope.run.weight_step import TrackedWeights
 
 if TYPE_CHECKING:
@@ -31,8 +36,14 @@ MOST_TRACKED_BYTES = 64 * 2**20
 """What the tracked weights of all steps may take before every second step is forgotten."""
 
 
-_MADE_WHEN_ASKED = ("params", "models")
+MADE_WHEN_ASKED = ("params", "models")
 """Tables of what is known by now, and not of what happened."""
+
+_CHECKED_EVERY = 64
+"""After so many steps it is seen whether the rows still fit."""
+
+_LONGEST_WAIT = 4096
+"""A backward that no step has claimed after so many others counts as one that none will."""
 
 MOST_GRAPHS = 512
 """How many graphs are kept before every second one is forgotten."""
@@ -134,6 +145,12 @@ class Recording:
         observe_seconds: time spent by gradscope, by what it was spent on; each second once.
         observe_calls: how often, likewise.
         notes: what could not be observed, or failed, in plain words.
+        lock: held while rows are forgotten or something is kept, and while a copy of what is new
+            is taken away, which happens in another thread.
+        settled: by table how many rows will not change any more; replaced as a whole.
+        thinning: what of the tables was forgotten; None as long as memory holds every row.
+        most_row_bytes: what the rows may take before some are forgotten.
+        before_thinning: called before rows are forgotten.
     """
 
     def __init__(self) -> None:
@@ -147,13 +164,20 @@ class Recording:
         self.observe_seconds: dict[str, float] = {}
         self.observe_calls: dict[str, int] = {}
         self.notes: list[str] = []
+        self.lock = threading.RLock()
+        self.settled: dict[str, int] = {}
+        self.thinning: Thinning | None = None
+        self.most_row_bytes = MOST_ROW_BYTES
+        self.before_thinning: Callable[[], None] = lambda: None
+        self._n_steps = 0
         self._n_reached = 0
         self._tracked_bytes = 0
         self._facts: tuple[Any, Any, Any] | None = None
         self._columns = {
-            name: Columns(table) for name, table in TABLES.items() if name not in _MADE_WHEN_ASKED
+            name: Columns(table) for name, table in TABLES.items() if name not in MADE_WHEN_ASKED
         }
         self._frames: dict[str, tuple[Any, pd.DataFrame]] = {}
+        _recordings.add(self)
 
     def rows(self, table: str) -> Columns:
         """Return the stored rows of a table, to append to or to read as arrays."""
@@ -161,13 +185,13 @@ class Recording:
 
     def frame(self, table: str) -> pd.DataFrame:
         """Return a table as a DataFrame; changing it changes nothing that was recorded."""
-        if table in _MADE_WHEN_ASKED:
+        if table in MADE_WHEN_ASKED:
             return self._params_frame() if table == "params" else self._models_frame()
-        rows = self._columns[table]
+        rows = self.rows(table)
         names = [parameter.name for parameter in self.parameters]
         optimizers = [optimizer.name for optimizer in self.optimizers]
         # Rules and views ask for the same tables many times between two steps.
-        stamp = (rows.n_rows, tuple(optimizers), hash(tuple(names)))
+        stamp = (rows.n_rows, self.n_steps, tuple(optimizers), hash(tuple(names)))
         known = self._frames.get(table)
         if known is None or known[0] != stamp:
             known = self._frames[table] = (stamp, rows.frame(names, optimizers))
@@ -180,7 +204,7 @@ class Recording:
             table: its name.
             wanted: value by column; steps, optimizers and parameters by their numbers.
         """
-        rows = self._columns[table]
+        rows = self.rows(table)
         is_wanted = np.ones(rows.n_rows, np.bool_)
         for name, value in wanted.items():
             is_wanted &= rows.array(name) == value
@@ -197,8 +221,60 @@ class Recording:
 
     @property
     def n_steps(self) -> int:
-        """How many attempts of an optimizer were recorded."""
-        return self._columns["steps"].n_rows
+        """How many attempts of an optimizer were recorded, those forgotten since included."""
+        steps = self.rows("steps")
+        return max(self._n_steps, int(steps.array("step")[-1]) + 1 if steps.n_rows else 0)
+
+    def row_of_step(self, step: int) -> int | None:
+        """Return the row of ``steps`` that is about a step; None if memory does not hold it."""
+        steps = self.rows("steps").array("step")
+        row = int(np.searchsorted(steps, step))
+        return row if row < len(steps) and steps[row] == step else None
+
+    def claim_backward(self, backward: int, step: int) -> None:
+        """Note the step that a backward belongs to, unless an earlier one has claimed it."""
+        backwards = self.rows("backwards")
+        row = int(np.searchsorted(backwards.array("backward"), backward))
+        if (
+            row < backwards.n_rows
+            and backwards.array("backward")[row] == backward
+            and backwards.array("step")[row] == MISSING
+        ):
+            backwards.set("step", row, step)
+
+    def are_claimed(self, numbers: Iterable[int]) -> bool:
+        """Whether every one of these backwards belongs to a step."""
+        backwards = self.rows("backwards")
+        unclaimed = backwards.array("backward")[backwards.array("step") == MISSING]
+        return not np.isin(list(numbers), unclaimed).any()
+
+    def step_ended(self, first_open: int) -> None:
+        """Note that all rows of a step are there; forget some rows if they have become too many.
+
+        Args:
+            first_open: number of the first backward that a later step may still claim.
+        """
+        backwards = self._columns["backwards"]
+        numbers = backwards.array("backward")
+        first_open = max(first_open, int(numbers[-1]) - _LONGEST_WAIT if len(numbers) else 0)
+        settled = {table: self._columns[table].n_rows for table in OF_STEPS}
+        settled["backwards"] = int(np.searchsorted(numbers, first_open))
+        self.settled = settled
+        self._n_steps += 1
+        if self._n_steps % _CHECKED_EVERY == 0:
+            self.forget_rows()
+
+    def forget_rows(self) -> None:
+        """Forget the rows of some steps if all rows together take more than they may."""
+        if sum(columns.n_bytes for columns in self._columns.values()) <= self.most_row_bytes:
+            return
+        self.before_thinning()
+        with self.lock:
+            unsettled = self.rows("backwards").n_rows - self.settled.get("backwards", 0)
+            self.thinning = thin(self._columns, self.most_row_bytes, self.graphs, self.thinning)
+            self.settled = {table: self._columns[table].n_rows for table in OF_STEPS}
+            self.settled["backwards"] = max(0, self._columns["backwards"].n_rows - unsettled)
+            self._frames.clear()
 
     def reached(self, params: np.ndarray[Any, Any]) -> None:
         """Note that a backward has written the gradients of these parameters."""
@@ -215,18 +291,20 @@ class Recording:
 
     def track(self, step: int, weights: TrackedWeights) -> None:
         """Keep the tracked weights of a step; memory is bounded, so old steps are thinned out."""
-        self.tracked[step] = weights
-        self._tracked_bytes += weights.n_bytes
-        if self._tracked_bytes > MOST_TRACKED_BYTES:
-            for forgotten in list(self.tracked)[1:-1:2]:
-                self._tracked_bytes -= self.tracked.pop(forgotten).n_bytes
+        with self.lock:
+            self.tracked[step] = weights
+            self._tracked_bytes += weights.n_bytes
+            if self._tracked_bytes > MOST_TRACKED_BYTES:
+                for forgotten in list(self.tracked)[1:-1:2]:
+                    self._tracked_bytes -= self.tracked.pop(forgotten).n_bytes
 
     def keep_graph(self, step: int, graph: CapturedGraph) -> None:
         """Keep the graph of a step; their number is bounded, so old ones are thinned out."""
-        self.graphs[step] = graph
-        if len(self.graphs) > MOST_GRAPHS:
-            for forgotten in list(self.graphs)[1:-1:2]:
-                del self.graphs[forgotten]
+        with self.lock:
+            self.graphs[step] = graph
+            if len(self.graphs) > MOST_GRAPHS:
+                for forgotten in list(self.graphs)[1:-1:2]:
+                    del self.graphs[forgotten]
 
     def numels_and_roundoffs(self, params: np.ndarray[Any, Any]) -> tuple[Any, Any]:
         """Return facts of some parameters that do not change, remembered for the same array.
@@ -268,14 +346,14 @@ class Recording:
 
     def latest(self) -> dict[str, float]:
         """Plain numbers of the last step; empty before the first."""
-        steps = self._columns["steps"]
+        steps = self.rows("steps")
         if not steps.n_rows:
             return {}
         last = {
             name: float(steps.array(name)[-1])
             for name in ("step", "loss", "grad_norm", "step_ms", "observe_ms")
         }
-        groups = self._columns["groups"]
+        groups = self.rows("groups")
         if groups.n_rows:
             last["lr"] = float(groups.array("lr")[-1])
         for name in ("update_norm", "weight_norm"):
@@ -328,3 +406,17 @@ class Recording:
                 }
             )
         return columns.frame([parameter.name for parameter in self.parameters], optimizers)
+
+
+_recordings: weakref.WeakSet[Recording] = weakref.WeakSet()
+
+
+def _free_locks() -> None:
+    """A child of this process has no thread that would ever give a lock back."""
+    for recording in _recordings:
+        recording.lock = threading.RLock()
+        recording.before_thinning = lambda: None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_locks)

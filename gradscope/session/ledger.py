@@ -280,6 +280,17 @@ class Ledger:
         """Numbers of the backwards since the optimizer's last attempt."""
         return self._attempts[optimizer].backwards
 
+    def first_open_backward(self) -> int:
+        """Number of the first backward that the next step of some optimizer may belong to."""
+        return min(
+            (
+                backward.number
+                for attempt in self._attempts.values()
+                for backward in (*attempt.taken[:1], *attempt.foreign[:1])
+            ),
+            default=self.n_backwards,
+        )
+
     def _of(self, optimizers: Iterable[int]) -> list[Attempt]:
         return [self._attempts[number] for number in optimizers if number in self._attempts]
 

@@ -61,7 +61,7 @@ def explain(
         found = recording.tracked[at].weight(number, position, place)
     if found is None:
         raise ScopeStateError(_unknown(recording, number, shape, place, at))
-    optimizer = int(recording.rows("steps").array("optimizer")[at])
+    optimizer = _optimizer_of(recording, at)
     return Explanation(
         _rule_for(found),
         found.given,
@@ -136,7 +136,10 @@ def _recorded_step(recording: Recording, param: int, step: int) -> int:
         return at
     if not 0 <= at < recording.n_steps:
         raise ScopeStateError(f"there is no step {at}; the last one is {recording.n_steps - 1}")
-    facts = recording.rows_of("steps", step=at).iloc[0]
+    known = recording.rows_of("steps", step=at)
+    if known.empty:
+        raise ScopeStateError(f"memory holds nothing of step {at} any more; it has {_listed(steps)}")
+    facts = known.iloc[0]
     if facts["outcome"] != "stepped":
         raise ScopeStateError(f"step {at} did not update anything: its outcome is {facts.outcome}")
     own = [recording.optimizers[holder].name for holder, _ in recording.parameters[param].holders]
@@ -149,6 +152,12 @@ def _recorded_step(recording: Recording, param: int, step: int) -> int:
         f"step {at} was not recorded in full; recorded: {_listed(steps)}. To have it, pass "
         f"keep=[{name!r}], keep_steps=[{at}] to watch(), or every=1 for all steps"
     )
+
+
+def _optimizer_of(recording: Recording, step: int) -> int:
+    row = recording.row_of_step(step)
+    assert row is not None  # it has rows in updates, which are forgotten first
+    return int(recording.rows("steps").array("optimizer")[row])
 
 
 def _from_the_end(steps: list[int], step: int) -> int:
@@ -232,7 +241,7 @@ def _summary(recording: Recording, param: int, step: int) -> ParameterSummary:
         found = recording.rows_of(table, step=step, param=param)
         if len(found):
             rows[table] = found.iloc[0].to_dict()
-    optimizer = recording.rows("steps").array("optimizer")[step]
+    optimizer = _optimizer_of(recording, step)
     for holder, group in recording.parameters[param].holders:
         groups = recording.rows_of("groups", step=step, group=group)
         if holder == optimizer and len(groups):

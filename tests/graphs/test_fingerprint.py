@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import gradscope
 from gradscope.graphs.fingerprint import fingerprint
-from gradscope.graphs.interchange import to_networkx
+from gradscope.run.interchange import to_networkx
 from gradscope.run.captured_graph import CapturedGraph, Outputs, SavedTensors
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "architectures.py"
