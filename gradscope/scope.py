@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
@@ -14,12 +16,13 @@ from gradscope.config import (
     KEEP_STEPS,
     OnError,
     WatchOptions,
+    as_directory,
     as_graph_steps,
     as_patterns,
     as_steps,
     switched_off,
 )
-from gradscope.errors import FindingsError, ScopeStateError, UsageError
+from gradscope.errors import RunDirectoryError, ScopeStateError, UsageError
 from gradscope.own_code import is_ours
 from gradscope.recorded_run import RecordedRun
 from gradscope.run.recording import Recording
@@ -99,11 +102,12 @@ class Scope(RecordedRun):
         """
         return self._stop(may_raise=True)
 
-    def _stop(self, *, may_raise: bool) -> Scope:
+    def _stop(self, *, may_raise: bool, ended: str = "finished") -> Scope:
         if self._session is not None and self._session.running:
             self._refuse_inside_hook("stop()")
             self._session.stop()
             self._session.event("watch_stopped")
+            self._session.finish_saving(ended)
             if self._teller is not None:
                 self._teller.stop()
                 self._teller.finish(may_raise=may_raise)
@@ -143,9 +147,12 @@ class Scope(RecordedRun):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> Literal[False]:
-        if error is not None and self._session is not None and self._session.running:
+        if error is None:
+            self._stop(may_raise=True)
+            return False
+        if self._session is not None and self._session.running:
             self._session.event("exception", f"{type(error).__name__}: {error}")
-        self._stop(may_raise=error is None)
+        self._stop(may_raise=False, ended=type(error).__name__)
         return False
 
     def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
@@ -157,6 +164,33 @@ class Scope(RecordedRun):
                 return function(*args, **kwargs)
 
         return watched
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write everything that memory holds to a run directory, for :func:`gradscope.open`.
+
+        Args:
+            path: the directory; it must not exist, or be empty.
+
+        Returns:
+            The directory.
+
+        Raises:
+            UsageError: if ``path`` is no path, or something lies there already.
+            OSError: if it cannot be written.
+        """
+        directory = as_directory("path", path)
+        if directory is None:
+            raise UsageError("path=None: pass the path of a directory, as in 'runs/exp1'")
+        if directory.exists() and any(directory.iterdir()):
+            raise UsageError(f"path={str(path)!r}: something lies there already; name another one")
+        self._settle()
+        if self._session is not None:
+            from gradscope.session.saving import save_now
+
+            plain = {} if self._criteria is None else self._criteria.as_plain()
+            copies = self._session.last_copies()
+            save_now(directory, self._recording, self._elapsed(), plain, copies)
+        return directory
 
     # -- what it knows besides --------------------------------------------------------------
 
@@ -203,6 +237,7 @@ def watch(
     ignore_params: Mapping[str, str | Iterable[str]] | None = None,
     thresholds: Mapping[str, Mapping[str, float]] | None = None,
     rules: Iterable[type[Rule]] = (),
+    save: str | os.PathLike[str] | None = None,
     on_error: OnError = "record",
 ) -> Scope:
     """Watch a training loop from the inside.
@@ -243,6 +278,10 @@ def watch(
             ``{"GS105": "aux.*"}``.
         thresholds: numbers to use in place of a rule's own: ``{"MY001": {"growth": 3.0}}``.
         rules: rules of your own, subclasses of :class:`Rule`, to be applied besides.
+        save: a directory to which the recording is written while the loop runs, every few
+            seconds, for :func:`gradscope.open`; what it says survives the process, however that
+            ends. One that holds a run of the same training (the same parameters and optimizers) is
+            gone on with: steps count on, and an event ``seam`` stands where.
         on_error: ``"record"`` keeps an error of gradscope's own away from the training and tells
             it once as a warning; ``"raise"`` lets it out.
 
@@ -261,6 +300,7 @@ def watch(
         keep=as_patterns("keep", keep),
         keep_steps=as_steps("keep_steps", keep_steps),
         graph=as_graph_steps(graph),
+        save=as_directory("save", save),
         on_error=on_error,
     )
     if switched_off():
@@ -280,7 +320,25 @@ def watch(
     for each_optimizer, name in zip(optimizers, names, strict=True):
         session.watch_optimizer(each_optimizer, name)
     _check_keep(session.recording, options)
+    if options.save is not None:
+        session.save_to(options.save, judged_by.as_plain(), _run_at(options.save))
     return Scope(session, judged_by, checked_on_finding(on_finding))
+
+
+def _run_at(path: Path) -> Any:
+    """The run that lies in a directory, to be gone on with; None if it is empty.
+
+    Raises:
+        UsageError: if something else lies there.
+    """
+    if not path.exists() or not any(path.iterdir()):
+        return None
+    from gradscope.run.directory.stored import StoredRecording
+
+    try:
+        return StoredRecording(path)
+    except RunDirectoryError as error:
+        raise UsageError(f"save={str(path)!r}: {error}; name another directory") from error
 
 
 def _check_keep(recording: Recording, options: WatchOptions) -> None:

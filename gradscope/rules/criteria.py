@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from gradscope.config import as_patterns
 from gradscope.errors import UnknownRuleError, UsageError
-from gradscope.rules import RULES, Findings, Rule, diagnose
+from gradscope.rules import RULES, Findings, Rule, diagnose, find_rule
 from gradscope.rules.custom import own_rules, with_thresholds
 from gradscope.rules.selection import check_selectors, selected, selected_rules
 from gradscope.run.recording import Recording
@@ -27,6 +28,26 @@ class Criteria:
     select: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     ignore_params: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return it as JSON can hold it; rules of the program's own by their names."""
+        own = {rule.name for rule in self.rules} - {rule.name for rule in RULES}
+        changed = {
+            rule.code: dict(rule.thresholds)
+            for rule in self.rules
+            if rule.name not in own and dict(rule.thresholds) != dict(find_rule(rule.code).thresholds)
+        }
+        return {
+            "select": [each for each in self.select if each not in own],
+            "ignore": [each for each in self.ignore if each not in own],
+            "ignore_params": {
+                rule: list(patterns)
+                for rule, patterns in self.ignore_params.items()
+                if rule not in own
+            },
+            "thresholds": changed,
+            "own_rules": sorted(own),
+        }
 
     def judge(self, run: Recording) -> Findings:
         """Return what is wrong, as far as it is wanted."""

@@ -115,6 +115,27 @@ class Columns:
             self._arrays[name][start:stop] = value
         self.n_rows = stop
 
+    def adopt(self, other: Columns, params: list[int], optimizers: list[int]) -> None:
+        """Append all rows of another run of the same table; they count as taken.
+
+        Args:
+            other: the rows.
+            params, optimizers: numbers here by number there.
+        """
+        values: dict[str, Any] = {}
+        for name, kind in self._kinds.items():
+            stored = other.array(name)
+            if kind is Kind.TEXT:
+                values[name] = _compact(stored, other._texts)
+            elif kind in (Kind.PARAM, Kind.OPTIMIZER):
+                numbers = params if kind is Kind.PARAM else optimizers
+                values[name] = np.array([*numbers, -1], np.int32)[stored]
+            else:
+                values[name] = stored
+        if other.n_rows:
+            self.extend(other.n_rows, values)
+        self.n_taken = self.n_rows
+
     def set(self, name: str, row: int, value: Any) -> None:
         """Fill in a value that was not known yet when its row was appended."""
         self._arrays[name][row] = value
@@ -133,6 +154,10 @@ class Columns:
         Texts come as :class:`Coded`, parameters and optimizers as their numbers.
         """
         start, self.n_taken = self.n_taken, max(stop, self.n_taken)
+        return self.copies(start, stop)
+
+    def copies(self, start: int, stop: int) -> dict[str, np.ndarray[Any, Any] | Coded]:
+        """Return copies of some rows, as :meth:`take` does."""
         return {
             name: _compact(array[start:stop], self._texts)
             if self._kinds[name] is Kind.TEXT
@@ -238,5 +263,11 @@ _EMPTY: dict[Kind, Any] = {
 
 def _compact(codes: np.ndarray[Any, Any], texts: list[str]) -> Coded:
     """Codes with only the texts that occur among them."""
-    used, numbers = np.unique(codes, return_inverse=True)
+    if len(texts) <= 4 * len(codes):  # mostly; far faster than to sort
+        used = np.flatnonzero(np.bincount(codes, minlength=1))
+        places = np.zeros(int(used[-1]) + 1 if len(used) else 1, np.int32)
+        places[used] = np.arange(len(used))
+        numbers = places[codes]
+    else:
+        used, numbers = np.unique(codes, return_inverse=True)
     return Coded(numbers.astype(np.int32), tuple([texts[number] for number in used.tolist()]))

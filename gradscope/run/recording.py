@@ -6,7 +6,8 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections import ChainMap
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from gradscope.run.captured_graph import CapturedGraph
 from gradscope.run.columns import MISSING, Columns
 from gradscope.run.kept_tensors import KeptTensors
 from gradscope.run.schema import MODELS, PARAMS, TABLES
-from gradscope.run.thinning import MOST_ROW_BYTES, OF_STEPS, Thinning, thin
+from gradscope.run.thinning import MOST_ROW_BYTES, OF_STEPS, Thinning, is_of_thinning, thin
 from gradscope.run.weight_step import TrackedWeights
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ class Recording:
             is taken away, which happens in another thread.
         settled: by table how many rows will not change any more; replaced as a whole.
         thinning: what of the tables was forgotten; None as long as memory holds every row.
+        tracked_before: of the steps before this one, tracked weights of some were forgotten.
         most_row_bytes: what the rows may take before some are forgotten.
         before_thinning: called before rows are forgotten.
     """
@@ -157,8 +159,8 @@ class Recording:
         self.models: list[ModelEntry] = []
         self.optimizers: list[OptimizerEntry] = []
         self.parameters: list[ParameterEntry] = []
-        self.graphs: dict[int, CapturedGraph] = {}
-        self.tracked: dict[int, TrackedWeights] = {}
+        self.graphs: MutableMapping[int, CapturedGraph] = {}
+        self.tracked: MutableMapping[int, TrackedWeights] = {}
         self.kept = KeptTensors()
         self.seconds = 0.0
         self.observe_seconds: dict[str, float] = {}
@@ -169,6 +171,7 @@ class Recording:
         self.thinning: Thinning | None = None
         self.most_row_bytes = MOST_ROW_BYTES
         self.before_thinning: Callable[[], None] = lambda: None
+        self.tracked_before = 0
         self._n_steps = 0
         self._n_reached = 0
         self._tracked_bytes = 0
@@ -186,7 +189,8 @@ class Recording:
     def frame(self, table: str) -> pd.DataFrame:
         """Return a table as a DataFrame; changing it changes nothing that was recorded."""
         if table in MADE_WHEN_ASKED:
-            return self._params_frame() if table == "params" else self._models_frame()
+            names = [parameter.name for parameter in self.parameters]
+            return self.made_now(table).frame(names, [])
         rows = self.rows(table)
         names = [parameter.name for parameter in self.parameters]
         optimizers = [optimizer.name for optimizer in self.optimizers]
@@ -224,6 +228,11 @@ class Recording:
         """How many attempts of an optimizer were recorded, those forgotten since included."""
         steps = self.rows("steps")
         return max(self._n_steps, int(steps.array("step")[-1]) + 1 if steps.n_rows else 0)
+
+    def go_on(self, n_steps: int) -> None:
+        """Count on from a number of steps that were recorded before."""
+        self._n_steps = n_steps
+        self._n_reached = sum(parameter.reached for parameter in self.parameters)
 
     def row_of_step(self, step: int) -> int | None:
         """Return the row of ``steps`` that is about a step; None if memory does not hold it."""
@@ -274,6 +283,8 @@ class Recording:
             self.thinning = thin(self._columns, self.most_row_bytes, self.graphs, self.thinning)
             self.settled = {table: self._columns[table].n_rows for table in OF_STEPS}
             self.settled["backwards"] = max(0, self._columns["backwards"].n_rows - unsettled)
+            self.notes[:] = [note for note in self.notes if not is_of_thinning(note)]
+            self.notes.append(self.thinning.in_words(self.n_steps))
             self._frames.clear()
 
     def reached(self, params: np.ndarray[Any, Any]) -> None:
@@ -295,16 +306,27 @@ class Recording:
             self.tracked[step] = weights
             self._tracked_bytes += weights.n_bytes
             if self._tracked_bytes > MOST_TRACKED_BYTES:
-                for forgotten in list(self.tracked)[1:-1:2]:
+                for forgotten in list(_own(self.tracked))[1:-1:2]:
                     self._tracked_bytes -= self.tracked.pop(forgotten).n_bytes
+                self.tracked_before = step
 
     def keep_graph(self, step: int, graph: CapturedGraph) -> None:
         """Keep the graph of a step; their number is bounded, so old ones are thinned out."""
         with self.lock:
             self.graphs[step] = graph
-            if len(self.graphs) > MOST_GRAPHS:
-                for forgotten in list(self.graphs)[1:-1:2]:
+            if len(_own(self.graphs)) > MOST_GRAPHS:
+                for forgotten in list(_own(self.graphs))[1:-1:2]:
                     del self.graphs[forgotten]
+
+    def memory(self) -> dict[str, Any] | None:
+        """Return which steps memory holds, as plain data; None if nothing was forgotten."""
+        if self.thinning is None and self.tracked_before == 0:
+            return None
+        return {
+            "rows": None if self.thinning is None else self.thinning.as_plain(),
+            "tracked_before": self.tracked_before,
+            "tracked": [step for step in self.tracked if step < self.tracked_before],
+        }
 
     def numels_and_roundoffs(self, params: np.ndarray[Any, Any]) -> tuple[Any, Any]:
         """Return facts of some parameters that do not change, remembered for the same array.
@@ -363,7 +385,11 @@ class Recording:
                 last[name] = float(known[-1])
         return last
 
-    def _models_frame(self) -> pd.DataFrame:
+    def made_now(self, table: str) -> Columns:
+        """Return the rows of ``params`` or ``models`` as of now."""
+        return self._params_now() if table == "params" else self._models_now()
+
+    def _models_now(self) -> Columns:
         columns = Columns(MODELS)
         for model in self.models:
             columns.append(
@@ -373,9 +399,9 @@ class Recording:
                     "ineffective_freezes": ", ".join(model.ineffective_freezes),
                 }
             )
-        return columns.frame([], [])
+        return columns
 
-    def _params_frame(self) -> pd.DataFrame:
+    def _params_now(self) -> Columns:
         columns = Columns(PARAMS)
         optimizers = [optimizer.name for optimizer in self.optimizers]
         for number, parameter in enumerate(self.parameters):
@@ -405,7 +431,12 @@ class Recording:
                     else self.parameters[parameter.copy_of].name,
                 }
             )
-        return columns.frame([parameter.name for parameter in self.parameters], optimizers)
+        return columns
+
+
+def _own(kept: MutableMapping[int, Any]) -> MutableMapping[int, Any]:
+    """What is kept in memory, and not in the directory of a run that goes on."""
+    return kept.maps[0] if isinstance(kept, ChainMap) else kept
 
 
 _recordings: weakref.WeakSet[Recording] = weakref.WeakSet()

@@ -38,6 +38,8 @@ _STATUSES = ("none", "fresh", "accumulated", "compounded", "stale", "assigned", 
 _OF_EVERY_STEP = ("zero_grad", "clip", "unscale", "scale_update", "scheduler")
 """Events that a loop brings about at each step; others are rare, and stay."""
 
+_BEGINNING = "memory holds"
+
 Steps = npt.NDArray[np.int64]
 
 
@@ -55,6 +57,26 @@ class Thinning:
     light: Steps
     heavy: Steps
 
+    def as_plain(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        return {
+            "before": self.before,
+            "light": self.light.tolist(),
+            "heavy": self.heavy.tolist(),
+        }
+
+    @classmethod
+    def of_plain(cls, plain: Any) -> Thinning:
+        """Return what :meth:`as_plain` has given.
+
+        Raises:
+            ValueError, TypeError, KeyError: if it is something else.
+        """
+        if type(plain["before"]) is not int:
+            raise ValueError("before is no number")
+        light, heavy = (np.array(plain[name], np.int64) for name in ("light", "heavy"))
+        return cls(plain["before"], light, heavy)
+
     def holds(self, steps: npt.NDArray[Any], *, heavy: bool) -> npt.NDArray[np.bool_]:
         """Return bool[n], of which of these steps memory holds the light, or heavy, rows."""
         held = self.heavy if heavy else self.light
@@ -64,7 +86,7 @@ class Thinning:
         """Say what is missing, for people."""
         later = n_steps - self.before
         text = (
-            f"memory holds the rows of grads, state, moments and updates of "
+            f"{_BEGINNING} the rows of grads, state, moments and updates of "
             f"{len(self.heavy) + later:,} of {n_steps:,} steps"
         )
         if len(self.light) < self.before:
@@ -118,13 +140,32 @@ def thin(
     if not keeps_light.all():
         for table in LIGHT:
             columns[table].keep(np.isin(columns[table].array("step"), found.light))
-        owners = owners_of(columns["backwards"])
-        columns["backwards"].keep((owners >= before) | np.isin(owners, found.light))
-        events = columns["events"]
-        is_usual = np.isin(events.texts("event"), _OF_EVERY_STEP)
-        at = events.array("step")
-        events.keep(~is_usual | (at >= before) | np.isin(at, found.light))
+        for table in ("backwards", "events"):
+            columns[table].keep(is_held(table, columns[table], found))
     return found
+
+
+def is_of_thinning(note: str) -> bool:
+    """Whether a note was made by :meth:`Thinning.in_words`."""
+    return note.startswith(_BEGINNING)
+
+
+def is_held(table: str, columns: Columns, thinning: Thinning) -> npt.NDArray[np.bool_]:
+    """Return bool[n], which rows of ``backwards`` or ``events`` memory is to hold."""
+    if table == "backwards":
+        return thinning.holds(owners_of(columns), heavy=False)
+    held = thinning.holds(columns.array("step"), heavy=False)
+    return held | ~np.isin(columns.texts("event"), _OF_EVERY_STEP)
+
+
+def choose(steps: Columns, graphs: Iterable[int], share: float) -> Thinning:
+    """Choose of which steps memory is to hold the heavy rows, knowing nothing but ``steps``."""
+    numbers = steps.array("step")
+    suspicious = _suspicious({"steps": steps}) | np.isin(numbers, list(graphs))
+    classes = 2 * steps.array("optimizer") + steps.array("recorded")
+    chosen = _chosen(numbers, suspicious, classes, share)
+    before = int(numbers[-1]) + 1 if len(numbers) else 0
+    return Thinning(before, numbers.copy(), numbers[chosen])
 
 
 def owners_of(backwards: Columns) -> Steps:
@@ -171,8 +212,9 @@ def _suspicious(columns: Mapping[str, Columns]) -> npt.NDArray[np.bool_]:
     found = steps.texts("outcome") != "stepped"
     found |= ~np.isfinite(steps.array("grad_norm"))
     found |= ~np.isfinite(steps.array("loss")) & (steps.array("n_backward") > 0)
-    grads = columns["grads"]
-    found |= np.isin(numbers, grads.array("step")[grads.array("nonfinite") > 0])
+    if "grads" in columns:
+        grads = columns["grads"]
+        found |= np.isin(numbers, grads.array("step")[grads.array("nonfinite") > 0])
     statuses = np.stack([steps.array(f"n_{name}") for name in _STATUSES])
     for optimizer in np.unique(steps.array("optimizer")):
         own = np.flatnonzero(steps.array("optimizer") == optimizer)

@@ -195,6 +195,18 @@ class Attempts:
                 return follower.observer.weight(param, position, index)
         return None
 
+    def last_copies(self) -> dict[int, dict[int, Any]]:
+        """Return whole tensors around the last recorded step of each optimizer, by that step."""
+        return {
+            follower.copied_step: follower.observer.last_copies()
+            for follower in self._followers.values()
+            if follower.copied_step is not None
+        }
+
+    def go_on(self, n_steps: int) -> None:
+        """Count on from a number of steps that were recorded before."""
+        self.n_ended = n_steps
+
     def backward_ended(self) -> None:
         """Note a backward; one inside a step makes what was read before it out of date.
 
