@@ -149,7 +149,9 @@ def _criteria_of(facts: dict[str, Any]) -> tuple[Any, list[str]]:
             notes,
         )
     except (GradscopeError, AttributeError, TypeError) as error:
-        return Criteria(), [f"run.json: what to look for cannot be read, all is looked for ({error})"]
+        return Criteria(), [
+            f"run.json: what to look for cannot be read, all is looked for ({error})"
+        ]
 
 
 def _as_frame(rows: Any, table: str) -> pd.DataFrame:
@@ -177,5 +179,3 @@ def _as_frame(rows: Any, table: str) -> pd.DataFrame:
             values = column.to_numpy()
             found[name] = values.astype("float64") if kind is Kind.SINGLE else values
     return pd.DataFrame(found)
-
-

@@ -28,19 +28,13 @@ from gradscope.recorded_run import RecordedRun
 from gradscope.run.recording import Recording
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-    import pandas as pd
     import torch
     from torch import nn
 
-    from gradscope.graphs.autograd_graph import AutogradGraph
-    from gradscope.graphs.overlay import StepFacts
     from gradscope.judging import OnFinding
-    from gradscope.rules.finding import Finding, Findings
+    from gradscope.rules.finding import Finding
     from gradscope.rules.rule import Rule
     from gradscope.run.weight_step import WeightStep
-    from gradscope.views.explanation import Explanation
-    from gradscope.views.parameter_summary import ParameterSummary
 
 P = ParamSpec("P")
 T = TypeVar("T")

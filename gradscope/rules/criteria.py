@@ -35,7 +35,8 @@ class Criteria:
         changed = {
             rule.code: dict(rule.thresholds)
             for rule in self.rules
-            if rule.name not in own and dict(rule.thresholds) != dict(find_rule(rule.code).thresholds)
+            if rule.name not in own
+            and dict(rule.thresholds) != dict(find_rule(rule.code).thresholds)
         }
         return {
             "select": [each for each in self.select if each not in own],

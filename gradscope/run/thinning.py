@@ -116,8 +116,8 @@ def thin(
     if not len(numbers):
         return earlier or Thinning(0, np.zeros(0, np.int64), np.zeros(0, np.int64))
     before = int(numbers[-1]) + 1
-    was_heavy = np.ones(len(numbers), np.bool_) if earlier is None else earlier.holds(
-        numbers, heavy=True
+    was_heavy = (
+        np.ones(len(numbers), np.bool_) if earlier is None else earlier.holds(numbers, heavy=True)
     )
     suspicious = _suspicious(columns) | np.isin(numbers, list(graphs))
     classes = 2 * steps.array("optimizer") + steps.array("recorded")

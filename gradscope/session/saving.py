@@ -66,6 +66,11 @@ class Saving:
         self._is_told = False
 
     @property
+    def has_failed(self) -> bool:
+        """Whether writing has ended before its time."""
+        return self._is_told or (self._writer is not None and self._writer.failure is not None)
+
+    @property
     def failure(self) -> Exception | None:
         """What ended the writing before its time, the first time it is asked for."""
         if self._is_told or self._writer is None or self._writer.failure is None:
@@ -141,9 +146,7 @@ class Saving:
         recording.go_on(stored.n_steps)
         self._history = stored.history
         numbers = [
-            number
-            for table in TABLES
-            for _, _, number in layout.parts_in(self.path / table, [])
+            number for table in TABLES for _, _, number in layout.parts_in(self.path / table, [])
         ]
         self._first_part = max(numbers, default=-1) + 1
         earlier = stored.facts.get("earlier_starts")
@@ -241,7 +244,9 @@ def git_commit(folder: Path) -> str | None:
                 return head[:64]
             name = head.partition(":")[2].strip()
             common = git / "commondir"
-            places = [git, (git / common.read_text().strip()).resolve()] if common.exists() else [git]
+            places = (
+                [git, (git / common.read_text().strip()).resolve()] if common.exists() else [git]
+            )
             for place in places:
                 if (place / name).is_file():
                     return (place / name).read_text().strip()[:64]

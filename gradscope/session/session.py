@@ -188,9 +188,7 @@ class Session:
         Raises:
             UsageError: if the run that lies there is of another training.
         """
-        saving = Saving(
-            path, self.recording, lambda: self.elapsed, self.last_copies
-        )
+        saving = Saving(path, self.recording, lambda: self.elapsed, self.last_copies)
         saving.criteria = criteria
         if stored is not None:
             made = saving.take_up(stored)
@@ -201,6 +199,11 @@ class Session:
             self._attempts.go_on(stored.n_steps)
             self.event("seam", f"goes on after {stored.n_steps} steps that were recorded before")
         self._saving = saving
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the recording is in its directory, as far as was written."""
+        return self._saving is not None and not self._saving.has_failed
 
     def finish_saving(self, ended: str) -> None:
         """Write what is left, once nothing more comes."""

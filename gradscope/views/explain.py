@@ -138,7 +138,9 @@ def _recorded_step(recording: Recording, param: int, step: int) -> int:
         raise ScopeStateError(f"there is no step {at}; the last one is {recording.n_steps - 1}")
     known = recording.rows_of("steps", step=at)
     if known.empty:
-        raise ScopeStateError(f"memory holds nothing of step {at} any more; it has {_listed(steps)}")
+        raise ScopeStateError(
+            f"memory holds nothing of step {at} any more; it has {_listed(steps)}"
+        )
     facts = known.iloc[0]
     if facts["outcome"] != "stepped":
         raise ScopeStateError(f"step {at} did not update anything: its outcome is {facts.outcome}")

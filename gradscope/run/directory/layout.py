@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gradscope.errors import RunDirectoryError
+from gradscope.run.schema import TABLES
 
 FORMAT: Final = "gradscope run"
 VERSION: Final = 1
@@ -156,3 +157,17 @@ def read_run(path: Path) -> dict[str, Any]:
             f"{version} of the format, and this one reads version {VERSION}: update gradscope"
         )
     return run
+
+
+def remove_run(path: Path) -> None:
+    """Remove the files of a run from a directory, and leave everything else in it.
+
+    Raises:
+        OSError: if one cannot be removed.
+    """
+    for folder in (*TABLES, GRAPHS, TENSORS, TRACKED, LAST):
+        for each in files_in(path / folder):
+            if _PART.fullmatch(each.name) or _OF_STEP.fullmatch(each.name):
+                each.unlink()
+    for name in (RUN, PEOPLE, MEMORY):
+        (path / name).unlink(missing_ok=True)

@@ -119,7 +119,9 @@ def open_part(path: Path, table: Table) -> pq.ParquetFile:
         if place < 0:
             raise ValueError(f"it has no column {column.name}")
         if schema.field(place).type != wanted:
-            raise ValueError(f"its column {column.name} is {schema.field(place).type}, not {wanted}")
+            raise ValueError(
+                f"its column {column.name} is {schema.field(place).type}, not {wanted}"
+            )
     return part
 
 

@@ -93,9 +93,7 @@ _READ: dict[str, Any] = {
     "int | None": lambda value: None if value is None else _checked(int, value),
     "tuple[str, ...]": lambda value: tuple([_checked(str, each) for each in value]),
     "tuple[int, ...]": lambda value: tuple([_checked(int, each) for each in value]),
-    "list[tuple[int, int]]": lambda value: [
-        (_checked(int, a), _checked(int, b)) for a, b in value
-    ],
+    "list[tuple[int, int]]": lambda value: [(_checked(int, a), _checked(int, b)) for a, b in value],
 }
 
 

@@ -103,9 +103,7 @@ class StoredRecording(Recording):
         if table not in self._parts:
             parts = []
             for path, _, _ in layout.parts_in(self.path / table, self.notes):
-                part = read_or_note(
-                    lambda path: open_part(path, TABLES[table]), path, self.notes
-                )
+                part = read_or_note(lambda path: open_part(path, TABLES[table]), path, self.notes)
                 if part is not None:
                     parts.append((path, part))
             self._parts[table] = parts

@@ -135,7 +135,6 @@ class StoredTensors(KeptTensors):
             self._kept[step] = read_or_note(read_kept, self._paths[step], self._notes) or {}
         return self._kept.get(step, {})
 
-
     @property
     def steps(self) -> list[int]:
         """The steps of which anything is there, in order."""
@@ -159,9 +158,7 @@ class StoredLast(StoredTensors):
         formula = FORMULAS.get(common.formula or "")
         is_whole = formula is not None and not formula.elementwise
         values: dict[str, Any] = {
-            name: array.astype(np.float64)
-            if is_whole
-            else np.float64(array.reshape(-1)[position])
+            name: array.astype(np.float64) if is_whole else np.float64(array.reshape(-1)[position])
             for name, array in arrays.items()
         }
         after = values.pop("weight_after")
@@ -216,7 +213,9 @@ def read_or_note(read: Any, path: Path, notes: list[str]) -> Any:
     try:
         return read(path)
     except Exception as error:  # whatever a damaged file makes of a library
-        text = f"{shown(path)}: cannot be read, skipped ({type(error).__name__}: {str(error)[:200]})"
+        text = (
+            f"{shown(path)}: cannot be read, skipped ({type(error).__name__}: {str(error)[:200]})"
+        )
         if text not in notes:
             notes.append(text)
         return None

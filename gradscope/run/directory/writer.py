@@ -241,7 +241,8 @@ class DirectoryWriter:
             )
             self._write_made(made_now, params)
         for each in news:
-            has_news |= any(self._add(name, rows) for name, rows in each.rows.items())
+            for name, rows in each.rows.items():
+                has_news |= self._add(name, rows)
             has_news |= bool(each.graphs or each.tracked or each.kept)
             self._write_kept(each)
         for name in self._tails:
@@ -323,9 +324,7 @@ class DirectoryWriter:
         if news.tracked:
             folder = self.path / layout.TRACKED
             folder.mkdir(exist_ok=True)
-            write_tracked(
-                folder / layout.step_name(min(news.tracked), "safetensors"), news.tracked
-            )
+            write_tracked(folder / layout.step_name(min(news.tracked), "safetensors"), news.tracked)
         if news.kept:
             folder = self.path / layout.TENSORS
             folder.mkdir(exist_ok=True)
@@ -357,9 +356,11 @@ class DirectoryWriter:
         table = TABLES[name]
         path = self.path / name / layout.part_name(self._rank, number)
         rows = renamed(read_part(open_part(path, table), table), new_names)
-        write_part(path, table, rows.replace_schema_metadata(
-            {"gradscope.names": str(self._history.latest)}
-        ))
+        write_part(
+            path,
+            table,
+            rows.replace_schema_metadata({"gradscope.names": str(self._history.latest)}),
+        )
         self._finished[name][number] = self._history.latest
 
     def _write_facts(self, ended: str | None) -> None:
