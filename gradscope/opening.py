@@ -55,7 +55,7 @@ class Run(RecordedRun):
         return tuple(self._recording.notes)
 
     def dataset(self, table: str) -> ds.Dataset:
-        """Return all rows of a table as a ``pyarrow.dataset.Dataset``, of which nothing is read yet.
+        """Return all rows of a table as a ``pyarrow.dataset.Dataset``; nothing is read yet.
 
         Args:
             table: its name, as in ``"grads"``.

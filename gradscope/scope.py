@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gradscope.judging import OnFinding
+    from gradscope.rules.criteria import Criteria
     from gradscope.rules.finding import Finding
     from gradscope.rules.rule import Rule
     from gradscope.run.weight_step import WeightStep

@@ -205,7 +205,8 @@ def _make_room(output: Path, *, force: bool) -> None:
         raise UsageError(f"--output {output}: holds something else than a run; name another one")
     if not force:
         raise OutputExistsError(
-            f"--output {output}: holds a run already; overwrite it with --force, or name another one"
+            f"--output {output}: holds a run already; overwrite it with --force, or name another "
+            "directory"
         )
     remove_run(output)
 

@@ -120,7 +120,8 @@ class Columns:
 
         Args:
             other: the rows.
-            params, optimizers: numbers here by number there.
+            params: numbers of parameters here by number there.
+            optimizers: likewise.
         """
         values: dict[str, Any] = {}
         for name, kind in self._kinds.items():

@@ -61,7 +61,7 @@ class KeptTensors:
         return earlier + [step for step, params in self._kept.items() if param in params]
 
     def of_step(self, step: int) -> Mapping[int, tuple[Mapping[str, Any], GivenTogether]]:
-        """Return what was kept of a step, by parameter: tensors, and what else the rule was given."""
+        """Return what was kept of a step by parameter: tensors, and what else a rule is given."""
         if step not in self._kept and self.earlier is not None:
             return self.earlier.of_step(step)
         return self._kept.get(step, {})

@@ -1,7 +1,7 @@
 """Which rows are forgotten when a run has become too long for memory.
 
-Two kinds of rows belong to a step. The *light* ones are a handful, however large the model: those of
-``steps``, ``groups``, ``backwards`` and ``events``. The *heavy* ones are one or more for each
+Two kinds of rows belong to a step. The *light* ones are a handful, however large the model: those
+of ``steps``, ``groups``, ``backwards`` and ``events``. The *heavy* ones are one or more for each
 parameter: ``grads``, ``state``, ``moments`` and ``updates``. Heavy rows go first, all of one step
 together; light rows go only once they alone would fill half of the memory, and a step that loses
 them has lost its heavy ones before. So rules that follow the loop from step to step see every step

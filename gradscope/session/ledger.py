@@ -284,7 +284,8 @@ class Ledger:
         """Count on from where a run was interrupted.
 
         Args:
-            n_steps, n_backwards: how many there were.
+            n_steps: how many there were.
+            n_backwards: likewise.
             n_attempts: of the steps, by optimizer.
         """
         self.n_steps, self.n_backwards = n_steps, n_backwards

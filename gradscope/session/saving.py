@@ -139,9 +139,9 @@ class Saving:
         recording.observe_seconds = dict(stored.observe_seconds)
         recording.observe_calls = dict(stored.observe_calls)
         recording.notes[:0] = [note for note in stored.facts.get("notes", []) if note]
-        recording.graphs = ChainMap({}, stored.graphs)  # type: ignore[arg-type]
+        recording.graphs = ChainMap({}, stored.graphs)
         if params == list(range(len(params))):  # else their numbers mean others
-            recording.tracked = ChainMap({}, stored.tracked)  # type: ignore[arg-type]
+            recording.tracked = ChainMap({}, stored.tracked)
             recording.kept.earlier = stored.kept
         recording.go_on(stored.n_steps)
         self._history = stored.history
@@ -179,7 +179,7 @@ _OF_A_START = ("started", "ended", "how_it_ended", "flushed", "command", "gradsc
 
 
 def last_files(copies: dict[int, dict[int, Any]]) -> dict[str, Any]:
-    """Return whole tensors around the last steps by the name of their file, if they are not too many."""
+    """Return whole tensors around the last steps by file name; none if they are too large."""
     n_bytes = sum(
         array.nbytes
         for kept in copies.values()

@@ -89,7 +89,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def shown(path: Path) -> str:
-    """Return a path within a run directory, as it is told to people: one line of moderate length."""
+    """Return a path within a run directory, as people are told it: one line of some length."""
     text = f"{path.parent.name}/{path.name}".encode("utf-8", "backslashreplace").decode()
     text = "".join(char if char.isprintable() else "?" for char in text)
     return text if len(text) <= 80 else f"{text[:40]}…{text[-39:]}"

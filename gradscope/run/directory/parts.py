@@ -66,7 +66,8 @@ def named(
     Args:
         table: what they are rows of.
         rows: as :func:`numbered` gives them.
-        params, optimizers: names by number.
+        params: names by number.
+        optimizers: likewise.
         version: of the parameters' names.
     """
     for place, column in enumerate(table.columns):
@@ -160,7 +161,8 @@ def append_rows(
     Args:
         columns: where they go.
         rows: all columns of the table.
-        params, optimizers: numbers by name; an unknown one has none.
+        params: numbers by name; an unknown one has none.
+        optimizers: likewise.
         wanted: bool[n], which rows; None for all.
 
     Raises:

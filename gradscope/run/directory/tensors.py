@@ -25,7 +25,8 @@ Kept = Mapping[int, tuple[Mapping[str, Array], GivenTogether]]
 
 def write_kept(path: Path, kept: Kept) -> None:
     """Write the tensors of some parameters around one step."""
-    arrays, common = {}, {}
+    arrays: dict[str, Array] = {}
+    common = {}
     for param, (tensors, given) in kept.items():
         common[str(param)] = _plain_given(given)
         arrays |= {f"{param}/{name}": array for name, array in tensors.items()}
@@ -53,7 +54,8 @@ def read_kept(path: Path) -> dict[int, tuple[dict[str, Array], GivenTogether]]:
 
 def write_tracked(path: Path, tracked: Mapping[int, TrackedWeights]) -> None:
     """Write the tracked weights of some steps."""
-    arrays, facts = {}, {}
+    arrays: dict[str, Array] = {}
+    facts = {}
     for step, weights in tracked.items():
         arrays |= {
             f"{step}/param": weights.param,
