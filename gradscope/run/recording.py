@@ -284,7 +284,7 @@ class Recording:
             self.settled = {table: self._columns[table].n_rows for table in OF_STEPS}
             self.settled["backwards"] = max(0, self._columns["backwards"].n_rows - unsettled)
             self.notes[:] = [note for note in self.notes if not is_of_thinning(note)]
-            self.notes.append(self.thinning.in_words(self.n_steps))
+            self.notes.append(self.thinning.in_words())
             self._frames.clear()
 
     def reached(self, params: np.ndarray[Any, Any]) -> None:

@@ -38,7 +38,7 @@ _STATUSES = ("none", "fresh", "accumulated", "compounded", "stale", "assigned", 
 _OF_EVERY_STEP = ("zero_grad", "clip", "unscale", "scale_update", "scheduler")
 """Events that a loop brings about at each step; others are rare, and stay."""
 
-_BEGINNING = "memory holds"
+_BEGINNING = "of the first"
 
 Steps = npt.NDArray[np.int64]
 
@@ -82,16 +82,15 @@ class Thinning:
         held = self.heavy if heavy else self.light
         return (steps >= self.before) | np.isin(steps, held)
 
-    def in_words(self, n_steps: int) -> str:
+    def in_words(self) -> str:
         """Say what is missing, for people."""
-        later = n_steps - self.before
         text = (
-            f"{_BEGINNING} the rows of grads, state, moments and updates of "
-            f"{len(self.heavy) + later:,} of {n_steps:,} steps"
+            f"{_BEGINNING} {self.before:,} steps memory holds the rows of grads, state, moments and "
+            f"updates for {len(self.heavy):,} only"
         )
         if len(self.light) < self.before:
-            text += f", and those of steps, groups and backwards of {len(self.light) + later:,}"
-        return f"{text}: findings count the steps that are held"
+            text += f", and those of steps, groups and backwards for {len(self.light):,}"
+        return f"{text}; findings count the steps that are held"
 
 
 def thin(

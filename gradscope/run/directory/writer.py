@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradscope.run.captured_graph import CapturedGraph
-from gradscope.run.columns import Columns
+from gradscope.run.columns import Coded, Columns
 from gradscope.run.directory import layout
 from gradscope.run.directory.people import NameHistory, people_of
 from gradscope.run.directory.tensors import Kept, write_kept, write_tracked
 from gradscope.run.recording import MADE_WHEN_ASKED, Recording
 from gradscope.run.schema import TABLES
+from gradscope.run.thinning import MOST_ROW_BYTES
 from gradscope.run.weight_step import TrackedWeights
 
 if TYPE_CHECKING:
@@ -51,6 +52,15 @@ class _News:
     graphs: dict[int, CapturedGraph] = field(default_factory=dict)
     tracked: dict[int, TrackedWeights] = field(default_factory=dict)
     kept: dict[int, Kept] = field(default_factory=dict)
+
+    @property
+    def n_bytes(self) -> int:
+        """What the rows take."""
+        return sum(
+            values.codes.nbytes if isinstance(values, Coded) else values.nbytes
+            for rows in self.rows.values()
+            for values in rows.values()
+        )
 
 
 @dataclass(slots=True)
@@ -130,6 +140,7 @@ class DirectoryWriter:
         self._pid = os.getpid()
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
+        self._flushing = threading.Lock()
         self._ended: str | None = None
         self._at_exit: Callable[[], None] | None = None
 
@@ -197,9 +208,10 @@ class DirectoryWriter:
         if self.failure is None:
             with self._recording.lock:
                 self._waiting.append(self._take())
-                if len(self._waiting) > 4:  # the disk is slower than the program
+                if sum(news.n_bytes for news in self._waiting) > MOST_ROW_BYTES:
                     self._waiting.clear()
                     self.failure = TimeoutError(f"{self.path} takes rows slower than they come")
+            self._wake.set()
 
     # -- in the writer's thread -------------------------------------------------------------
 
@@ -207,6 +219,7 @@ class DirectoryWriter:
         try:
             while True:
                 self._wake.wait(FLUSH_SECONDS)
+                self._wake.clear()
                 ended = self._ended
                 if self.failure is not None:
                     return
@@ -223,6 +236,10 @@ class DirectoryWriter:
         Args:
             is_last: whether nothing will change any more.
         """
+        with self._flushing:
+            self._flush(is_last=is_last)
+
+    def _flush(self, *, is_last: bool) -> None:
         recording = self._recording
         with recording.lock:
             news = [*self._waiting, self._take(everything=is_last)]
