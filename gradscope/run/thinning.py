@@ -85,8 +85,8 @@ class Thinning:
     def in_words(self) -> str:
         """Say what is missing, for people."""
         text = (
-            f"{_BEGINNING} {self.before:,} steps memory holds the rows of grads, state, moments and "
-            f"updates for {len(self.heavy):,} only"
+            f"{_BEGINNING} {self.before:,} steps memory holds the rows of grads, state, moments "
+            f"and updates for {len(self.heavy):,} only"
         )
         if len(self.light) < self.before:
             text += f", and those of steps, groups and backwards for {len(self.light):,}"

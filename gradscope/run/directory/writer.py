@@ -133,6 +133,7 @@ class DirectoryWriter:
             self._written_graphs |= set(recording.graphs)
             self._last_tracked = max(recording.tracked, default=-1)
             self._last_kept = max(recording.kept.steps, default=-1)
+        self._n_steps = recording.n_steps
         self._people: Any = None
         self._last: dict[str, Kept] = {}
         self._memory: Any = None
@@ -280,7 +281,10 @@ class DirectoryWriter:
             is_open = name in _CHANGING and not everything
             stop = settled.get(name, 0) if is_open else columns.n_rows
             news.rows[name] = columns.copies(0, stop) if self._writes_all else columns.take(stop)
-        last = recording.n_steps - 1
+            if name == "steps" and stop:
+                # Not what the program has come to meanwhile: this is what a reader may count on.
+                self._n_steps = int(columns.array("step")[stop - 1]) + 1
+        last = self._n_steps - 1
         for step, graph in list(recording.graphs.items()):
             if step not in self._written_graphs:
                 news.graphs[step] = graph
@@ -389,7 +393,7 @@ class DirectoryWriter:
             "flushed": now(),
             "ended": None if ended is None else now(),
             "how_it_ended": ended,
-            "steps": recording.n_steps,
+            "steps": self._n_steps,
             "seconds": self._elapsed(),
             "observe_seconds": dict(recording.observe_seconds),
             "observe_calls": dict(recording.observe_calls),
