@@ -87,21 +87,22 @@ class Run(RecordedRun):
             UsageError: if there is no such table or column, or ``where`` cannot be understood.
         """
         import pyarrow as pa
+        import pyarrow.dataset as ds
         import pyarrow.parquet as pq
 
         known = [column.name for column in TABLES[_checked(table)].columns]
         for name in columns or ():
             if name not in known:
                 raise UsageError(f"{table} has no column {name!r}; there are: {', '.join(known)}")
+        names = None if columns is None else list(columns)
+        schema = self.dataset(table).schema
         try:
             if where is not None and not hasattr(where, "to_substrait"):
                 where = pq.filters_to_expression(list(where))
-            rows = self.dataset(table).to_table(
-                columns=None if columns is None else list(columns), filter=where
-            )
+            ds.dataset(schema.empty_table()).to_table(columns=names, filter=where)
         except (pa.ArrowException, TypeError, ValueError, IndexError) as error:
             raise UsageError(f"where={where!r} of {table}: {error}"[:500]) from error
-        return _as_frame(rows, table)
+        return _as_frame(self._recording.matching(table, names, where), table)
 
     def _last_copied(
         self, step: int, param: int, position: int, index: tuple[int, ...]

@@ -239,7 +239,7 @@ class Columns:
         number = self._text_numbers.get(text)
         if number is None:
             number = self._text_numbers[text] = len(self._texts)
-            self._texts.append(text)
+            self._texts.append(storable(text))
         return number
 
     def _grow(self, needed: int) -> None:
@@ -260,6 +260,18 @@ _EMPTY: dict[Kind, Any] = {
     Kind.PARAM: -1,
     Kind.OPTIMIZER: -1,
 }
+
+
+def storable(text: str) -> str:
+    """Return a text as any engine can hold it: half a pair of surrogates is spelled out.
+
+    A name may hold one, and so does the path of a file whose name is no valid text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode()
+    return text
 
 
 def _compact(codes: np.ndarray[Any, Any], texts: list[str]) -> Coded:

@@ -158,7 +158,8 @@ def _recorded_step(recording: Recording, param: int, step: int) -> int:
 
 def _optimizer_of(recording: Recording, step: int) -> int:
     row = recording.row_of_step(step)
-    assert row is not None  # it has rows in updates, which are forgotten first
+    if row is None:  # of a damaged run: else what updates holds, steps does too
+        raise ScopeStateError(f"nothing is known of step {step}")
     return int(recording.rows("steps").array("optimizer")[row])
 
 

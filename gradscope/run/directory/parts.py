@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gradscope.run.columns import MISSING, Coded, Columns
+from gradscope.run.columns import MISSING, Coded, Columns, storable
 from gradscope.run.directory.layout import hidden_name
 from gradscope.run.schema import Kind, Table
 
@@ -200,12 +200,3 @@ def _whole(column: pa.ChunkedArray) -> pa.Array:
         return pa.array([], column.type)
     column = column.unify_dictionaries()
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
-
-
-def storable(text: str) -> str:
-    """Return a text as Parquet can hold it: half a pair of surrogates is spelled out."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "backslashreplace").decode()
-    return text

@@ -9,6 +9,8 @@ from typing import Any
 
 from gradscope.run.recording import ModelEntry, OptimizerEntry, ParameterEntry, Recording
 
+_GREATEST = 2**62
+
 
 class NameHistory:
     """The names that parameters have had.
@@ -66,11 +68,13 @@ def add_people(recording: Recording, people: Any) -> NameHistory:
         versions = [[_checked(str, name) for name in names] for names in people["names"]]
         n_optimizers = len(recording.optimizers)
         for entry in parameters:
+            if entry.numel > _GREATEST or min(entry.shape, default=0) < 0:
+                raise ValueError("a parameter has a shape that none can have")
             if not all(0 <= holder < n_optimizers for holder, _ in entry.holders):
                 raise ValueError("a parameter is held by an optimizer that there is not")
             if entry.copy_of is not None and not 0 <= entry.copy_of < len(parameters):
                 raise ValueError("a parameter is a copy of one that there is not")
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{type(error).__name__}: {str(error)[:200]}") from None
     recording.parameters = parameters
     return NameHistory(versions)
@@ -108,6 +112,6 @@ def _entry(kind: Any, plain: Any) -> Any:
 
 
 def _checked(kind: type, value: Any) -> Any:
-    if type(value) is not kind:
-        raise ValueError(f"{str(value)[:60]!r} is no {kind.__name__}")
+    if type(value) is not kind or (kind is int and abs(value) > _GREATEST):
+        raise ValueError(f"{ascii(value)[:60]} is no {kind.__name__}")
     return value

@@ -22,6 +22,7 @@ from gradscope.run.schema import TABLES
 from gradscope.run.thinning import HEAVY, LIGHT, Thinning, choose, is_held
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import pyarrow.dataset as ds
 
 
@@ -78,7 +79,8 @@ class StoredRecording(Recording):
 
     def dataset(self, table: str) -> ds.Dataset:
         """Return all rows of a table as a dataset that is read piece by piece."""
-        import pyarrow.dataset as ds
+        import pyarrow as pa
+    import pyarrow.dataset as ds
 
         from gradscope.run.directory.parts import arrow_schema, names_version, read_part, renamed
 
@@ -95,6 +97,29 @@ class StoredRecording(Recording):
             return found if found is not None else ds.dataset(schema.empty_table())
         renamed_rows = ds.dataset([rows.cast(schema) for rows in others])
         return renamed_rows if found is None else ds.dataset([found, renamed_rows])
+
+    def matching(self, table: str, columns: list[str] | None, where: Any) -> pa.Table:
+        """Return some columns of the rows of a table that match; what is damaged is noted."""
+        import pyarrow as pa
+        import pyarrow as pa
+    import pyarrow.dataset as ds
+
+        dataset = self.dataset(table)
+        try:
+            return dataset.to_table(columns=columns, filter=where)
+        except (OSError, pa.ArrowException):
+            read: list[pa.Table] = [
+                ds.dataset(dataset.schema.empty_table()).to_table(columns=columns)
+            ]
+        for path, _ in self._parts_of(table):
+            part = ds.dataset(str(path), schema=dataset.schema, format="parquet")
+            rows = read_or_note(
+                lambda path, part=part: part.to_table(columns=columns, filter=where),
+                path,
+                self.notes,
+            )
+            read += [] if rows is None else [rows]
+        return pa.concat_tables(read)
 
     def _parts_of(self, table: str) -> list[Any]:
         """(path, part) of every part of a table that can be opened; the others are noted."""
@@ -169,6 +194,9 @@ class StoredRecording(Recording):
             if isinstance(given, dict):
                 numbers = {k: v for k, v in given.items() if isinstance(v, int | float)}
                 setattr(self, name, {key: kind(value) for key, value in numbers.items()})
+        both = [name for name in self.observe_seconds if name in self.observe_calls]
+        self.observe_seconds = {name: self.observe_seconds[name] for name in both}
+        self.observe_calls = {name: self.observe_calls[name] for name in both}
         notes = facts.get("notes")
         self.notes = [str(note) for note in notes] if isinstance(notes, list) else []
 
