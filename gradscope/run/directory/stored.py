@@ -79,8 +79,7 @@ class StoredRecording(Recording):
 
     def dataset(self, table: str) -> ds.Dataset:
         """Return all rows of a table as a dataset that is read piece by piece."""
-        import pyarrow as pa
-    import pyarrow.dataset as ds
+        import pyarrow.dataset as ds
 
         from gradscope.run.directory.parts import arrow_schema, names_version, read_part, renamed
 
@@ -101,8 +100,7 @@ class StoredRecording(Recording):
     def matching(self, table: str, columns: list[str] | None, where: Any) -> pa.Table:
         """Return some columns of the rows of a table that match; what is damaged is noted."""
         import pyarrow as pa
-        import pyarrow as pa
-    import pyarrow.dataset as ds
+        import pyarrow.dataset as ds
 
         dataset = self.dataset(table)
         try:
