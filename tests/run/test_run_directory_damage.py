@@ -162,6 +162,7 @@ def test_foreign_files_are_named_and_skipped(healthy: Path, tmp_path: Path) -> N
     assert "not observed: grads/notes.txt" in repr(run)
 
 
+@pytest.mark.slow
 def test_documents_of_anything_crash_nothing(healthy: Path, tmp_path: Path) -> None:
     chance = random.Random(0)
     strange: list[Any] = [None, -1, 1e400, "x", [], {}, [[]], True, 2**70, {"a": None}, "\ud800"]
@@ -170,7 +171,7 @@ def test_documents_of_anything_crash_nothing(healthy: Path, tmp_path: Path) -> N
     for name in ("run.json", "parameters.json"):
         document = read_json(healthy / name)
         for key in list(document):
-            for value in chance.sample([*strange, "gone"], 2):
+            for value in chance.sample([*strange, "gone"], 1):
                 changed = dict(document)
                 if value == "gone":
                     del changed[key]
@@ -180,7 +181,7 @@ def test_documents_of_anything_crash_nothing(healthy: Path, tmp_path: Path) -> N
                 opened(copy)
         shutil.copy(healthy / name, copy / name)
     for entry_key in read_json(healthy / "parameters.json")["parameters"][0]:
-        for value in chance.sample(strange, 2):
+        for value in chance.sample(strange, 1):
             document = read_json(healthy / "parameters.json")
             document["parameters"][0][entry_key] = value
             write_json(copy / "parameters.json", document)

@@ -112,6 +112,6 @@ def _entry(kind: Any, plain: Any) -> Any:
 
 
 def _checked(kind: type, value: Any) -> Any:
-    if type(value) is not kind or (kind is int and abs(value) > _GREATEST):
+    if type(value) is not kind or (isinstance(value, int) and abs(value) > _GREATEST):
         raise ValueError(f"{ascii(value)[:60]} is no {kind.__name__}")
     return value

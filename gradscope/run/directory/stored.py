@@ -51,7 +51,9 @@ class StoredRecording(Recording):
         self._read_people()
         self._read_memory()
         self._parts: dict[str, list[Any]] = {}
-        self.graphs = StoredGraphs(layout.steps_in(path / layout.GRAPHS, self.notes, "json"))  # type: ignore[assignment]
+        self.graphs = StoredGraphs(
+            layout.steps_in(path / layout.GRAPHS, self.notes, "json"), self.notes
+        )  # type: ignore[assignment]
         tracked = layout.steps_in(path / layout.TRACKED, self.notes, "safetensors")
         self.tracked = StoredTracked(tracked, self.notes, self._is_tracked)  # type: ignore[assignment]
         tensors = layout.steps_in(path / layout.TENSORS, self.notes, "safetensors")

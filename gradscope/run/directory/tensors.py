@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gradscope.errors import RunDirectoryError
 from gradscope.formulas import FORMULAS
 from gradscope.run.captured_graph import CapturedGraph
 from gradscope.run.directory.layout import shown, write_bytes
@@ -95,16 +96,23 @@ class StoredGraphs(Mapping[int, CapturedGraph]):
 
     Args:
         paths: the files.
+        notes: where it is told what cannot be read.
     """
 
-    def __init__(self, paths: Mapping[int, Path]) -> None:
+    def __init__(self, paths: Mapping[int, Path], notes: list[str]) -> None:
         self._paths = dict(paths)
+        self._notes = notes
         self._read: dict[int, CapturedGraph] = {}
 
     def __getitem__(self, step: int) -> CapturedGraph:
         if step not in self._read:
-            text = self._paths[step].read_text("utf-8", "replace")
-            self._read[step], _ = from_json(text)
+            path = self._paths[step]
+            read = read_or_note(
+                lambda path: from_json(path.read_text("utf-8", "replace")), path, self._notes
+            )
+            if read is None:
+                raise RunDirectoryError(f"the graph of step {step} cannot be read: {shown(path)}")
+            self._read[step], _ = read
         return self._read[step]
 
     def __iter__(self) -> Iterator[int]:
