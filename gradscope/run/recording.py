@@ -172,6 +172,7 @@ class Recording:
         self.most_row_bytes = MOST_ROW_BYTES
         self.before_thinning: Callable[[], None] = lambda: None
         self.tracked_before = 0
+        self._memory: tuple[Any, dict[str, Any]] | None = None
         self._n_steps = 0
         self._n_reached = 0
         self._tracked_bytes = 0
@@ -322,11 +323,16 @@ class Recording:
         """Return which steps memory holds, as plain data; None if nothing was forgotten."""
         if self.thinning is None and self.tracked_before == 0:
             return None
-        return {
+        stamp = (self.thinning, self.tracked_before)
+        if self._memory is not None and self._memory[0] == stamp:
+            return self._memory[1]
+        memory = {
             "rows": None if self.thinning is None else self.thinning.as_plain(),
             "tracked_before": self.tracked_before,
             "tracked": [step for step in self.tracked if step < self.tracked_before],
         }
+        self._memory = (stamp, memory)
+        return memory
 
     def numels_and_roundoffs(self, params: np.ndarray[Any, Any]) -> tuple[Any, Any]:
         """Return facts of some parameters that do not change, remembered for the same array.

@@ -109,7 +109,7 @@ class Saving:
 
     def stop(self, ended: str) -> None:
         """Write what is left."""
-        if self._writer is not None:
+        if self._writer is not None and self._writer.is_running:
             self._writer.stop(ended, last_files(self._last_copies()))
         _written_here.discard(self.path)
 
@@ -134,7 +134,7 @@ class Saving:
         for table in TABLES:
             if table not in MADE_WHEN_ASKED:
                 recording.rows(table).adopt(stored.rows(table), params, optimizers)
-        recording.thinning = stored.thinning
+        recording.thinning, recording.tracked_before = stored.thinning, stored.tracked_before
         recording.seconds = stored.seconds
         recording.observe_seconds = dict(stored.observe_seconds)
         recording.observe_calls = dict(stored.observe_calls)
@@ -313,6 +313,8 @@ def _join(entry: Any, before: Any) -> None:
 
 
 def _lives(pid: int) -> bool:
+    if os.name == "nt":
+        return False  # there, to ask would end it
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

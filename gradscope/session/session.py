@@ -209,7 +209,10 @@ class Session:
         """Write what is left, once nothing more comes."""
         if self._saving is not None:
             saving = self._saving
-            self._guarded("run_directory", lambda: saving.stop(ended))
+            try:
+                saving.stop(ended)
+            except Exception as error:
+                self._failures.silence("run_directory", "saving-failed", error)
             self._tell_saving_failed()
 
     def start(self) -> None:

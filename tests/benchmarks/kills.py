@@ -52,7 +52,7 @@ def check(path: Path) -> int:
     run = gradscope.open(path)
     steps = run.steps["step"].tolist()
     assert steps == list(range(len(steps))), "a step is missing"
-    assert len(steps) >= promised, f"{promised} steps were flushed, {len(steps)} are there"
+    assert len(steps) == promised, f"{promised} steps were flushed, {len(steps)} are there"
     assert run.grads.groupby("step").size().eq(4).all(), "a step is there in part"
     assert run.grads["step"].nunique() == len(steps)
     assert len(run.notes) == 1, run.notes

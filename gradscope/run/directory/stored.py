@@ -19,7 +19,7 @@ from gradscope.run.directory.tensors import (
 )
 from gradscope.run.recording import Recording
 from gradscope.run.schema import TABLES
-from gradscope.run.thinning import HEAVY, LIGHT, Thinning, choose, is_held
+from gradscope.run.thinning import HEAVY, OF_STEPS, Thinning, choose, is_held
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -149,14 +149,18 @@ class StoredRecording(Recording):
                 self.history.changed_since(names_version(part)),
             )
             wanted = None
-            if self.thinning is not None and table in (*HEAVY, *LIGHT):
+            if table in OF_STEPS:
                 steps = rows.column("step").to_numpy()
-                wanted = self.thinning.holds(steps, heavy=table in HEAVY)
+                wanted = steps < self._first_missing
+                if self.thinning is not None:
+                    wanted &= self.thinning.holds(steps, heavy=table in HEAVY)
             append_rows(columns, rows, params, optimizers, wanted)
             return True
 
         for path, part in self._parts_of(table):
             read_or_note(lambda path, part=part: read(path, part), path, self.notes)
+        if table == "backwards":
+            columns.keep(columns.array("step") < self._first_missing)  # of none is far below
         if self.thinning is not None and table in ("backwards", "events"):
             columns.keep(is_held(table, columns, self.thinning))
         if table == "backwards":
@@ -187,6 +191,10 @@ class StoredRecording(Recording):
     def _read_facts(self) -> None:
         facts = self.facts
         self._n_steps = facts["steps"] if type(facts.get("steps")) is int else 0
+        # A kill in the midst of a flush leaves some tables with steps that others lack; run.json
+        # is written last.
+        has_ended = facts.get("how_it_ended") is not None
+        self._first_missing = 2**62 if has_ended else self._n_steps
         seconds = facts.get("seconds")
         self.seconds = float(seconds) if isinstance(seconds, int | float) else 0.0
         for name, kind in (("observe_seconds", float), ("observe_calls", int)):

@@ -169,6 +169,11 @@ class DirectoryWriter:
         self._at_exit = at_exit
         atexit.register(at_exit)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it writes, and in this process: not in one that this one was forked from."""
+        return self._thread is not None and os.getpid() == self._pid
+
     def write_all(self, last: dict[str, Kept]) -> None:
         """Write everything now, without a thread.
 
@@ -192,9 +197,10 @@ class DirectoryWriter:
             ended: how the run ended, in a few words.
             last: whole tensors around the last steps, by the name of their file.
         """
-        thread, self._thread = self._thread, None
-        if thread is None or os.getpid() != self._pid:
-            return  # nothing runs, or it runs in the process that this one was forked from
+        thread = self._thread
+        if thread is None or not self.is_running:
+            return
+        self._thread = None
         self._last = last or {}
         self._ended = ended
         self._wake.set()
@@ -247,11 +253,11 @@ class DirectoryWriter:
             self._waiting.clear()
             memory = recording.memory()
             people = people_of(recording)
-            made_now = {name: recording.made_now(name) for name in MADE_WHEN_ASKED}
+            has_news = self.n_flushes == 0 or people != self._people
+            made_now = {name: recording.made_now(name) for name in MADE_WHEN_ASKED if has_news}
         params = [entry["name"] for entry in people["parameters"]]
         optimizers = [entry["name"] for entry in people["optimizers"]]
         self._history.update(params)
-        has_news = self.n_flushes == 0 or people != self._people
         if has_news:
             self._people = people
             layout.write_json(
@@ -263,7 +269,8 @@ class DirectoryWriter:
                 has_news |= self._add(name, rows)
             has_news |= bool(each.graphs or each.tracked or each.kept)
             self._write_kept(each)
-        for name in self._tails:
+        for name in sorted(self._tails, key=lambda name: name == "steps"):
+            # The step itself last: what a kill leaves behind of one has no row there.
             self._write_tail(name, params, optimizers)
         if memory != self._memory:
             self._memory = memory
