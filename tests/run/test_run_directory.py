@@ -170,8 +170,10 @@ def test_rows_are_read_by_column_and_condition(tmp_path: Path) -> None:
     run = gradscope.open(tmp_path / "run")
     for name, table in scope.tables.items():
         found = run.table(name)
-        texts = dict.fromkeys(found.select_dtypes("category"), "str")
-        pd.testing.assert_frame_equal(found.astype(texts), table, check_exact=True, obj=name)
+        texts = dict.fromkeys(found.select_dtypes("category"), object)
+        pd.testing.assert_frame_equal(
+            found.astype(texts), table.astype(texts), check_exact=True, obj=name
+        )
     rows = run.table("grads", ["step", "norm"], [("param", "==", "2.bias"), ("step", ">", 16)])
     wanted = scope.grads.query("param == '2.bias' and step > 16")[["step", "norm"]]
     pd.testing.assert_frame_equal(rows, wanted.reset_index(drop=True))
