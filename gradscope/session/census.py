@@ -22,7 +22,8 @@ from gradscope.instruments.call_log import paths_of
 from gradscope.instruments.weight_facts import are_copies
 from gradscope.run.captured_graph import Registered
 from gradscope.run.columns import storable
-from gradscope.run.recording import ModelEntry, OptimizerEntry, ParameterEntry, Recording
+from gradscope.run.entries import ModelEntry, OptimizerEntry, ParameterEntry
+from gradscope.run.recording import Recording
 from gradscope.session.gradients import Integers
 
 _WRAPPER = "_orig_mod."

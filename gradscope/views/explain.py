@@ -13,7 +13,8 @@ from gradscope.errors import ScopeStateError, UsageError
 from gradscope.formulas import FORMULAS
 from gradscope.formulas.formula import Formula
 from gradscope.formulas.worksheet import Worksheet
-from gradscope.run.recording import ParameterEntry, Recording
+from gradscope.run.entries import ParameterEntry
+from gradscope.run.recording import Recording
 from gradscope.run.weight_step import WeightStep
 from gradscope.views.explanation import Explanation
 from gradscope.views.parameter_summary import ParameterSummary

@@ -16,7 +16,8 @@ from gradscope.run.columns import Coded, Columns
 from gradscope.run.directory import layout
 from gradscope.run.directory.parts import named, numbered, write_part
 from gradscope.run.directory.writer import DirectoryWriter
-from gradscope.run.recording import OptimizerEntry, ParameterEntry, Recording
+from gradscope.run.entries import OptimizerEntry, ParameterEntry
+from gradscope.run.recording import Recording
 from gradscope.run.schema import GRADS, STATUSES, Table
 
 N_PARAMS = 1_000

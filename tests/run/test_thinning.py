@@ -13,7 +13,8 @@ from recorded_loops import perceptron
 from torch.nn import functional as F
 
 import gradscope
-from gradscope.run.recording import OptimizerEntry, ParameterEntry, Recording
+from gradscope.run.entries import OptimizerEntry, ParameterEntry
+from gradscope.run.recording import Recording
 from gradscope.run.schema import STATUSES
 
 N_PARAMS = 20

@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from gradscope.run.recording import ModelEntry, OptimizerEntry, ParameterEntry, Recording
+from gradscope.run.entries import ModelEntry, OptimizerEntry, ParameterEntry
+from gradscope.run.recording import Recording
 
 _GREATEST = 2**62
 
