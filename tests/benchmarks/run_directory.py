@@ -137,6 +137,14 @@ def share() -> None:
     torch.set_num_threads(1)
     text = CharText()
     clock: dict[bool, list[float]] = {True: [], False: []}
+    of_thread, flush = [0.0], DirectoryWriter.flush
+
+    def timed(self: DirectoryWriter, *, is_last: bool = False) -> None:
+        began = time.thread_time()
+        flush(self, is_last=is_last)
+        of_thread[0] += 0.0 if is_last else time.thread_time() - began
+
+    DirectoryWriter.flush = timed  # type: ignore[method-assign]
     cpu: dict[bool, list[float]] = {True: [], False: []}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(int(os.environ.get("TURNS", "6"))):
@@ -162,6 +170,11 @@ def share() -> None:
                     f"{1e3 * cpu[saves][-1]:.2f} ms of all processors",
                     flush=True,
                 )
+    steps = sum(clock[True]) * (n_steps - 10)
+    print(
+        f"the writer's thread took {1e3 * of_thread[0]:.0f} ms of {steps:.0f} s: "
+        f"{100 * of_thread[0] / steps:.2f} %"
+    )
     for what, times in (("by the clock", clock), ("of all processors", cpu)):
         pairs = np.array(times[True]) / np.array(times[False]) - 1
         print(f"writing adds {100 * np.median(pairs):+.2f} % {what} (median of {len(pairs)} pairs)")
