@@ -40,6 +40,8 @@ def kill(path: Path, seconds: float) -> None:
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(path)], stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
+    while seconds > 0.2 and not (path / "steps" / "part-0000-000000.parquet").exists():
+        time.sleep(0.01)  # most are killed while they write, some before they have
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
     process.wait()
