@@ -22,6 +22,7 @@ _TYPES = {
     Kind.COUNT: "integer",
     Kind.OPTIONAL_COUNT: "integer or missing",
     Kind.REAL: "float",
+    Kind.SINGLE: "float",
     Kind.FLAG: "bool",
     Kind.TEXT: "text",
     Kind.PARAM: "text",

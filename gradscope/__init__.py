@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gradscope.dot import make_dot
     from gradscope.errors import FindingsError, GradscopeError, GradscopeWarning
     from gradscope.graphs.autograd_graph import AutogradGraph
+    from gradscope.opening import Run, open
     from gradscope.rules.finding import Finding, Findings, Severity
     from gradscope.rules.rule import Rule
     from gradscope.scope import Scope, watch
@@ -37,6 +38,7 @@ __all__ = [
     "GradscopeError",
     "GradscopeWarning",
     "Rule",
+    "Run",
     "Scope",
     "Severity",
     "__version__",
@@ -44,6 +46,7 @@ __all__ = [
     "check_setup",
     "graph",
     "make_dot",
+    "open",
     "watch",
 ]
 
@@ -56,12 +59,14 @@ _HOMES = {
     "GradscopeError": "gradscope.errors",
     "GradscopeWarning": "gradscope.errors",
     "Rule": "gradscope.rules.rule",
+    "Run": "gradscope.opening",
     "Scope": "gradscope.scope",
     "Severity": "gradscope.rules.finding",
     "capture": "gradscope.capturing",
     "check_setup": "gradscope.checking",
     "graph": "gradscope.capturing",
     "make_dot": "gradscope.dot",
+    "open": "gradscope.opening",
     "watch": "gradscope.scope",
 }
 

@@ -12,7 +12,8 @@ from gradscope.rules.causes import causes_first
 from gradscope.rules.facts import listed
 from gradscope.rules.finding import Finding, Findings, Severity
 from gradscope.rules.wording import some_of
-from gradscope.run.recording import ParameterEntry, Recording
+from gradscope.run.entries import ParameterEntry
+from gradscope.run.recording import Recording
 from gradscope.scope import calling_frame, checked_models, checked_optimizers, names_of
 
 if TYPE_CHECKING:

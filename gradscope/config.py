@@ -58,6 +58,7 @@ class WatchOptions:
         keep_steps: the steps of which they are kept, which are then recorded in any case; or how
             many of the latest recorded steps.
         graph: of which steps the autograd graph is captured.
+        save: the run directory to which the recording is written meanwhile; None for none.
         on_error: ``record`` keeps an error of gradscope's own away from the training;
             ``raise`` lets it out, for gradscope's own tests.
     """
@@ -69,6 +70,7 @@ class WatchOptions:
     keep: tuple[str, ...] = ()
     keep_steps: int | frozenset[int] = KEEP_STEPS
     graph: GraphSteps = "first"
+    save: Path | None = None
     on_error: OnError = "record"
 
     def __post_init__(self) -> None:
@@ -137,6 +139,22 @@ def as_graph_steps(steps: object) -> GraphSteps:
             "autograd graph to capture, such as [0, 100], or None to capture none"
         )
     return frozenset(numbers)
+
+
+def as_directory(name: str, path: object) -> Path | None:
+    """Return where a run is to be written; None for nowhere.
+
+    Raises:
+        UsageError: if ``path`` is no path, or something other than a directory lies there.
+    """
+    if path is None:
+        return None
+    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
+        raise UsageError(f"{name}={path!r}: pass the path of a directory, as in 'runs/exp1'")
+    directory = Path(path)
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{name}={str(path)!r}: is a file; pass the path of a directory")
+    return directory.absolute()
 
 
 def as_patterns(name: str, patterns: object) -> tuple[str, ...]:

@@ -5,6 +5,7 @@
      ├─ ScopeStateError(RuntimeError)        started twice, asked before anything was seen
      ├─ UnknownRuleError(KeyError)           no rule bears that code or name
      ├─ OutputExistsError(FileExistsError)   an output would overwrite a file
+     ├─ RunDirectoryError(OSError)           a directory holds no run, or none that can be read
      ├─ RenderError(RuntimeError)            a picture could not be drawn
      └─ FindingsError                        findings that the program asked to be stopped by
     GradscopeWarning(UserWarning)            something of gradscope's own went wrong, or a finding
@@ -43,6 +44,10 @@ class UnknownRuleError(GradscopeError, KeyError):
 
 class OutputExistsError(GradscopeError, FileExistsError):
     """A file is in the way, and nothing of the user's is overwritten unasked."""
+
+
+class RunDirectoryError(GradscopeError, OSError):
+    """A directory holds no run, or one that this gradscope cannot read."""
 
 
 class RenderError(GradscopeError, RuntimeError):

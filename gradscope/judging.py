@@ -1,4 +1,4 @@
-"""By what a watch is judged, and telling what is found while the loop still runs."""
+"""Telling what is found while the loop still runs."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from gradscope.config import as_patterns
-from gradscope.errors import FindingsError, GradscopeWarning, UnknownRuleError, UsageError
-from gradscope.rules import RULES, Finding, Findings, Rule, Severity, diagnose
-from gradscope.rules.custom import own_rules, with_thresholds
-from gradscope.rules.selection import check_selectors, selected, selected_rules
+from gradscope.errors import FindingsError, GradscopeWarning, UsageError
+from gradscope.rules import Finding, Findings, Severity
 from gradscope.session.failures import warn
 from gradscope.taps.optimizer_steps import optimizer_steps
 
 if TYPE_CHECKING:
-    from gradscope.run.recording import Recording
+    from gradscope.rules.criteria import Criteria
     from gradscope.session.session import Session
 
 OnFinding = Literal["collect", "warn", "raise"] | Callable[[Finding], object]
@@ -33,76 +29,6 @@ _LONGEST_INTERVAL = 256
 
 _SHARE_OF_JUDGING = 0.01
 """The share of time that may go into judging, once the interval no longer grows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Criteria:
-    """By what a recording is judged.
-
-    Attributes:
-        rules: all rules that are applied, with the thresholds asked for.
-        select, ignore: as the watch was told.
-        ignore_params: patterns of parameter or module names to pass over, by rule.
-    """
-
-    rules: tuple[type[Rule], ...] = RULES
-    select: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
-    ignore_params: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def judge(self, run: Recording) -> Findings:
-        """Return what is wrong, as far as it is wanted."""
-        # Rules that are not wanted are not applied: what one of them would explain stands by
-        # itself.
-        rules = selected_rules(self.select, self.ignore, self.rules)
-        return selected(diagnose(run, rules), ignore_params=self.ignore_params)
-
-
-def criteria(
-    select: object = (),
-    ignore: object = (),
-    ignore_params: Mapping[str, object] | None = None,
-    thresholds: Mapping[str, Mapping[str, float]] | None = None,
-    rules: object = (),
-) -> Criteria:
-    """Return what a watch was told, checked.
-
-    Raises:
-        UsageError: if a rule of the program's own, a threshold or a pattern cannot be used.
-        UnknownRuleError: if something is said of a rule that there is not.
-    """
-    own = own_rules(rules, RULES)
-    everything = with_thresholds((*RULES, *own), thresholds or {})
-    if not isinstance(ignore_params or {}, Mapping):
-        raise UsageError(f"ignore_params={ignore_params!r}: pass patterns by rule")
-    patterns = {
-        _as_selectors("ignore_params", rule, own)[0]: as_patterns(f"ignore_params[{rule!r}]", given)
-        for rule, given in (ignore_params or {}).items()
-    }
-    return Criteria(
-        everything,
-        _as_selectors("select", select, own),
-        _as_selectors("ignore", ignore, own),
-        patterns,
-    )
-
-
-def _as_selectors(argument: str, selectors: object, own: tuple[type[Rule], ...]) -> tuple[str, ...]:
-    """Selectors, each checked; an own rule's code becomes its name."""
-    name_of = {rule.code: rule.name for rule in own}
-    names = set(name_of.values())
-    wanted = []
-    for selector in as_patterns(argument, selectors):
-        if not isinstance(selector, str):
-            raise UsageError(f"{argument}: {selector!r} is no code or name of a rule")
-        selector = name_of.get(selector.upper(), selector)
-        if selector not in names:
-            try:
-                check_selectors([selector])
-            except UnknownRuleError as error:
-                raise UnknownRuleError(f"{argument}: {error}") from None
-        wanted.append(selector)
-    return tuple(wanted)
 
 
 def checked_on_finding(on_finding: Any) -> OnFinding:

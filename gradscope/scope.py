@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
@@ -14,35 +16,32 @@ from gradscope.config import (
     KEEP_STEPS,
     OnError,
     WatchOptions,
+    as_directory,
     as_graph_steps,
     as_patterns,
     as_steps,
     switched_off,
 )
-from gradscope.errors import FindingsError, ScopeStateError, UsageError
+from gradscope.errors import RunDirectoryError, ScopeStateError, UsageError
 from gradscope.own_code import is_ours
+from gradscope.recorded_run import RecordedRun
 from gradscope.run.recording import Recording
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-    import pandas as pd
     import torch
     from torch import nn
 
-    from gradscope.graphs.autograd_graph import AutogradGraph
-    from gradscope.graphs.overlay import StepFacts
-    from gradscope.judging import Criteria, OnFinding
-    from gradscope.rules.finding import Finding, Findings
+    from gradscope.judging import OnFinding
+    from gradscope.rules.criteria import Criteria
+    from gradscope.rules.finding import Finding
     from gradscope.rules.rule import Rule
     from gradscope.run.weight_step import WeightStep
-    from gradscope.views.explanation import Explanation
-    from gradscope.views.parameter_summary import ParameterSummary
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Scope:
+class Scope(RecordedRun):
     """The live view of one training run: its tables, its findings, its graph.
 
     Made by :func:`watch`. Use it as a context manager around the loop, as a decorator of the
@@ -98,11 +97,12 @@ class Scope:
         """
         return self._stop(may_raise=True)
 
-    def _stop(self, *, may_raise: bool) -> Scope:
+    def _stop(self, *, may_raise: bool, ended: str = "finished") -> Scope:
         if self._session is not None and self._session.running:
             self._refuse_inside_hook("stop()")
             self._session.stop()
             self._session.event("watch_stopped")
+            self._session.finish_saving(ended)
             if self._teller is not None:
                 self._teller.stop()
                 self._teller.finish(may_raise=may_raise)
@@ -142,9 +142,12 @@ class Scope:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> Literal[False]:
-        if error is not None and self._session is not None and self._session.running:
+        if error is None:
+            self._stop(may_raise=True)
+            return False
+        if self._session is not None and self._session.running:
             self._session.event("exception", f"{type(error).__name__}: {error}")
-        self._stop(may_raise=error is None)
+        self._stop(may_raise=False, ended=type(error).__name__)
         return False
 
     def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
@@ -157,279 +160,37 @@ class Scope:
 
         return watched
 
-    # -- what was seen ----------------------------------------------------------------------
-
-    @property
-    def params(self) -> pd.DataFrame:
-        """One row per parameter."""
-        return self._table("params")
-
-    @property
-    def groups(self) -> pd.DataFrame:
-        """One row per step and parameter group: its hyper-parameters as they were."""
-        return self._table("groups")
-
-    @property
-    def steps(self) -> pd.DataFrame:
-        """One row per attempt of an optimizer to update."""
-        return self._table("steps")
-
-    @property
-    def grads(self) -> pd.DataFrame:
-        """One row per step and parameter: what its gradient was when the optimizer stepped."""
-        return self._table("grads")
-
-    @property
-    def state(self) -> pd.DataFrame:
-        """One row per recorded step, parameter, side of the update and key of its state."""
-        return self._table("state")
-
-    @property
-    def moments(self) -> pd.DataFrame:
-        """One row per recorded step and parameter of an Adam-like optimizer."""
-        return self._table("moments")
-
-    @property
-    def updates(self) -> pd.DataFrame:
-        """One row per recorded step and parameter: how far the weight moved."""
-        return self._table("updates")
-
-    @property
-    def backwards(self) -> pd.DataFrame:
-        """One row per call of ``backward`` or ``autograd.grad``."""
-        return self._table("backwards")
-
-    @property
-    def events(self) -> pd.DataFrame:
-        """One row per event outside forward, backward and step."""
-        return self._table("events")
-
-    @property
-    def models(self) -> pd.DataFrame:
-        """One row per watched model."""
-        return self._table("models")
-
-    @property
-    def calls(self) -> pd.DataFrame:
-        """One row per closer look and module called in it."""
-        return self._table("calls")
-
-    @property
-    def activations(self) -> pd.DataFrame:
-        """One row per closer look and innermost module: dead, saturated and non-finite outputs."""
-        return self._table("activations")
-
-    @property
-    def batches(self) -> pd.DataFrame:
-        """One row per closer look and tensor given to a model or a loss function."""
-        return self._table("batches")
-
-    @property
-    def losses(self) -> pd.DataFrame:
-        """One row per closer look and call of a loss function."""
-        return self._table("losses")
-
-    @property
-    def strangers(self) -> pd.DataFrame:
-        """One row per closer look and leaf of its graph that belongs to no watched model."""
-        return self._table("strangers")
-
-    @property
-    def tables(self) -> dict[str, pd.DataFrame]:
-        """Every table by its name."""
-        self._settle()
-        return self._recording.tables
-
-    @property
-    def findings(self) -> Findings:
-        """What is wrong with the loop, the likeliest cause first.
-
-        Judged anew each time it is asked for, by what :func:`watch` was told. It holds also what
-        is only worth knowing (``info``), which the screen leaves out.
-        """
-        from gradscope.judging import Criteria
-
-        self._settle()
-        return (self._criteria or Criteria()).judge(self._recording)
-
-    def raise_for_findings(self, at_least: Literal["error", "warning"] = "error") -> None:
-        """Raise if something is wrong with the loop.
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write everything that memory holds to a run directory, for :func:`gradscope.open`.
 
         Args:
-            at_least: how severe it has to be.
-
-        Raises:
-            FindingsError: naming what is wrong; the findings are in its ``findings``.
-            UsageError: if ``at_least`` is no severity.
-        """
-        from gradscope.rules.finding import Severity
-
-        if at_least not in ("info", "warning", "error"):
-            raise UsageError(f"at_least={at_least!r}: pass 'error' or 'warning'")
-        found = self.findings.at_least(Severity[at_least.upper()])
-        if found:
-            raise FindingsError(found)
-
-    @property
-    def latest(self) -> dict[str, float]:
-        """Plain numbers of the last finished step, for any logger; empty before the first.
-
-        Keys: ``step``, ``loss``, ``lr``, ``grad_norm``, ``step_ms``, ``observe_ms``, and
-        ``update_norm`` and ``weight_norm`` of the last recorded step.
-        """
-        return self._recording.latest()
-
-    def graph(self, step: int | None = None) -> AutogradGraph:
-        """Return the autograd graph behind the loss of a captured step.
-
-        Which steps are captured is told to :func:`watch`.
-
-        Args:
-            step: number of the step, as in ``steps``; by default the last one captured.
-
-        Raises:
-            ScopeStateError: if no graph was captured, or none of that step.
-        """
-        from gradscope.graphs.autograd_graph import AutogradGraph
-
-        self._settle()
-        graphs = self._recording.graphs
-        if not graphs:
-            raise ScopeStateError(
-                "no graph was captured: that happens in the first step, when backward has run "
-                "and its optimizer has stepped; watch(graph=...) asks for others"
-            )
-        if step is None:
-            step = max(graphs)
-        earlier = [known for known in graphs if known < step]
-        if step not in graphs and earlier and step in self._steps_of_backward(max(earlier)):
-            raise ScopeStateError(
-                f"step {step} had no backward of its own: it used the gradients of the one before "
-                f"step {max(earlier)}, whose graph it is"
-            )
-        if step not in graphs:
-            raise ScopeStateError(
-                f"the graph of step {step} was not captured; captured: {sorted(graphs)}; "
-                f"watch(graph=[{step}]) asks for it"
-            )
-        return AutogradGraph(graphs[step], step=step, facts=lambda: self._facts_of(step))
-
-    def _facts_of(self, step: int) -> StepFacts:
-        """What is known of the parameters at a step, each by the parameter's name."""
-        from gradscope.graphs.overlay import StepFacts
-
-        steps = self._steps_of_backward(step)
-
-        def by_param(table: str, column: str) -> dict[str, Any]:
-            known: dict[str, Any] = {}
-            for each in reversed(steps):
-                rows = self._recording.rows_of(table, step=each).dropna(subset=[column])
-                known |= dict(zip(rows["param"], rows[column], strict=True))
-            return known
-
-        named: dict[str, list[str]] = {}
-        for finding in self.findings:
-            for param in finding.params:
-                named.setdefault(param, []).append(finding.code)
-        return StepFacts(
-            grad_norm=by_param("grads", "norm"),
-            grad_status=by_param("grads", "status"),
-            nonfinite=by_param("grads", "nonfinite"),
-            update_ratio=by_param("updates", "update_ratio"),
-            findings={param: ", ".join(codes) for param, codes in named.items()},
-        )
-
-    def _steps_of_backward(self, step: int) -> list[int]:
-        """A step, and those after it that used gradients of the same backward."""
-        with_backward = set(self._recording.rows("backwards").array("step").tolist())
-        steps = [step]
-        while steps[-1] + 1 < self._recording.n_steps and steps[-1] + 1 not in with_backward:
-            steps.append(steps[-1] + 1)
-        return steps
-
-    def explain(
-        self, param: str, index: int | tuple[int, ...] | None = None, step: int = -1
-    ) -> Explanation | ParameterSummary:
-        """Explain the update of one weight with every number in the formula.
-
-        Any weight of the last recorded step of its optimizer can be explained, every weight of
-        parameters and steps asked for with ``keep=``, and 16 weights of each parameter, spread
-        evenly, at every recorded step.
-
-        Args:
-            param: name of the parameter, as in ``scope.params``.
-            index: of the weight, ``(3, 7)``; of a complex parameter with 0 for the real or 1 for
-                the imaginary part at the end. None sums up the whole parameter.
-            step: number of the step, as in ``scope.steps``; a negative one counts the recorded
-                steps from the last.
+            path: the directory; it must not exist, or be empty.
 
         Returns:
-            For a weight an object whose attributes are the numbers: ``g``, ``m_before``, ``m``,
-            ``lr``, ``denominator``, ``update``, ``weight_before``, ``weight_formula``,
-            ``weight_stored`` and more. Printed, it shows each line of the rule.
+            The directory.
 
         Raises:
-            UsageError: if there is no such parameter or weight.
-            ScopeStateError: if nothing is known of it at that step; the message says what to pass
-                to :func:`watch` to know it.
+            UsageError: if ``path`` is no path, or something lies there already.
+            OSError: if it cannot be written.
         """
-        from gradscope.views.explain import explain
-
+        directory = as_directory("path", path)
+        if directory is None:
+            raise UsageError("path=None: pass the path of a directory, as in 'runs/exp1'")
+        if directory.exists() and any(directory.iterdir()):
+            raise UsageError(f"path={str(path)!r}: something lies there already; name another one")
         self._settle()
-        return explain(self._recording, param, index, step, self._last_copied)
+        if self._session is not None:
+            from gradscope.session.saving import save_now
 
-    def tensors(self, param: str, step: int = -1) -> dict[str, npt.NDArray[Any]]:
-        """Return whole tensors around one step, of parameters asked for with ``keep=``.
+            plain = {} if self._criteria is None else self._criteria.as_plain()
+            copies = self._session.last_copies()
+            save_now(directory, self._recording, self._elapsed(), plain, copies)
+        return directory
 
-        Args:
-            param: name of the parameter.
-            step: number of the step; a negative one counts the kept steps from the last.
+    # -- what it knows besides --------------------------------------------------------------
 
-        Returns:
-            NumPy arrays by name: ``weight_before``, ``gradient``, ``weight_after``, and for each
-            key of the optimizer's state ``<key>_before`` and ``<key>_after``, as far as they were
-            there. Half precision comes as float32. The gradient is what the update read, a sparse
-            one made dense, with ``touched`` beside it.
-
-        Raises:
-            UsageError: if there is no such parameter.
-            ScopeStateError: if nothing was kept; the message says what to pass to :func:`watch`.
-        """
-        from gradscope.views.explain import tensors
-
-        self._settle()
-        return tensors(self._recording, param, step)
-
-    @property
-    def overhead(self) -> pd.DataFrame:
-        """What watching has cost so far: a row per instrument, and a last one for all together.
-
-        Columns: ``calls``, ``total_ms``, ``ms_per_call``, ``ms_per_step``, and ``share`` of the
-        time watched. ``structure`` is what happens at every step: following the loop and telling
-        whose gradients are fresh; ``tables`` is writing the rows.
-        """
-        self._settle()
-        elapsed = 0.0 if self._session is None else self._session.elapsed
-        return self._recording.overhead(elapsed)
-
-    def __repr__(self) -> str:
-        from gradscope.views.terminal import plain_text
-
-        return plain_text(self._recording, self.findings)
-
-    def __rich__(self) -> Any:
-        from gradscope.views.terminal import screen
-
-        return screen(self._recording, self.findings)
-
-    def _repr_html_(self) -> str:
-        from gradscope.views.notebook import html
-
-        return html(self._recording, self.findings)
-
-    def _table(self, name: str) -> pd.DataFrame:
-        self._settle()
-        return self._recording.frame(name)
+    def _elapsed(self) -> float:
+        return 0.0 if self._session is None else float(self._session.elapsed)
 
     def _last_copied(
         self, step: int, param: int, position: int, index: tuple[int, ...]
@@ -471,6 +232,7 @@ def watch(
     ignore_params: Mapping[str, str | Iterable[str]] | None = None,
     thresholds: Mapping[str, Mapping[str, float]] | None = None,
     rules: Iterable[type[Rule]] = (),
+    save: str | os.PathLike[str] | None = None,
     on_error: OnError = "record",
 ) -> Scope:
     """Watch a training loop from the inside.
@@ -511,6 +273,10 @@ def watch(
             ``{"GS105": "aux.*"}``.
         thresholds: numbers to use in place of a rule's own: ``{"MY001": {"growth": 3.0}}``.
         rules: rules of your own, subclasses of :class:`Rule`, to be applied besides.
+        save: a directory to which the recording is written while the loop runs, every few
+            seconds, for :func:`gradscope.open`; what it says survives the process, however that
+            ends. One that holds a run of the same training (the same parameters and optimizers) is
+            gone on with: steps count on, and an event ``seam`` stands where.
         on_error: ``"record"`` keeps an error of gradscope's own away from the training and tells
             it once as a warning; ``"raise"`` lets it out.
 
@@ -529,11 +295,13 @@ def watch(
         keep=as_patterns("keep", keep),
         keep_steps=as_steps("keep_steps", keep_steps),
         graph=as_graph_steps(graph),
+        save=as_directory("save", save),
         on_error=on_error,
     )
     if switched_off():
         return Scope(None)
-    from gradscope.judging import checked_on_finding, criteria
+    from gradscope.judging import checked_on_finding
+    from gradscope.rules.criteria import criteria
     from gradscope.session.session import Session
 
     models, optimizers = checked_models(model), checked_optimizers(optimizer)
@@ -547,7 +315,25 @@ def watch(
     for each_optimizer, name in zip(optimizers, names, strict=True):
         session.watch_optimizer(each_optimizer, name)
     _check_keep(session.recording, options)
+    if options.save is not None:
+        session.save_to(options.save, judged_by.as_plain(), _run_at(options.save))
     return Scope(session, judged_by, checked_on_finding(on_finding))
+
+
+def _run_at(path: Path) -> Any:
+    """The run that lies in a directory, to be gone on with; None if it is empty.
+
+    Raises:
+        UsageError: if something else lies there.
+    """
+    if not path.exists() or not any(path.iterdir()):
+        return None
+    from gradscope.run.directory.stored import StoredRecording
+
+    try:
+        return StoredRecording(path)
+    except RunDirectoryError as error:
+        raise UsageError(f"save={str(path)!r}: {error}; name another directory") from error
 
 
 def _check_keep(recording: Recording, options: WatchOptions) -> None:

@@ -16,6 +16,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Run a script as Python would, watch the models and optimizers that it makes, "
         "and print the loop as it really ran to standard error at its end.",
     )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="record to the run directory DIR while the program trains, for gradscope.open(DIR)",
+    )
     add_options(parser)
     parser.set_defaults(execute=execute)
 
@@ -24,6 +30,11 @@ def execute(arguments: argparse.Namespace) -> int:
     """Run the program; its exit status is ours, its exceptions look as Python prints them."""
     watched = run_watched(arguments)
     guarded(lambda: _print_screen(watched, arguments.show))
+    if watched.saved_to is not None:
+        print(
+            f"recorded to {watched.saved_to}: gradscope.open({str(watched.saved_to)!r})",
+            file=sys.stderr,
+        )
     return leave(watched, watched.ended.status)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradscope.cli.program import (
@@ -16,7 +17,13 @@ from gradscope.cli.program import (
     print_exception,
     script_program,
 )
-from gradscope.config import ProjectConfig, WatchOptions, project_config, switched_off
+from gradscope.config import (
+    ProjectConfig,
+    WatchOptions,
+    as_directory,
+    project_config,
+    switched_off,
+)
 from gradscope.errors import OutputExistsError, UsageError
 
 if TYPE_CHECKING:
@@ -35,12 +42,14 @@ class Watched:
         fail_on: the least severity that makes a check fail, as the project has it.
         recording: what was seen; None where watching is switched off.
         findings: what is wrong, after selection; None likewise.
+        saved_to: the run directory that it was recorded to; None for none.
     """
 
     ended: Ended
     fail_on: str = "error"
     recording: Recording | None = None
     findings: Findings | None = None
+    saved_to: Path | None = None
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +58,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--findings", metavar="FILE", help="write all findings to FILE, as JSON, whatever happens"
     )
     parser.add_argument(
-        "--force", action="store_true", help="overwrite FILE even if it is something else"
+        "--force",
+        action="store_true",
+        help="overwrite FILE even if it is something else, and the run that is in DIR",
     )
     for name, what in (("select", "look only for these"), ("ignore", "do not look for these")):
         parser.add_argument(
@@ -97,7 +108,10 @@ def run_watched(arguments: argparse.Namespace) -> Watched:
     if arguments.findings:
         _refuse_to_overwrite(arguments.findings, force=arguments.force)
 
-    session, process = _start(arguments.steps), os.getpid()
+    output = as_directory("--output", getattr(arguments, "output", None))
+    if output is not None:
+        _make_room(output, force=arguments.force)
+    session, process = _start(arguments.steps, output, config), os.getpid()
     try:
         ended = program.run()
         if ended.error is not None and session.running:
@@ -105,6 +119,7 @@ def run_watched(arguments: argparse.Namespace) -> Watched:
     finally:
         was_running = session.running
         session.stop()
+    session.finish_saving("finished" if ended.error is None else type(ended.error).__name__)
     if os.getpid() != process:  # a child of the program's own that came back up here
         if ended.error is not None:
             print_exception(ended.error)
@@ -115,7 +130,8 @@ def run_watched(arguments: argparse.Namespace) -> Watched:
         if was_running:
             guarded(lambda: _explain(recording, ended.error))
     findings = guarded(lambda: _judge(recording, config))
-    watched = Watched(ended, config.fail_on, recording, findings)
+    saved_to = output if session.is_saved else None
+    watched = Watched(ended, config.fail_on, recording, findings, saved_to)
     if arguments.findings and findings is not None:
         guarded(lambda: _write(arguments.findings, watched))
     return watched
@@ -175,10 +191,41 @@ def _program(arguments: argparse.Namespace) -> Program:
     return script_program(arguments.script, arguments.args)
 
 
-def _start(n_steps: int | None) -> Session:
+def _make_room(output: Path, *, force: bool) -> None:
+    """See that a run can be written to a directory, before the program runs.
+
+    Raises:
+        UsageError, OutputExistsError: if something lies there.
+    """
+    from gradscope.run.directory.layout import RUN, remove_run
+
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not (output / RUN).exists():
+        raise UsageError(f"--output {output}: holds something else than a run; name another one")
+    if not force:
+        raise OutputExistsError(
+            f"--output {output}: holds a run already; overwrite it with --force, or name another "
+            "directory"
+        )
+    remove_run(output)
+
+
+def _start(n_steps: int | None, output: Path | None, config: ProjectConfig) -> Session:
     from gradscope.session.session import Session
 
-    session = Session(WatchOptions(), discovers=True)
+    session = Session(WatchOptions(save=output), discovers=True)
+    if output is not None:
+        session.save_to(
+            output,
+            {
+                "select": list(config.select),
+                "ignore": list(config.ignore),
+                "ignore_params": {k: list(v) for k, v in config.ignore_params.items()},
+                "thresholds": config.thresholds,
+                "own_rules": [],
+            },
+        )
     session.start()
     if n_steps is not None:
         from gradscope.cli.step_limit import StepLimit

@@ -324,13 +324,13 @@ class AutogradGraph:
 
         Nodes and edges have the columns of ``nodes`` and ``edges`` as attributes.
         """
-        from gradscope.graphs.interchange import to_networkx
+        from gradscope.run.interchange import to_networkx
 
         return to_networkx(self.captured)
 
     def to_json(self) -> str:
         """The graph as JSON, complete; :meth:`from_json` reads it back."""
-        from gradscope.graphs.interchange import to_json
+        from gradscope.run.interchange import to_json
 
         return to_json(self.captured, self.step)
 
@@ -341,7 +341,7 @@ class AutogradGraph:
         Raises:
             UsageError: if the text is cut off, is something else, or comes from a newer gradscope.
         """
-        from gradscope.graphs.interchange import from_json
+        from gradscope.run.interchange import from_json
 
         captured, step = from_json(text)
         return cls(captured, step=step)

@@ -114,6 +114,19 @@ class StepCopies:
                 return part.weight(int(members[0]), position, index)
         return None
 
+    def whole(self, place: int) -> tuple[dict[str, Any], GivenTogether] | None:
+        """Return all weights of a parameter around the last step; None if it was not copied.
+
+        Returns:
+            Arrays by their names on the worksheet and ``weight_after``; and what the rule was given
+            besides.
+        """
+        for part in self._parts:
+            members = np.flatnonzero(part.copies.places == place)
+            if len(members):
+                return part.whole(int(members[0]))
+        return None
+
     def common(self, place: int) -> Late[GivenTogether]:
         """Return what the rule was given besides tensors, of the parameter in a place."""
         for part in self._parts:
@@ -262,6 +275,16 @@ class _Part:
             after = float(values.pop("weight_after"))
         together = _Together(run, self.late).value()
         return WeightStep(together.formula, {**together.given, **values}, index, after)
+
+    def whole(self, member: int) -> tuple[dict[str, Any], GivenTogether] | None:
+        copies = self.copies
+        run = self.run_of(member)
+        if run is None:
+            return None
+        names = {"weight_before": "weight_before", "weight_after": "weight_after", **run.arrays}
+        arrays = {name: copies.shaped(kept, member).cpu().numpy() for name, kept in names.items()}
+        arrays |= {name: tensor.cpu().numpy() for name, tensor in run.shaped.items()}
+        return arrays, _Together(run, self.late).value()
 
     def _cut_into_runs(self) -> list[Run]:
         """Split the parameters where anything that the formula is given changes."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 
 if TYPE_CHECKING:
-    from gradscope.judging import Criteria
+    from gradscope.rules.criteria import Criteria
     from gradscope.scope import Scope
 
 _SEVERITIES = ("info", "warning", "error")
@@ -94,7 +94,7 @@ def _watched(item: pytest.Item, fail_on: str, options: dict[str, Any]) -> Genera
 
     if switched_off():
         return (yield)
-    from gradscope.judging import criteria
+    from gradscope.rules.criteria import criteria
     from gradscope.session.session import Session
 
     _check_fail_on(fail_on)

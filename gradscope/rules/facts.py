@@ -13,7 +13,8 @@ from gradscope.rules.wording import place
 if TYPE_CHECKING:
     import pandas as pd
 
-    from gradscope.run.recording import ParameterEntry, Recording
+    from gradscope.run.entries import ParameterEntry
+    from gradscope.run.recording import Recording
 
 _MOST_REPETITIONS = 64
 """No rule asks whether something happened more often than this in one step."""

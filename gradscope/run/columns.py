@@ -17,12 +17,16 @@ _STORED_AS: dict[Kind, np.dtype[Any]] = {
     Kind.COUNT: np.dtype(np.int64),
     Kind.OPTIONAL_COUNT: np.dtype(np.int64),
     Kind.REAL: np.dtype(np.float64),
+    Kind.SINGLE: np.dtype(np.float32),
     Kind.FLAG: np.dtype(np.bool_),
     # Texts recur in almost every row: each is kept once, and a row holds its number.
     Kind.TEXT: np.dtype(np.int32),
     Kind.PARAM: np.dtype(np.int32),
     Kind.OPTIMIZER: np.dtype(np.int32),
 }
+
+_BYTES_OF_TEXT = 150
+"""What one more text takes besides its characters: an object, and its place in list and dict."""
 
 MISSING = np.iinfo(np.int64).min
 """How a missing value of a :attr:`Kind.OPTIONAL_COUNT` column is stored."""
@@ -46,11 +50,16 @@ class Columns:
 
     Parameters and optimizers are stored as their numbers; their names are looked up when a
     DataFrame is made, so that a name learnt late holds for the rows of before.
+
+    Attributes:
+        n_rows: how many rows there are.
+        n_taken: how many of the first of them somebody has taken away with :meth:`take`.
     """
 
     def __init__(self, table: Table) -> None:
         self.table = table
         self.n_rows = 0
+        self.n_taken = 0
         self._capacity = 64
         self._kinds = {column.name: column.kind for column in table.columns}
         self._arrays = {
@@ -58,6 +67,18 @@ class Columns:
         }
         self._texts: list[str] = []
         self._text_numbers: dict[str, int] = {}
+        self._row_bytes = sum(array.itemsize for array in self._arrays.values())
+        self._has_single = Kind.SINGLE in self._kinds.values()
+
+    @property
+    def n_bytes(self) -> int:
+        """What the rows take in memory, give or take what is reserved for the next ones."""
+        return self.n_rows * self._row_bytes + len(self._texts) * _BYTES_OF_TEXT
+
+    @property
+    def row_bytes(self) -> int:
+        """What one row takes in memory, texts left out."""
+        return self._row_bytes
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Append one row; a column left out gets its empty value (0, NaN, missing, ``""``)."""
@@ -87,8 +108,34 @@ class Columns:
                 value = self._numbers_of(value)
             elif kind is Kind.OPTIONAL_COUNT and isinstance(value, list):
                 value = [MISSING if item is None else item for item in value]
+            elif kind is Kind.SINGLE:
+                with np.errstate(over="ignore"):  # what single precision cannot hold is infinite
+                    self._arrays[name][start:stop] = value
+                continue
             self._arrays[name][start:stop] = value
         self.n_rows = stop
+
+    def adopt(self, other: Columns, params: list[int], optimizers: list[int]) -> None:
+        """Append all rows of another run of the same table; they count as taken.
+
+        Args:
+            other: the rows.
+            params: numbers of parameters here by number there.
+            optimizers: likewise.
+        """
+        values: dict[str, Any] = {}
+        for name, kind in self._kinds.items():
+            stored = other.array(name)
+            if kind is Kind.TEXT:
+                values[name] = _compact(stored, other._texts)
+            elif kind in (Kind.PARAM, Kind.OPTIMIZER):
+                numbers = params if kind is Kind.PARAM else optimizers
+                values[name] = np.array([*numbers, -1], np.int32)[stored]
+            else:
+                values[name] = stored
+        if other.n_rows:
+            self.extend(other.n_rows, values)
+        self.n_taken = self.n_rows
 
     def set(self, name: str, row: int, value: Any) -> None:
         """Fill in a value that was not known yet when its row was appended."""
@@ -101,6 +148,47 @@ class Columns:
     def texts(self, name: str) -> np.ndarray[Any, Any]:
         """Return a text column as an object array of strings."""
         return self._spelled(self.array(name))
+
+    def take(self, stop: int) -> dict[str, np.ndarray[Any, Any] | Coded]:
+        """Return copies of the rows before ``stop`` that nobody has taken yet, by column.
+
+        Texts come as :class:`Coded`, parameters and optimizers as their numbers.
+        """
+        start, self.n_taken = self.n_taken, max(stop, self.n_taken)
+        return self.copies(start, stop)
+
+    def copies(self, start: int, stop: int) -> dict[str, np.ndarray[Any, Any] | Coded]:
+        """Return copies of some rows, as :meth:`take` does."""
+        return {
+            name: _compact(array[start:stop], self._texts)
+            if self._kinds[name] is Kind.TEXT
+            else array[start:stop].copy()
+            for name, array in self._arrays.items()
+        }
+
+    def keep(self, wanted: np.ndarray[Any, Any]) -> None:
+        """Forget all rows but some.
+
+        Args:
+            wanted: bool[n], which rows stay.
+        """
+        n = int(wanted.sum())
+        self.n_taken = int(wanted[: self.n_taken].sum())
+        capacity = max(n, 64)
+        coded = [name for name, kind in self._kinds.items() if kind is Kind.TEXT]
+        for name, array in self._arrays.items():
+            kept = np.zeros(capacity, array.dtype)
+            kept[:n] = array[: self.n_rows][wanted]
+            self._arrays[name] = kept
+        self._capacity, self.n_rows = capacity, n
+        if coded:
+            used = np.unique(np.concatenate([self.array(name) for name in coded]))
+            numbers = np.zeros(len(self._texts) + 1, np.int32)
+            numbers[used] = np.arange(len(used))
+            for name in coded:
+                self._arrays[name][:n] = numbers[self.array(name)]
+            self._texts = [self._texts[number] for number in used]
+            self._text_numbers = {text: number for number, text in enumerate(self._texts)}
 
     def frame(self, params: list[str], optimizers: list[str], rows: Any = None) -> pd.DataFrame:
         """Return the rows as a DataFrame of its own, that later rows do not change.
@@ -131,6 +219,8 @@ class Columns:
             elif kind is Kind.OPTIONAL_COUNT:
                 missing = stored == MISSING
                 yield name, pd.arrays.IntegerArray(np.where(missing, 0, stored), missing)
+            elif kind is Kind.SINGLE:
+                yield name, stored.astype(np.float64)  # sums of many are to be exact
             else:
                 yield name, stored
 
@@ -149,7 +239,7 @@ class Columns:
         number = self._text_numbers.get(text)
         if number is None:
             number = self._text_numbers[text] = len(self._texts)
-            self._texts.append(text)
+            self._texts.append(storable(text))
         return number
 
     def _grow(self, needed: int) -> None:
@@ -164,8 +254,33 @@ _EMPTY: dict[Kind, Any] = {
     Kind.COUNT: 0,
     Kind.OPTIONAL_COUNT: MISSING,
     Kind.REAL: np.nan,
+    Kind.SINGLE: np.nan,
     Kind.FLAG: False,
     Kind.TEXT: "",
     Kind.PARAM: -1,
     Kind.OPTIMIZER: -1,
 }
+
+
+def storable(text: str) -> str:
+    """Return a text as any engine can hold it: half a pair of surrogates is spelled out.
+
+    A name may hold one, and so does the path of a file whose name is no valid text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode()
+    return text
+
+
+def _compact(codes: np.ndarray[Any, Any], texts: list[str]) -> Coded:
+    """Codes with only the texts that occur among them."""
+    if len(texts) <= 4 * len(codes):  # mostly; far faster than to sort
+        used = np.flatnonzero(np.bincount(codes, minlength=1))
+        places = np.zeros(int(used[-1]) + 1 if len(used) else 1, np.int32)
+        places[used] = np.arange(len(used))
+        numbers = places[codes]
+    else:
+        used, numbers = np.unique(codes, return_inverse=True)
+    return Coded(numbers.astype(np.int32), tuple([texts[number] for number in used.tolist()]))

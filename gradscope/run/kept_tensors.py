@@ -23,12 +23,14 @@ class KeptTensors:
         n_last: how many of the latest steps are kept; None for as many as fit.
 
     Attributes:
+        earlier: what was kept before the run was interrupted and went on.
         forgot: whether a step that was asked for had to make room.
     """
 
     def __init__(self, n_last: int | None = None) -> None:
         self.n_last = n_last
         self.forgot = False
+        self.earlier: KeptTensors | None = None
         self._kept: OrderedDict[int, dict[int, tuple[Mapping[str, Any], GivenTogether]]]
         self._kept = OrderedDict()
         self._n_bytes = 0
@@ -55,11 +57,23 @@ class KeptTensors:
 
     def steps_of(self, param: int) -> list[int]:
         """Return the steps of which tensors of a parameter are there, in order."""
-        return [step for step, params in self._kept.items() if param in params]
+        earlier = [] if self.earlier is None else self.earlier.steps_of(param)
+        return earlier + [step for step, params in self._kept.items() if param in params]
+
+    def of_step(self, step: int) -> Mapping[int, tuple[Mapping[str, Any], GivenTogether]]:
+        """Return what was kept of a step by parameter: tensors, and what else a rule is given."""
+        if step not in self._kept and self.earlier is not None:
+            return self.earlier.of_step(step)
+        return self._kept.get(step, {})
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of which anything is there, in order."""
+        return ([] if self.earlier is None else self.earlier.steps) + list(self._kept)
 
     def tensors(self, step: int, param: int) -> dict[str, npt.NDArray[Any]] | None:
         """Return copies of what was kept, by name; None if nothing was."""
-        kept = self._kept.get(step, {}).get(param)
+        kept = self.of_step(step).get(param)
         if kept is None:
             return None
         tensors, common = kept
@@ -79,7 +93,7 @@ class KeptTensors:
             position: of the weight in the flattened parameter, a complex number being two.
             index: of the weight in the parameter.
         """
-        kept = self._kept.get(step, {}).get(param)
+        kept = self.of_step(step).get(param)
         if kept is None or "weight_after" not in kept[0]:
             return None
         tensors, common = kept

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+import os
+import threading
+import weakref
+from collections import ChainMap
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gradscope.run.captured_graph import CapturedGraph
 from gradscope.run.columns import MISSING, Columns
+from gradscope.run.entries import ModelEntry, OptimizerEntry, ParameterEntry
 from gradscope.run.kept_tensors import KeptTensors
 from gradscope.run.schema import MODELS, PARAMS, TABLES
+from gradscope.run.thinning import MOST_ROW_BYTES, OF_STEPS, Thinning, is_of_thinning, thin
 from gradscope.run.weight_step import TrackedWeights
 
 if TYPE_CHECKING:
@@ -31,95 +36,17 @@ MOST_TRACKED_BYTES = 64 * 2**20
 """What the tracked weights of all steps may take before every second step is forgotten."""
 
 
-_MADE_WHEN_ASKED = ("params", "models")
+MADE_WHEN_ASKED = ("params", "models")
 """Tables of what is known by now, and not of what happened."""
+
+_CHECKED_EVERY = 64
+"""After so many steps it is seen whether the rows still fit."""
+
+_LONGEST_WAIT = 4096
+"""A backward that no step has claimed after so many others counts as one that none will."""
 
 MOST_GRAPHS = 512
 """How many graphs are kept before every second one is forgotten."""
-
-
-@dataclass(slots=True)
-class ParameterEntry:
-    """What is known of one parameter; its number is its place in :attr:`Recording.parameters`.
-
-    Attributes:
-        name: as ``model.named_parameters()`` gives it, with the model's own name in front where
-            several models are watched; a place in ``optimizer.param_groups`` for one in no model.
-        aliases: its other names, where modules share it.
-        module: path of the holding module; ``""`` for the model itself or for none.
-        module_type: class name of that module.
-        in_model: whether a watched model has it registered.
-        shape: its shape.
-        dtype: its element type, without ``torch.``.
-        device: where it lies.
-        requires_grad: at the last look.
-        requires_grad_changed: the step at which it was last seen to flip, or None.
-        holders: (optimizer number, group number) of each optimizer that holds it.
-        reached: whether any backward has written its gradient.
-        norm_first: L2 norm of its values when it was first met; NaN if not read.
-        norm_last: likewise when the watch ended.
-        n_symmetric_looks: at how many closer looks all rows of its values were equal, and of its
-            gradient too.
-        n_looks: at how many closer looks both were read.
-        copy_of: number of the parameter whose very values it began with, or None.
-    """
-
-    name: str
-    aliases: tuple[str, ...] = ()
-    module: str = ""
-    module_type: str = ""
-    in_model: bool = True
-    shape: tuple[int, ...] = ()
-    dtype: str = ""
-    device: str = ""
-    requires_grad: bool = True
-    requires_grad_changed: int | None = None
-    holders: list[tuple[int, int]] = field(default_factory=list)
-    reached: bool = False
-    norm_first: float = math.nan
-    norm_last: float = math.nan
-    n_symmetric_looks: int = 0
-    n_looks: int = 0
-    copy_of: int | None = None
-
-    @property
-    def numel(self) -> int:
-        """How many numbers it holds."""
-        product = 1
-        for size in self.shape:
-            product *= size
-        return product
-
-
-@dataclass(slots=True)
-class OptimizerEntry:
-    """What is known of one optimizer; its number is its place in :attr:`Recording.optimizers`.
-
-    Attributes:
-        name: as the program names it.
-        kind: its class.
-        n_groups: how many parameter groups it has.
-        hyperparameters: names of the entries of its groups.
-    """
-
-    name: str
-    kind: str
-    n_groups: int = 0
-
-
-@dataclass(slots=True)
-class ModelEntry:
-    """One watched model.
-
-    Attributes:
-        name: as the program names it.
-        kind: its class.
-        ineffective_freezes: attributes that look like a freeze and are none.
-    """
-
-    name: str
-    kind: str
-    ineffective_freezes: tuple[str, ...] = ()
 
 
 class Recording:
@@ -134,26 +61,42 @@ class Recording:
         observe_seconds: time spent by gradscope, by what it was spent on; each second once.
         observe_calls: how often, likewise.
         notes: what could not be observed, or failed, in plain words.
+        lock: held while rows are forgotten or something is kept, and while a copy of what is new
+            is taken away, which happens in another thread.
+        settled: by table how many rows will not change any more; replaced as a whole.
+        thinning: what of the tables was forgotten; None as long as memory holds every row.
+        tracked_before: of the steps before this one, tracked weights of some were forgotten.
+        most_row_bytes: what the rows may take before some are forgotten.
+        before_thinning: called before rows are forgotten.
     """
 
     def __init__(self) -> None:
         self.models: list[ModelEntry] = []
         self.optimizers: list[OptimizerEntry] = []
         self.parameters: list[ParameterEntry] = []
-        self.graphs: dict[int, CapturedGraph] = {}
-        self.tracked: dict[int, TrackedWeights] = {}
+        self.graphs: MutableMapping[int, CapturedGraph] = {}
+        self.tracked: MutableMapping[int, TrackedWeights] = {}
         self.kept = KeptTensors()
         self.seconds = 0.0
         self.observe_seconds: dict[str, float] = {}
         self.observe_calls: dict[str, int] = {}
         self.notes: list[str] = []
+        self.lock = threading.RLock()
+        self.settled: dict[str, int] = {}
+        self.thinning: Thinning | None = None
+        self.most_row_bytes = MOST_ROW_BYTES
+        self.before_thinning: Callable[[], None] = lambda: None
+        self.tracked_before = 0
+        self._memory: tuple[Any, dict[str, Any]] | None = None
+        self._n_steps = 0
         self._n_reached = 0
         self._tracked_bytes = 0
         self._facts: tuple[Any, Any, Any] | None = None
         self._columns = {
-            name: Columns(table) for name, table in TABLES.items() if name not in _MADE_WHEN_ASKED
+            name: Columns(table) for name, table in TABLES.items() if name not in MADE_WHEN_ASKED
         }
         self._frames: dict[str, tuple[Any, pd.DataFrame]] = {}
+        _recordings.add(self)
 
     def rows(self, table: str) -> Columns:
         """Return the stored rows of a table, to append to or to read as arrays."""
@@ -161,13 +104,14 @@ class Recording:
 
     def frame(self, table: str) -> pd.DataFrame:
         """Return a table as a DataFrame; changing it changes nothing that was recorded."""
-        if table in _MADE_WHEN_ASKED:
-            return self._params_frame() if table == "params" else self._models_frame()
-        rows = self._columns[table]
+        if table in MADE_WHEN_ASKED:
+            names = [parameter.name for parameter in self.parameters]
+            return self.made_now(table).frame(names, [])
+        rows = self.rows(table)
         names = [parameter.name for parameter in self.parameters]
         optimizers = [optimizer.name for optimizer in self.optimizers]
         # Rules and views ask for the same tables many times between two steps.
-        stamp = (rows.n_rows, tuple(optimizers), hash(tuple(names)))
+        stamp = (rows.n_rows, self.n_steps, tuple(optimizers), hash(tuple(names)))
         known = self._frames.get(table)
         if known is None or known[0] != stamp:
             known = self._frames[table] = (stamp, rows.frame(names, optimizers))
@@ -180,7 +124,7 @@ class Recording:
             table: its name.
             wanted: value by column; steps, optimizers and parameters by their numbers.
         """
-        rows = self._columns[table]
+        rows = self.rows(table)
         is_wanted = np.ones(rows.n_rows, np.bool_)
         for name, value in wanted.items():
             is_wanted &= rows.array(name) == value
@@ -197,8 +141,67 @@ class Recording:
 
     @property
     def n_steps(self) -> int:
-        """How many attempts of an optimizer were recorded."""
-        return self._columns["steps"].n_rows
+        """How many attempts of an optimizer were recorded, those forgotten since included."""
+        steps = self.rows("steps")
+        return max(self._n_steps, int(steps.array("step")[-1]) + 1 if steps.n_rows else 0)
+
+    def go_on(self, n_steps: int) -> None:
+        """Count on from a number of steps that were recorded before."""
+        self._n_steps = n_steps
+        self._n_reached = sum(parameter.reached for parameter in self.parameters)
+
+    def row_of_step(self, step: int) -> int | None:
+        """Return the row of ``steps`` that is about a step; None if memory does not hold it."""
+        steps = self.rows("steps").array("step")
+        row = int(np.searchsorted(steps, step))
+        return row if row < len(steps) and steps[row] == step else None
+
+    def claim_backward(self, backward: int, step: int) -> None:
+        """Note the step that a backward belongs to, unless an earlier one has claimed it."""
+        backwards = self.rows("backwards")
+        row = int(np.searchsorted(backwards.array("backward"), backward))
+        if (
+            row < backwards.n_rows
+            and backwards.array("backward")[row] == backward
+            and backwards.array("step")[row] == MISSING
+        ):
+            backwards.set("step", row, step)
+
+    def are_claimed(self, numbers: Iterable[int]) -> bool:
+        """Whether every one of these backwards belongs to a step."""
+        backwards = self.rows("backwards")
+        unclaimed = backwards.array("backward")[backwards.array("step") == MISSING]
+        return not np.isin(list(numbers), unclaimed).any()
+
+    def step_ended(self, first_open: int) -> None:
+        """Note that all rows of a step are there; forget some rows if they have become too many.
+
+        Args:
+            first_open: number of the first backward that a later step may still claim.
+        """
+        backwards = self._columns["backwards"]
+        numbers = backwards.array("backward")
+        first_open = max(first_open, int(numbers[-1]) - _LONGEST_WAIT if len(numbers) else 0)
+        settled = {table: self._columns[table].n_rows for table in OF_STEPS}
+        settled["backwards"] = int(np.searchsorted(numbers, first_open))
+        self.settled = settled
+        self._n_steps += 1
+        if self._n_steps % _CHECKED_EVERY == 0:
+            self.forget_rows()
+
+    def forget_rows(self) -> None:
+        """Forget the rows of some steps if all rows together take more than they may."""
+        if sum(columns.n_bytes for columns in self._columns.values()) <= self.most_row_bytes:
+            return
+        self.before_thinning()
+        with self.lock:
+            unsettled = self.rows("backwards").n_rows - self.settled.get("backwards", 0)
+            self.thinning = thin(self._columns, self.most_row_bytes, self.graphs, self.thinning)
+            self.settled = {table: self._columns[table].n_rows for table in OF_STEPS}
+            self.settled["backwards"] = max(0, self._columns["backwards"].n_rows - unsettled)
+            self.notes[:] = [note for note in self.notes if not is_of_thinning(note)]
+            self.notes.append(self.thinning.in_words())
+            self._frames.clear()
 
     def reached(self, params: np.ndarray[Any, Any]) -> None:
         """Note that a backward has written the gradients of these parameters."""
@@ -215,18 +218,36 @@ class Recording:
 
     def track(self, step: int, weights: TrackedWeights) -> None:
         """Keep the tracked weights of a step; memory is bounded, so old steps are thinned out."""
-        self.tracked[step] = weights
-        self._tracked_bytes += weights.n_bytes
-        if self._tracked_bytes > MOST_TRACKED_BYTES:
-            for forgotten in list(self.tracked)[1:-1:2]:
-                self._tracked_bytes -= self.tracked.pop(forgotten).n_bytes
+        with self.lock:
+            self.tracked[step] = weights
+            self._tracked_bytes += weights.n_bytes
+            if self._tracked_bytes > MOST_TRACKED_BYTES:
+                for forgotten in list(_own(self.tracked))[1:-1:2]:
+                    self._tracked_bytes -= self.tracked.pop(forgotten).n_bytes
+                self.tracked_before = step
 
     def keep_graph(self, step: int, graph: CapturedGraph) -> None:
         """Keep the graph of a step; their number is bounded, so old ones are thinned out."""
-        self.graphs[step] = graph
-        if len(self.graphs) > MOST_GRAPHS:
-            for forgotten in list(self.graphs)[1:-1:2]:
-                del self.graphs[forgotten]
+        with self.lock:
+            self.graphs[step] = graph
+            if len(_own(self.graphs)) > MOST_GRAPHS:
+                for forgotten in list(_own(self.graphs))[1:-1:2]:
+                    del self.graphs[forgotten]
+
+    def memory(self) -> dict[str, Any] | None:
+        """Return which steps memory holds, as plain data; None if nothing was forgotten."""
+        if self.thinning is None and self.tracked_before == 0:
+            return None
+        stamp = (self.thinning, self.tracked_before)
+        if self._memory is not None and self._memory[0] == stamp:
+            return self._memory[1]
+        memory = {
+            "rows": None if self.thinning is None else self.thinning.as_plain(),
+            "tracked_before": self.tracked_before,
+            "tracked": [step for step in self.tracked if step < self.tracked_before],
+        }
+        self._memory = (stamp, memory)
+        return memory
 
     def numels_and_roundoffs(self, params: np.ndarray[Any, Any]) -> tuple[Any, Any]:
         """Return facts of some parameters that do not change, remembered for the same array.
@@ -268,14 +289,14 @@ class Recording:
 
     def latest(self) -> dict[str, float]:
         """Plain numbers of the last step; empty before the first."""
-        steps = self._columns["steps"]
+        steps = self.rows("steps")
         if not steps.n_rows:
             return {}
         last = {
             name: float(steps.array(name)[-1])
             for name in ("step", "loss", "grad_norm", "step_ms", "observe_ms")
         }
-        groups = self._columns["groups"]
+        groups = self.rows("groups")
         if groups.n_rows:
             last["lr"] = float(groups.array("lr")[-1])
         for name in ("update_norm", "weight_norm"):
@@ -285,7 +306,11 @@ class Recording:
                 last[name] = float(known[-1])
         return last
 
-    def _models_frame(self) -> pd.DataFrame:
+    def made_now(self, table: str) -> Columns:
+        """Return the rows of ``params`` or ``models`` as of now."""
+        return self._params_now() if table == "params" else self._models_now()
+
+    def _models_now(self) -> Columns:
         columns = Columns(MODELS)
         for model in self.models:
             columns.append(
@@ -295,9 +320,9 @@ class Recording:
                     "ineffective_freezes": ", ".join(model.ineffective_freezes),
                 }
             )
-        return columns.frame([], [])
+        return columns
 
-    def _params_frame(self) -> pd.DataFrame:
+    def _params_now(self) -> Columns:
         columns = Columns(PARAMS)
         optimizers = [optimizer.name for optimizer in self.optimizers]
         for number, parameter in enumerate(self.parameters):
@@ -327,4 +352,23 @@ class Recording:
                     else self.parameters[parameter.copy_of].name,
                 }
             )
-        return columns.frame([parameter.name for parameter in self.parameters], optimizers)
+        return columns
+
+
+def _own(kept: MutableMapping[int, Any]) -> MutableMapping[int, Any]:
+    """What is kept in memory, and not in the directory of a run that goes on."""
+    return kept.maps[0] if isinstance(kept, ChainMap) else kept
+
+
+_recordings: weakref.WeakSet[Recording] = weakref.WeakSet()
+
+
+def _free_locks() -> None:
+    """A child of this process has no thread that would ever give a lock back."""
+    for recording in _recordings:
+        recording.lock = threading.RLock()
+        recording.before_thinning = lambda: None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_locks)

@@ -15,6 +15,7 @@ class Kind(Enum):
     COUNT = "int64"
     OPTIONAL_COUNT = "Int64"
     REAL = "float64"
+    SINGLE = "float32"
     FLAG = "bool"
     TEXT = "string"
     PARAM = "name of a parameter"
@@ -55,10 +56,13 @@ def _columns(*declared: tuple[str, Kind, str]) -> tuple[Column, ...]:
     return tuple(Column(*column) for column in declared)
 
 
-C, O, R, F, T, P, Z = (  # noqa: E741
+# Single precision is for what is compared with a threshold or looked at; what is added up, compared
+# with its neighbour or may leave the range of single precision is kept in double precision.
+C, O, R, S, F, T, P, Z = (  # noqa: E741
     Kind.COUNT,
     Kind.OPTIONAL_COUNT,
     Kind.REAL,
+    Kind.SINGLE,
     Kind.FLAG,
     Kind.TEXT,
     Kind.PARAM,
@@ -266,11 +270,11 @@ GRADS = Table(
             R,
             "L2 norm as the first clipping since the last attempt found it; NaN if not clipped",
         ),
-        ("mean", R, "mean of its elements; NaN if the step was not recorded"),
-        ("std", R, "population standard deviation; NaN if the step was not recorded"),
-        ("min", R, "least element; NaN if the step was not recorded"),
-        ("max", R, "greatest element; NaN if the step was not recorded"),
-        ("abs_max", R, "greatest magnitude; NaN if the step was not recorded"),
+        ("mean", S, "mean of its elements; NaN if the step was not recorded"),
+        ("std", S, "population standard deviation; NaN if the step was not recorded"),
+        ("min", S, "least element; NaN if the step was not recorded"),
+        ("max", S, "greatest element; NaN if the step was not recorded"),
+        ("abs_max", S, "greatest magnitude; NaN if the step was not recorded"),
         ("zero_fraction", R, "share of exact zeros; NaN if the step was not recorded"),
         ("nonfinite", C, "how many elements are NaN or infinite"),
     ),
@@ -287,8 +291,8 @@ STATE = Table(
         ("key", T, "as in `optimizer.state[p]`: `exp_avg`, `exp_avg_sq`, `momentum_buffer` …"),
         ("value", R, "the value itself, where the state is a single number such as `step`"),
         ("norm", R, "L2 norm"),
-        ("mean", R, "mean of its elements"),
-        ("abs_max", R, "greatest magnitude"),
+        ("mean", S, "mean of its elements"),
+        ("abs_max", S, "greatest magnitude"),
         ("nonfinite", C, "how many elements are NaN or infinite"),
     ),
 )
@@ -319,23 +323,23 @@ MOMENTS = Table(
         ("bias_correction2", R, "1 − β₂ᵗ"),
         (
             "denominator_min",
-            R,
+            S,
             "least element of what the (averaged) gradient is divided by, √(v / bias_correction2) "
             "+ ε in Adam",
         ),
-        ("denominator_mean", R, "mean of its elements"),
-        ("denominator_max", R, "its greatest element"),
+        ("denominator_mean", S, "mean of its elements"),
+        ("denominator_max", S, "its greatest element"),
         (
             "effective_lr_min",
-            R,
+            S,
             "least element of what the averaged gradient is multiplied by, lr / bias_correction1 "
             "/ denominator in Adam",
         ),
-        ("effective_lr_mean", R, "mean of its elements"),
-        ("effective_lr_max", R, "its greatest element"),
+        ("effective_lr_mean", S, "mean of its elements"),
+        ("effective_lr_max", S, "its greatest element"),
         (
             "momentum_gradient_cosine",
-            R,
+            S,
             "cosine between the first moment before the step and the gradient; near -1 where "
             "the optimizer is about to turn round; NaN before the second step",
         ),
@@ -352,7 +356,7 @@ UPDATES = Table(
         ("weight_norm_before", R, "L2 norm of the weight before the step"),
         ("weight_norm_after", R, "L2 norm of the weight after the step"),
         ("update_norm", R, "L2 norm of the change, from a kept copy of the weight before"),
-        ("update_ratio", R, "update_norm / weight_norm_before; NaN for a weight of zeros"),
+        ("update_ratio", S, "update_norm / weight_norm_before; NaN for a weight of zeros"),
         (
             "decay_norm",
             R,
@@ -368,7 +372,7 @@ UPDATES = Table(
         ("fresh_norm", R, "L2 norm of the part due to this step's gradient; NaN likewise"),
         (
             "update_gradient_cosine",
-            R,
+            S,
             "cosine between the update and the negative gradient; known without a formula too",
         ),
         (
@@ -384,13 +388,13 @@ UPDATES = Table(
         ),
         (
             "residual",
-            R,
+            S,
             "L2 norm of the difference between the update and the formula's, relative to the "
             "larger of the two; 0 where both are 0",
         ),
         (
             "rounding",
-            R,
+            S,
             "what storing the weight in its dtype alone may add to the residual: its unit "
             "roundoff times weight_norm_after, relative to the same",
         ),
@@ -450,7 +454,7 @@ EVENTS = Table(
             "`watch_started`, `watch_stopped`, `paused`, `resumed`, `zero_grad`, `clip`, "
             "`unscale`, `scale_update`, `scheduler`, `armed`, `cut`, `exception`, "
             "`optimizer_found`, `model_found`, `parameters_changed`, `instrument_failed`, "
-            "`unobserved`, `nonfinite`, `non_leaf`, `ended`",
+            "`unobserved`, `nonfinite`, `non_leaf`, `ended`, `seam`",
         ),
         ("detail", T, "what exactly"),
         ("subject", T, "the optimizer concerned, as the program names it; empty if none is"),
@@ -487,18 +491,18 @@ ACTIVATIONS = Table(
         ("module", T, "its path"),
         ("module_type", T, "its class"),
         ("shape", T, "shape of the output"),
-        ("mean", R, "mean of its elements"),
-        ("std", R, "population standard deviation"),
-        ("abs_max", R, "greatest magnitude"),
+        ("mean", S, "mean of its elements"),
+        ("std", S, "population standard deviation"),
+        ("abs_max", S, "greatest magnitude"),
         ("zero_fraction", R, "share of exact zeros"),
         (
             "dead_fraction",
-            R,
+            S,
             "share of units (channels; of a matrix its columns) that are zero for the whole batch",
         ),
         (
             "saturated_fraction",
-            R,
+            S,
             "share of elements within 0.001 of the ends of a sigmoid or tanh; NaN for others",
         ),
         ("nonfinite", C, "how many elements are NaN or infinite"),

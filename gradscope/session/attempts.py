@@ -12,7 +12,6 @@ import torch
 from gradscope.config import WatchOptions
 from gradscope.instruments.late import Late
 from gradscope.run.captured_graph import CapturedGraph
-from gradscope.run.columns import MISSING
 from gradscope.run.kept_tensors import MOST_BYTES
 from gradscope.run.recording import Recording
 from gradscope.run.weight_step import WeightStep
@@ -215,6 +214,18 @@ class Attempts:
                 return follower.observer.weight(param, position, index)
         return None
 
+    def last_copies(self) -> dict[int, dict[int, Any]]:
+        """Return whole tensors around the last recorded step of each optimizer, by that step."""
+        return {
+            follower.copied_step: follower.observer.last_copies()
+            for follower in self._followers.values()
+            if follower.copied_step is not None
+        }
+
+    def go_on(self, n_steps: int) -> None:
+        """Count on from a number of steps that were recorded before."""
+        self.n_ended = n_steps
+
     def backward_ended(self) -> None:
         """Note a backward; one inside a step makes what was read before it out of date.
 
@@ -251,8 +262,7 @@ class Attempts:
         A generator's backward also writes the discriminator's gradients; once the generator has
         stepped, no step of the discriminator is missing.
         """
-        answered = self._recording.rows("backwards").array("step") != MISSING
-        return not answered[self._ledger.backwards_of(optimizer)].all()
+        return not self._recording.are_claimed(self._ledger.backwards_of(optimizer))
 
     def end_without_step(self, optimizer: int, scale: Late[Any] | None, *, outcome: str) -> None:
         """Close an attempt in which the optimizer's ``step`` was not called."""
@@ -382,6 +392,7 @@ class Attempts:
         for number in record.attempt.backwards:
             if number in self.graphs:
                 run.keep_graph(step, replace(self.graphs.pop(number), began=first_node))
+        run.step_ended(self._ledger.first_open_backward())
 
     def _keep(self, step: int, reading: StepReading) -> None:
         """Keep the tensors that the program asked for."""
@@ -389,12 +400,9 @@ class Attempts:
         for place, (tensors, common) in reading.kept.items():
             scale = float(reading.scale.value()) if reading.scaled and reading.scale else 1.0
             had_forgotten = run.kept.forgot
-            run.kept.keep(
-                step,
-                int(reading.params[place]),
-                tensors.value(),
-                replace(common.value(), loss_scale=scale),
-            )
+            given = replace(common.value(), loss_scale=scale)
+            with run.lock:
+                run.kept.keep(step, int(reading.params[place]), tensors.value(), given)
             if run.kept.forgot and not had_forgotten:
                 run.notes.append(
                     f"kept tensors came to more than {MOST_BYTES >> 20} MiB at step {step}: from "

@@ -21,7 +21,9 @@ from torch.nn.parameter import UninitializedParameter
 from gradscope.instruments.call_log import paths_of
 from gradscope.instruments.weight_facts import are_copies
 from gradscope.run.captured_graph import Registered
-from gradscope.run.recording import ModelEntry, OptimizerEntry, ParameterEntry, Recording
+from gradscope.run.columns import storable
+from gradscope.run.entries import ModelEntry, OptimizerEntry, ParameterEntry
+from gradscope.run.recording import Recording
 from gradscope.session.gradients import Integers
 
 _WRAPPER = "_orig_mod."
@@ -131,8 +133,9 @@ class Census:
                     continue
                 wanted.discard(id(leaf))
                 entry = self._recording.parameters[self._enter(leaf)]
-                entry.name = prefix + path
-                entry.module, entry.module_type = (prefix + holder.path).rstrip("."), holder.kind
+                entry.name = storable(prefix + path)
+                entry.module = storable(prefix + holder.path).rstrip(".")
+                entry.module_type = holder.kind
                 entry.in_model = False
                 self.generation += 1
 
@@ -341,7 +344,11 @@ class Census:
                     number = self._enter(parameter)
                 holder = path.rpartition(".")[0]
                 names.setdefault(number, []).append(
-                    (prefix + path, (prefix + holder).rstrip("."), kinds.get(holder, ""))
+                    (
+                        storable(prefix + path),
+                        storable(prefix + holder).rstrip("."),
+                        kinds.get(holder, ""),
+                    )
                 )
         for number, known_as in names.items():
             entry = self._recording.parameters[number]

@@ -8,7 +8,7 @@ once all values it needs are known, in the order in which the events happened.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -279,6 +279,28 @@ class Ledger:
     def backwards_of(self, optimizer: int) -> list[int]:
         """Numbers of the backwards since the optimizer's last attempt."""
         return self._attempts[optimizer].backwards
+
+    def go_on(self, n_steps: int, n_backwards: int, n_attempts: Mapping[int, int]) -> None:
+        """Count on from where a run was interrupted.
+
+        Args:
+            n_steps: how many there were.
+            n_backwards: likewise.
+            n_attempts: of the steps, by optimizer.
+        """
+        self.n_steps, self.n_backwards = n_steps, n_backwards
+        self._n_attempts.update(n_attempts)
+
+    def first_open_backward(self) -> int:
+        """Number of the first backward that the next step of some optimizer may belong to."""
+        return min(
+            (
+                backward.number
+                for attempt in self._attempts.values()
+                for backward in (*attempt.taken[:1], *attempt.foreign[:1])
+            ),
+            default=self.n_backwards,
+        )
 
     def _of(self, optimizers: Iterable[int]) -> list[Attempt]:
         return [self._attempts[number] for number in optimizers if number in self._attempts]

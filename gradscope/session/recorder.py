@@ -288,12 +288,10 @@ def record_step(
             "observe_ms": 1e3 * observe_seconds,
         }
     )
-    backwards = recording.rows("backwards")
     for number in attempt.backwards:
         # A generator's backward also writes the discriminator's gradients, but belongs to the step
         # that it was made for: the first one after it.
-        if backwards.array("step")[number] == MISSING:
-            backwards.set("step", number, record.step)
+        recording.claim_backward(number, record.step)
 
 
 def _together(norms: Any) -> float:

@@ -10,6 +10,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger
 from gradscope.session.looks import Looks
 from gradscope.session.nonfinite_search import NonfiniteSearch
+from gradscope.session.saving import Saving
 from gradscope.session.source_names import assigned_name, called_name
 from gradscope.taps.clipping import clipping
 from gradscope.taps.engine import BackwardCall, engine, inside_backward, inside_transform
@@ -149,6 +151,7 @@ class Session:
         self._roots = Roots()
         self._first_backward: int | None = None  # where it came; -1 after the second
         self._broken = False
+        self._saving: Saving | None = None
         self._began = 0.0
         self._next_look = 0.0
         self._started_in = 0
@@ -174,11 +177,54 @@ class Session:
             )
         self._tell_holdings()
 
+    def save_to(self, path: Path, criteria: dict[str, Any], stored: Any = None) -> None:
+        """Write the recording to a directory, from the start on; to be called before that.
+
+        Args:
+            path: the directory.
+            criteria: by what the run is judged, as plain data.
+            stored: the run that lies there, to be gone on with; None if there is none.
+
+        Raises:
+            UsageError: if the run that lies there is of another training.
+        """
+        saving = Saving(path, self.recording, lambda: self.elapsed, self.last_copies)
+        saving.criteria = criteria
+        if stored is not None:
+            made = saving.take_up(stored)
+            backwards = self.recording.rows("backwards").array("backward")
+            n_backwards = int(backwards[-1]) + 1 if len(backwards) else 0
+            self._in_order.settle(wait=True)
+            self._ledger.go_on(stored.n_steps, n_backwards, made)
+            self._attempts.go_on(stored.n_steps)
+            self.event("seam", f"goes on after {stored.n_steps} steps that were recorded before")
+        self._saving = saving
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the recording is in its directory, as far as was written."""
+        return self._saving is not None and not self._saving.has_failed
+
+    def finish_saving(self, ended: str) -> None:
+        """Write what is left, once nothing more comes."""
+        if self._saving is not None:
+            saving = self._saving
+            try:
+                saving.stop(ended)
+            except Exception as error:
+                self._failures.silence("run_directory", "saving-failed", error)
+            self._tell_saving_failed()
+
     def start(self) -> None:
         """Begin to listen."""
         if not self._broken:
             self.running = True
             self._listen()
+            if self._saving is not None:
+                try:
+                    self._saving.start()
+                except OSError as error:
+                    self._failures.silence("run_directory", "saving-failed", error)
 
     def stop(self) -> None:
         """Listen no more, and close what is still open."""
@@ -217,6 +263,10 @@ class Session:
     ) -> WeightStep | None:
         """Return any weight around the last recorded step; None if its copies are gone."""
         return self._attempts.weight(step, param, position, index)
+
+    def last_copies(self) -> dict[int, dict[int, Any]]:
+        """Return whole tensors around the last recorded step of each optimizer, by that step."""
+        return self._attempts.last_copies()
 
     def event(
         self,
@@ -509,6 +559,7 @@ class Session:
             self._graphs.step_ended(number, self._attempts.optimizers)
         if recorded:
             self._look_around()
+        self._tell_saving_failed()
 
     @_exclusive
     def optimizer_created(self, optimizer: torch.optim.Optimizer) -> None:
@@ -530,6 +581,11 @@ class Session:
         self._looks.module_created(module, location)
 
     # -- inside -----------------------------------------------------------------------------
+
+    def _tell_saving_failed(self) -> None:
+        error = None if self._saving is None else self._saving.failure
+        if error is not None:
+            self._failures.silence("run_directory", "saving-failed", error)
 
     def _look_for_results(self, call: BackwardCall) -> None:
         """See at the second backward whether weights were computed once, before the loop."""

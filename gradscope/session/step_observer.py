@@ -247,6 +247,14 @@ class StepObserver:
             return None
         return self._copies.weight(int(places[0]), position, index)
 
+    def last_copies(self) -> dict[int, Any]:
+        """Return by number all weights of each parameter around the last recorded step."""
+        if self._generation < 0:
+            return {}
+        params = self._census.params_of(self._optimizer).tolist()
+        copies = ((param, self._copies.whole(place)) for place, param in enumerate(params))
+        return {param: copied for param, copied in copies if copied is not None}
+
     def _copy(self, optimizer: torch.optim.Optimizer, tensors: Sequence[Any]) -> bool:
         self._copies.before(optimizer, tensors)
         return True

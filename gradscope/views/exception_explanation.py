@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from gradscope.rules.wording import place
 from gradscope.run.captured_graph import operation
-from gradscope.run.recording import ParameterEntry, Recording
+from gradscope.run.entries import ParameterEntry
+from gradscope.run.recording import Recording
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,7 +13,8 @@ from gradscope.errors import ScopeStateError, UsageError
 from gradscope.formulas import FORMULAS
 from gradscope.formulas.formula import Formula
 from gradscope.formulas.worksheet import Worksheet
-from gradscope.run.recording import ParameterEntry, Recording
+from gradscope.run.entries import ParameterEntry
+from gradscope.run.recording import Recording
 from gradscope.run.weight_step import WeightStep
 from gradscope.views.explanation import Explanation
 from gradscope.views.parameter_summary import ParameterSummary
@@ -61,7 +62,7 @@ def explain(
         found = recording.tracked[at].weight(number, position, place)
     if found is None:
         raise ScopeStateError(_unknown(recording, number, shape, place, at))
-    optimizer = int(recording.rows("steps").array("optimizer")[at])
+    optimizer = _optimizer_of(recording, at)
     return Explanation(
         _rule_for(found),
         found.given,
@@ -136,7 +137,12 @@ def _recorded_step(recording: Recording, param: int, step: int) -> int:
         return at
     if not 0 <= at < recording.n_steps:
         raise ScopeStateError(f"there is no step {at}; the last one is {recording.n_steps - 1}")
-    facts = recording.rows_of("steps", step=at).iloc[0]
+    known = recording.rows_of("steps", step=at)
+    if known.empty:
+        raise ScopeStateError(
+            f"memory holds nothing of step {at} any more; it has {_listed(steps)}"
+        )
+    facts = known.iloc[0]
     if facts["outcome"] != "stepped":
         raise ScopeStateError(f"step {at} did not update anything: its outcome is {facts.outcome}")
     own = [recording.optimizers[holder].name for holder, _ in recording.parameters[param].holders]
@@ -149,6 +155,13 @@ def _recorded_step(recording: Recording, param: int, step: int) -> int:
         f"step {at} was not recorded in full; recorded: {_listed(steps)}. To have it, pass "
         f"keep=[{name!r}], keep_steps=[{at}] to watch(), or every=1 for all steps"
     )
+
+
+def _optimizer_of(recording: Recording, step: int) -> int:
+    row = recording.row_of_step(step)
+    if row is None:  # of a damaged run: else what updates holds, steps does too
+        raise ScopeStateError(f"nothing is known of step {step}")
+    return int(recording.rows("steps").array("optimizer")[row])
 
 
 def _from_the_end(steps: list[int], step: int) -> int:
@@ -232,7 +245,7 @@ def _summary(recording: Recording, param: int, step: int) -> ParameterSummary:
         found = recording.rows_of(table, step=step, param=param)
         if len(found):
             rows[table] = found.iloc[0].to_dict()
-    optimizer = recording.rows("steps").array("optimizer")[step]
+    optimizer = _optimizer_of(recording, step)
     for holder, group in recording.parameters[param].holders:
         groups = recording.rows_of("groups", step=step, group=group)
         if holder == optimizer and len(groups):

@@ -10,7 +10,8 @@ import pytest
 
 from gradscope.cli.program import script_program
 from gradscope.config import WatchOptions
-from gradscope.run.recording import ParameterEntry, Recording
+from gradscope.run.entries import ParameterEntry
+from gradscope.run.recording import Recording
 from gradscope.session.session import Session
 from gradscope.views.exception_explanation import ExceptionExplanation, explain_exception
 

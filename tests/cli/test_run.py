@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import gradscope
+
 ROOT = Path(__file__).resolve().parents[2]
 
 BROKEN = """
@@ -177,3 +179,57 @@ print("equal")
         check=False,
     )
     assert result.stdout.strip() == "equal", result.stderr
+
+
+def recorded(tmp_path: Path, source: str, *options: str) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "train.py").write_text(source, "utf-8")
+    return subprocess.run(
+        [sys.executable, "-m", "gradscope", "run", "-o", "out", *options, "train.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_script_is_recorded_and_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
+    first = recorded(tmp_path, BROKEN)
+    assert first.returncode == 0
+    assert f"recorded to {tmp_path / 'out'}: gradscope.open(" in first.stderr
+    run = gradscope.open(tmp_path / "out")
+    assert [finding.code for finding in run.findings.errors] == ["GS201"]
+    assert len(run.steps) == 6
+
+    again = recorded(tmp_path, HEALTHY)
+    assert again.returncode == 2
+    assert "holds a run already; overwrite it with --force" in again.stderr
+    assert again.stdout == ""  # the program has not run
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    forced = recorded(tmp_path, HEALTHY.replace("fit(6)", "fit(4)"), "--force")
+    assert forced.returncode == 0
+    run = gradscope.open(tmp_path / "out")
+    assert len(run.steps) == 4
+    assert not run.findings.errors
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_an_exception_and_an_exit_are_recorded_too(tmp_path: Path) -> None:
+    raised = recorded(tmp_path, HEALTHY + "\nraise ValueError('over')\n")
+    assert raised.returncode == 1
+    run = gradscope.open(tmp_path / "out")
+    assert run.about["how_it_ended"] == "ValueError"
+    assert len(run.steps) == 6
+    left = recorded(tmp_path, HEALTHY + "\nsys.exit(3)\n", "--force")
+    assert left.returncode == 3
+    assert gradscope.open(tmp_path / "out").about["how_it_ended"] == "finished"
+    assert recorded(tmp_path / "out", HEALTHY, "--steps", "2").returncode == 0
+    assert 2 <= len(gradscope.open(tmp_path / "out" / "out").steps) <= 3
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("three years")
+    done = recorded(tmp_path, HEALTHY, "--force")
+    assert done.returncode == 2
+    assert "holds something else than a run" in done.stderr

@@ -13,7 +13,7 @@ import pytest
 import gradscope
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(gradscope.__file__).parents[1])}
-HEAVY = ("torch", "pandas", "numpy", "rich", "graphviz", "pygraphviz", "jinja2", "bokeh")
+HEAVY = ("torch", "pandas", "numpy", "pyarrow", "rich", "graphviz", "pygraphviz", "jinja2", "bokeh")
 
 
 def python(program: str, *options: str, **environment: str) -> str:

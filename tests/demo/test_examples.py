@@ -79,3 +79,10 @@ def test_the_networks_to_draw_know_nothing_of_being_drawn() -> None:
     output = run_example("architectures.py")
     assert "gpt2" in output
     assert "gradscope" not in (EXAMPLES / "architectures.py").read_text()
+
+
+def test_a_recorded_run_is_opened_and_read_by_pandas(tmp_path: Path) -> None:
+    output = run_example("record_a_run.py", str(tmp_path / "run"))
+    assert "no defect found" in output
+    assert "2.weight[0, 3]" in output
+    assert (tmp_path / "run" / "run.json").exists()

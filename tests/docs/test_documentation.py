@@ -50,6 +50,7 @@ def test_the_public_names_are_these() -> None:
         "GradscopeError",
         "GradscopeWarning",
         "Rule",
+        "Run",
         "Scope",
         "Severity",
         "__version__",
@@ -57,6 +58,7 @@ def test_the_public_names_are_these() -> None:
         "check_setup",
         "graph",
         "make_dot",
+        "open",
         "watch",
     ]
     for name in gradscope.__all__:

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 import gradscope
 from gradscope.graphs.fingerprint import fingerprint
-from gradscope.graphs.interchange import to_networkx
 from gradscope.run.captured_graph import CapturedGraph, Outputs, SavedTensors
+from gradscope.run.interchange import to_networkx
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "architectures.py"
 ARCHITECTURES = runpy.run_path(str(EXAMPLES))["ARCHITECTURES"]

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradscope.errors import UsageError
-from gradscope.graphs.interchange import FORMAT, VERSION, from_json, to_json, to_networkx
 from gradscope.run.captured_graph import CapturedGraph, Registered, SavedTensors
+from gradscope.run.interchange import FORMAT, VERSION, from_json, to_json, to_networkx
 
 SEEDS = st.integers(0, 2**32 - 1)
 NAMES = st.text(st.characters(exclude_categories=()))

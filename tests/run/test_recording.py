@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from gradscope.run.columns import Coded, Columns
-from gradscope.run.recording import ParameterEntry, Recording
+from gradscope.run.entries import ParameterEntry
+from gradscope.run.recording import Recording
 from gradscope.run.schema import TABLES, Column, Kind, Table
 
 EXAMPLE = Table(

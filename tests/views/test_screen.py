@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 import gradscope
 from gradscope.rules import RULES
-from gradscope.run.recording import ParameterEntry, Recording
+from gradscope.run.entries import ParameterEntry
+from gradscope.run.recording import Recording
 from gradscope.scope import Scope
 from gradscope.views.loop import summarize
 from gradscope.views.notebook import html

@@ -20,7 +20,7 @@ from gradscope.run.recording import Recording
 
 if TYPE_CHECKING:
     from gradscope.run.captured_graph import CapturedGraph
-    from gradscope.run.recording import ParameterEntry
+    from gradscope.run.entries import ParameterEntry
 
 
 class DetachedModule(Rule):

@@ -19,7 +19,7 @@ from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
 if TYPE_CHECKING:
-    from gradscope.run.recording import ParameterEntry
+    from gradscope.run.entries import ParameterEntry
 
 
 class NoGradForward(Rule):

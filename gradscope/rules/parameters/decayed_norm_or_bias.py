@@ -5,7 +5,8 @@ from __future__ import annotations
 from gradscope.rules.facts import listed, made_at, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
-from gradscope.run.recording import ParameterEntry, Recording
+from gradscope.run.entries import ParameterEntry
+from gradscope.run.recording import Recording
 
 _FEWEST_STEPS = 3
 

@@ -8,7 +8,8 @@ from typing import Any
 from gradscope.rules.facts import first_place, listed, made_at, model_of, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
-from gradscope.run.recording import ParameterEntry, Recording
+from gradscope.run.entries import ParameterEntry
+from gradscope.run.recording import Recording
 
 
 def _lost(run: Recording) -> list[ParameterEntry]:

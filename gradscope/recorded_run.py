@@ -1,0 +1,320 @@
+"""What a live scope and an opened run have in common: tables, findings, graph, explanations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from gradscope.errors import FindingsError, ScopeStateError, UsageError
+from gradscope.run.recording import Recording
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import pandas as pd
+
+    from gradscope.graphs.autograd_graph import AutogradGraph
+    from gradscope.graphs.overlay import StepFacts
+    from gradscope.rules.criteria import Criteria
+    from gradscope.rules.finding import Findings
+    from gradscope.run.weight_step import WeightStep
+    from gradscope.views.explanation import Explanation
+    from gradscope.views.parameter_summary import ParameterSummary
+
+
+class RecordedRun:
+    """One training run as tables, findings, graphs and explanations.
+
+    :class:`gradscope.Scope` is one that is being recorded, :class:`gradscope.Run` one that was.
+    """
+
+    _recording: Recording
+    _criteria: Criteria | None = None
+
+    # -- what was seen ----------------------------------------------------------------------
+
+    @property
+    def params(self) -> pd.DataFrame:
+        """One row per parameter."""
+        return self._table("params")
+
+    @property
+    def groups(self) -> pd.DataFrame:
+        """One row per step and parameter group: its hyper-parameters as they were."""
+        return self._table("groups")
+
+    @property
+    def steps(self) -> pd.DataFrame:
+        """One row per attempt of an optimizer to update."""
+        return self._table("steps")
+
+    @property
+    def grads(self) -> pd.DataFrame:
+        """One row per step and parameter: what its gradient was when the optimizer stepped."""
+        return self._table("grads")
+
+    @property
+    def state(self) -> pd.DataFrame:
+        """One row per recorded step, parameter, side of the update and key of its state."""
+        return self._table("state")
+
+    @property
+    def moments(self) -> pd.DataFrame:
+        """One row per recorded step and parameter of an Adam-like optimizer."""
+        return self._table("moments")
+
+    @property
+    def updates(self) -> pd.DataFrame:
+        """One row per recorded step and parameter: how far the weight moved."""
+        return self._table("updates")
+
+    @property
+    def backwards(self) -> pd.DataFrame:
+        """One row per call of ``backward`` or ``autograd.grad``."""
+        return self._table("backwards")
+
+    @property
+    def events(self) -> pd.DataFrame:
+        """One row per event outside forward, backward and step."""
+        return self._table("events")
+
+    @property
+    def models(self) -> pd.DataFrame:
+        """One row per watched model."""
+        return self._table("models")
+
+    @property
+    def calls(self) -> pd.DataFrame:
+        """One row per closer look and module called in it."""
+        return self._table("calls")
+
+    @property
+    def activations(self) -> pd.DataFrame:
+        """One row per closer look and innermost module: dead, saturated and non-finite outputs."""
+        return self._table("activations")
+
+    @property
+    def batches(self) -> pd.DataFrame:
+        """One row per closer look and tensor given to a model or a loss function."""
+        return self._table("batches")
+
+    @property
+    def losses(self) -> pd.DataFrame:
+        """One row per closer look and call of a loss function."""
+        return self._table("losses")
+
+    @property
+    def strangers(self) -> pd.DataFrame:
+        """One row per closer look and leaf of its graph that belongs to no watched model."""
+        return self._table("strangers")
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table by its name."""
+        self._settle()
+        return self._recording.tables
+
+    @property
+    def findings(self) -> Findings:
+        """What is wrong with the loop, the likeliest cause first.
+
+        Judged anew each time it is asked for, by what :func:`watch` was told. It holds also what
+        is only worth knowing (``info``), which the screen leaves out.
+        """
+        from gradscope.rules.criteria import Criteria
+
+        self._settle()
+        return (self._criteria or Criteria()).judge(self._recording)
+
+    def raise_for_findings(self, at_least: Literal["error", "warning"] = "error") -> None:
+        """Raise if something is wrong with the loop.
+
+        Args:
+            at_least: how severe it has to be.
+
+        Raises:
+            FindingsError: naming what is wrong; the findings are in its ``findings``.
+            UsageError: if ``at_least`` is no severity.
+        """
+        from gradscope.rules.finding import Severity
+
+        if at_least not in ("info", "warning", "error"):
+            raise UsageError(f"at_least={at_least!r}: pass 'error' or 'warning'")
+        found = self.findings.at_least(Severity[at_least.upper()])
+        if found:
+            raise FindingsError(found)
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """Plain numbers of the last finished step, for any logger; empty before the first.
+
+        Keys: ``step``, ``loss``, ``lr``, ``grad_norm``, ``step_ms``, ``observe_ms``, and
+        ``update_norm`` and ``weight_norm`` of the last recorded step.
+        """
+        return self._recording.latest()
+
+    def graph(self, step: int | None = None) -> AutogradGraph:
+        """Return the autograd graph behind the loss of a captured step.
+
+        Which steps are captured is told to :func:`watch`.
+
+        Args:
+            step: number of the step, as in ``steps``; by default the last one captured.
+
+        Raises:
+            ScopeStateError: if no graph was captured, or none of that step.
+        """
+        from gradscope.graphs.autograd_graph import AutogradGraph
+
+        self._settle()
+        graphs = self._recording.graphs
+        if not graphs:
+            raise ScopeStateError(
+                "no graph was captured: that happens in the first step, when backward has run "
+                "and its optimizer has stepped; watch(graph=...) asks for others"
+            )
+        if step is None:
+            step = max(graphs)
+        earlier = [known for known in graphs if known < step]
+        if step not in graphs and earlier and step in self._steps_of_backward(max(earlier)):
+            raise ScopeStateError(
+                f"step {step} had no backward of its own: it used the gradients of the one before "
+                f"step {max(earlier)}, whose graph it is"
+            )
+        if step not in graphs:
+            raise ScopeStateError(
+                f"the graph of step {step} was not captured; captured: {sorted(graphs)}; "
+                f"watch(graph=[{step}]) asks for it"
+            )
+        return AutogradGraph(graphs[step], step=step, facts=lambda: self._facts_of(step))
+
+    def _facts_of(self, step: int) -> StepFacts:
+        """What is known of the parameters at a step, each by the parameter's name."""
+        from gradscope.graphs.overlay import StepFacts
+
+        steps = self._steps_of_backward(step)
+
+        def by_param(table: str, column: str) -> dict[str, Any]:
+            known: dict[str, Any] = {}
+            for each in reversed(steps):
+                rows = self._recording.rows_of(table, step=each).dropna(subset=[column])
+                known |= dict(zip(rows["param"], rows[column], strict=True))
+            return known
+
+        named: dict[str, list[str]] = {}
+        for finding in self.findings:
+            for param in finding.params:
+                named.setdefault(param, []).append(finding.code)
+        return StepFacts(
+            grad_norm=by_param("grads", "norm"),
+            grad_status=by_param("grads", "status"),
+            nonfinite=by_param("grads", "nonfinite"),
+            update_ratio=by_param("updates", "update_ratio"),
+            findings={param: ", ".join(codes) for param, codes in named.items()},
+        )
+
+    def _steps_of_backward(self, step: int) -> list[int]:
+        """A step, and those after it that used gradients of the same backward."""
+        with_backward = set(self._recording.rows("backwards").array("step").tolist())
+        steps = [step]
+        held = set(self._recording.rows("steps").array("step").tolist())
+        without = held - with_backward
+        while steps[-1] + 1 in without:
+            steps.append(steps[-1] + 1)
+        return steps
+
+    def explain(
+        self, param: str, index: int | tuple[int, ...] | None = None, step: int = -1
+    ) -> Explanation | ParameterSummary:
+        """Explain the update of one weight with every number in the formula.
+
+        Any weight of the last recorded step of its optimizer can be explained, every weight of
+        parameters and steps asked for with ``keep=``, and 16 weights of each parameter, spread
+        evenly, at every recorded step.
+
+        Args:
+            param: name of the parameter, as in ``scope.params``.
+            index: of the weight, ``(3, 7)``; of a complex parameter with 0 for the real or 1 for
+                the imaginary part at the end. None sums up the whole parameter.
+            step: number of the step, as in ``scope.steps``; a negative one counts the recorded
+                steps from the last.
+
+        Returns:
+            For a weight an object whose attributes are the numbers: ``g``, ``m_before``, ``m``,
+            ``lr``, ``denominator``, ``update``, ``weight_before``, ``weight_formula``,
+            ``weight_stored`` and more. Printed, it shows each line of the rule.
+
+        Raises:
+            UsageError: if there is no such parameter or weight.
+            ScopeStateError: if nothing is known of it at that step; the message says what to pass
+                to :func:`watch` to know it.
+        """
+        from gradscope.views.explain import explain
+
+        self._settle()
+        return explain(self._recording, param, index, step, self._last_copied)
+
+    def tensors(self, param: str, step: int = -1) -> dict[str, npt.NDArray[Any]]:
+        """Return whole tensors around one step, of parameters asked for with ``keep=``.
+
+        Args:
+            param: name of the parameter.
+            step: number of the step; a negative one counts the kept steps from the last.
+
+        Returns:
+            NumPy arrays by name: ``weight_before``, ``gradient``, ``weight_after``, and for each
+            key of the optimizer's state ``<key>_before`` and ``<key>_after``, as far as they were
+            there. Half precision comes as float32. The gradient is what the update read, a sparse
+            one made dense, with ``touched`` beside it.
+
+        Raises:
+            UsageError: if there is no such parameter.
+            ScopeStateError: if nothing was kept; the message says what to pass to :func:`watch`.
+        """
+        from gradscope.views.explain import tensors
+
+        self._settle()
+        return tensors(self._recording, param, step)
+
+    @property
+    def overhead(self) -> pd.DataFrame:
+        """What watching has cost so far: a row per instrument, and a last one for all together.
+
+        Columns: ``calls``, ``total_ms``, ``ms_per_call``, ``ms_per_step``, and ``share`` of the
+        time watched. ``structure`` is what happens at every step: following the loop and telling
+        whose gradients are fresh; ``tables`` is writing the rows.
+        """
+        self._settle()
+        return self._recording.overhead(self._elapsed())
+
+    def __repr__(self) -> str:
+        from gradscope.views.terminal import plain_text
+
+        return plain_text(self._recording, self.findings)
+
+    def __rich__(self) -> Any:
+        from gradscope.views.terminal import screen
+
+        return screen(self._recording, self.findings)
+
+    def _repr_html_(self) -> str:
+        from gradscope.views.notebook import html
+
+        return html(self._recording, self.findings)
+
+    def _table(self, name: str) -> pd.DataFrame:
+        self._settle()
+        return self._recording.frame(name)
+
+    # -- what a scope adds ------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """See to it that everything seen so far is in the recording."""
+
+    def _elapsed(self) -> float:
+        """Seconds watched so far."""
+        return self._recording.seconds
+
+    def _last_copied(
+        self, step: int, param: int, position: int, index: tuple[int, ...]
+    ) -> WeightStep | None:
+        """Any weight around the last recorded step of its optimizer; None if it is not there."""
+        return None

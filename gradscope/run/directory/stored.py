@@ -1,0 +1,233 @@
+"""A recording as a run directory has it: each table is read when it is first asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradscope.run.columns import Columns
+from gradscope.run.directory import layout
+from gradscope.run.directory.people import NameHistory, add_people
+from gradscope.run.directory.tensors import (
+    StoredGraphs,
+    StoredLast,
+    StoredTensors,
+    StoredTracked,
+    read_or_note,
+)
+from gradscope.run.recording import Recording
+from gradscope.run.schema import TABLES
+from gradscope.run.thinning import HEAVY, OF_STEPS, Thinning, choose, is_held
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.dataset as ds
+
+
+class StoredRecording(Recording):
+    """What a run directory holds.
+
+    Args:
+        path: the directory.
+
+    Attributes:
+        facts: what ``run.json`` says.
+        history: the names that parameters have had.
+
+    Raises:
+        RunDirectoryError: if there is no run, or one in a newer format.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.facts = layout.read_run(path)
+        self.history = NameHistory()
+        self._is_read: set[str] = set()
+        self._tracked_held: frozenset[int] = frozenset()
+        self._read_facts()
+        self._read_people()
+        self._read_memory()
+        self._parts: dict[str, list[Any]] = {}
+        self.graphs = StoredGraphs(
+            layout.steps_in(path / layout.GRAPHS, self.notes, "json"), self.notes
+        )  # type: ignore[assignment]
+        tracked = layout.steps_in(path / layout.TRACKED, self.notes, "safetensors")
+        self.tracked = StoredTracked(tracked, self.notes, self._is_tracked)  # type: ignore[assignment]
+        tensors = layout.steps_in(path / layout.TENSORS, self.notes, "safetensors")
+        self.kept = StoredTensors(tensors, self.notes)
+        self.last = StoredLast(
+            layout.steps_in(path / layout.LAST, self.notes, "safetensors"), self.notes
+        )
+        if self.facts.get("how_it_ended") is None:
+            self.notes.append(
+                "the run has not ended, or was killed: this is what its last flush wrote, at "
+                f"{self.facts.get('flushed')}"
+            )
+
+    def _is_tracked(self, step: int) -> bool:
+        return step >= self.tracked_before or step in self._tracked_held
+
+    # -- tables -----------------------------------------------------------------------------
+
+    def rows(self, table: str) -> Columns:
+        """Return the rows of a table that memory is to hold, read with the first call."""
+        if table not in self._is_read:
+            self._is_read.add(table)
+            self._read_table(table)
+        return self._columns[table]
+
+    def dataset(self, table: str) -> ds.Dataset:
+        """Return all rows of a table as a dataset that is read piece by piece."""
+        import pyarrow.dataset as ds
+
+        from gradscope.run.directory.parts import arrow_schema, names_version, read_part, renamed
+
+        paths, others = [], []
+        for path, part in self._parts_of(table):
+            new_names = self.history.changed_since(names_version(part))
+            if new_names and table != "models":
+                others.append(renamed(read_part(part, TABLES[table]), new_names))
+            else:
+                paths.append(str(path))
+        schema = arrow_schema(TABLES[table])
+        found = ds.dataset(paths, schema=schema, format="parquet") if paths else None
+        if not others:
+            return found if found is not None else ds.dataset(schema.empty_table())
+        renamed_rows = ds.dataset([rows.cast(schema) for rows in others])
+        return renamed_rows if found is None else ds.dataset([found, renamed_rows])
+
+    def matching(self, table: str, columns: list[str] | None, where: Any) -> pa.Table:
+        """Return some columns of the rows of a table that match; what is damaged is noted."""
+        import pyarrow as pa
+        import pyarrow.dataset as ds
+
+        dataset = self.dataset(table)
+        try:
+            return dataset.to_table(columns=columns, filter=where)
+        except (OSError, pa.ArrowException):
+            read: list[pa.Table] = [
+                ds.dataset(dataset.schema.empty_table()).to_table(columns=columns)
+            ]
+        for path, _ in self._parts_of(table):
+            part = ds.dataset(str(path), schema=dataset.schema, format="parquet")
+            rows = read_or_note(
+                lambda path, part=part: part.to_table(columns=columns, filter=where),
+                path,
+                self.notes,
+            )
+            read += [] if rows is None else [rows]
+        return pa.concat_tables(read)
+
+    def _parts_of(self, table: str) -> list[Any]:
+        """(path, part) of every part of a table that can be opened; the others are noted."""
+        from gradscope.run.directory.parts import open_part
+
+        if table not in self._parts:
+            parts = []
+            for path, _, _ in layout.parts_in(self.path / table, self.notes):
+                part = read_or_note(lambda path: open_part(path, TABLES[table]), path, self.notes)
+                if part is not None:
+                    parts.append((path, part))
+            self._parts[table] = parts
+        return self._parts[table]
+
+    def _read_table(self, table: str) -> None:
+        from gradscope.run.directory.parts import append_rows, names_version, read_part, renamed
+
+        columns = self._columns[table]
+        params = {entry.name: n for n, entry in reversed(list(enumerate(self.parameters)))}
+        optimizers = {entry.name: n for n, entry in enumerate(self.optimizers)}
+        if table in HEAVY:
+            self._choose_heavy()
+
+        def read(path: Path, part: Any) -> bool:
+            rows = renamed(
+                read_part(part, columns.table),
+                self.history.changed_since(names_version(part)),
+            )
+            wanted = None
+            if table in OF_STEPS:
+                steps = rows.column("step").to_numpy()
+                wanted = steps < self._first_missing
+                if self.thinning is not None:
+                    wanted &= self.thinning.holds(steps, heavy=table in HEAVY)
+            append_rows(columns, rows, params, optimizers, wanted)
+            return True
+
+        for path, part in self._parts_of(table):
+            read_or_note(lambda path, part=part: read(path, part), path, self.notes)
+        if table == "backwards":
+            columns.keep(columns.array("step") < self._first_missing)  # of none is far below
+        if self.thinning is not None and table in ("backwards", "events"):
+            columns.keep(is_held(table, columns, self.thinning))
+        if table == "backwards":
+            self._order_backwards(columns)
+
+    def _order_backwards(self, columns: Columns) -> None:
+        """Nothing to do but for damaged files: rows are found by the order of their numbers."""
+        numbers = columns.array("backward")
+        if len(numbers) and (np.diff(numbers) <= 0).any():
+            highest = np.maximum.accumulate(numbers)
+            columns.keep(np.concatenate([[True], numbers[1:] > highest[:-1]]))
+
+    def _choose_heavy(self) -> None:
+        """Choose what memory is to hold of a run of which that was not written down."""
+        if self.thinning is not None:
+            return
+        n_rows = {
+            table: sum(part.metadata.num_rows for _, part in self._parts_of(table))
+            for table in HEAVY
+        }
+        n_bytes = sum(n * self._columns[table].row_bytes for table, n in n_rows.items())
+        if n_bytes > self.most_row_bytes:
+            steps = self.rows("steps")
+            self.thinning = choose(steps, self.graphs, self.most_row_bytes / 2 / n_bytes)
+
+    # -- the rest ---------------------------------------------------------------------------
+
+    def _read_facts(self) -> None:
+        facts = self.facts
+        self._n_steps = facts["steps"] if type(facts.get("steps")) is int else 0
+        # A kill in the midst of a flush leaves some tables with steps that others lack; run.json
+        # is written last.
+        has_ended = facts.get("how_it_ended") is not None
+        self._first_missing = 2**62 if has_ended else self._n_steps
+        seconds = facts.get("seconds")
+        self.seconds = float(seconds) if isinstance(seconds, int | float) else 0.0
+        for name, kind in (("observe_seconds", float), ("observe_calls", int)):
+            given = facts.get(name)
+            if isinstance(given, dict):
+                numbers = {k: v for k, v in given.items() if isinstance(v, int | float)}
+                setattr(self, name, {key: kind(value) for key, value in numbers.items()})
+        both = [name for name in self.observe_seconds if name in self.observe_calls]
+        self.observe_seconds = {name: self.observe_seconds[name] for name in both}
+        self.observe_calls = {name: self.observe_calls[name] for name in both}
+        notes = facts.get("notes")
+        self.notes = [str(note) for note in notes] if isinstance(notes, list) else []
+
+    def _read_people(self) -> None:
+        def read(path: Path) -> NameHistory:
+            return add_people(self, layout.read_json(path))
+
+        path = self.path / layout.PEOPLE
+        if path.exists():  # else it was killed before its first flush
+            self.history = read_or_note(read, path, self.notes) or self.history
+
+    def _read_memory(self) -> None:
+        def read(path: Path) -> None:
+            memory = layout.read_json(path)
+            if memory is None:
+                return
+            before, steps = memory["tracked_before"], memory["tracked"]
+            if type(before) is not int:
+                raise ValueError("tracked_before is no number")
+            if memory["rows"] is not None:
+                self.thinning = Thinning.of_plain(memory["rows"])
+            self.tracked_before, self._tracked_held = before, frozenset(steps)
+
+        path = self.path / layout.MEMORY
+        if path.exists():
+            read_or_note(read, path, self.notes)
