@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from gradscope.rules.facts import belongs_to, listed, numbers_in, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
-from gradscope.run.recording import ParameterEntry, Recording
+from gradscope.run.entries import ParameterEntry
+from gradscope.run.recording import Recording
 
 if TYPE_CHECKING:
     import pandas as pd
