@@ -1,0 +1,58 @@
+"""``gradscope summary DIR``: the screen of a recorded run."""
+
+from __future__ import annotations
+
+import argparse
+
+from gradscope.cli.output import command, show
+from gradscope.cli.recorded import add_run, opened
+from gradscope.config import SEVERITIES
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the verb."""
+    parser = subparsers.add_parser(
+        "summary",
+        help="print what is wrong with a recorded run, and the loop as it really ran",
+        description="Print the screen of a recorded run, as it was printed when it ended: what is "
+        "wrong, where and how to mend it, and the loop as it really ran.",
+    )
+    add_run(parser)
+    parser.add_argument(
+        "--show",
+        choices=SEVERITIES,
+        default="warning",
+        help="the least severe findings to show (default: warning)",
+    )
+    parser.set_defaults(execute=execute)
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Print the screen, and what else there is to see of this run."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from gradscope.rules.finding import Severity
+    from gradscope.views.terminal import screen
+
+    run = opened(arguments)
+    least = Severity[arguments.show.upper()]
+    findings = run.findings
+    show(screen(run._recording, findings, least))
+    suggested = []
+    told = findings.at_least(least)
+    if told:
+        suggested.append((command("rule", told[0].code), f"what {told[0].name} means"))
+    suggested.append((command("table", arguments.run, "steps"), "one row a step"))
+    if len(run.params) and len(run.updates):
+        param = str(run.updates["param"].iloc[-1])
+        suggested.append((command("explain", arguments.run, param), "the last update of it"))
+    if run.captured_steps:
+        suggested.append(
+            (command("graph", arguments.run, "-o", "graph.svg"), "what backward walked through")
+        )
+    width = max(len(line) for line, _ in suggested)
+    show(Text("\nnext:", style="bold"))
+    for line, what in suggested:
+        show(Padding(Text.assemble(f"{line:<{width}}  ", (what, "dim")), (0, 0, 0, 2)))
+    return 0
