@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import IO, TYPE_CHECKING
 
 from gradscope.errors import OutputExistsError, UsageError
 
@@ -19,7 +19,7 @@ READABLE_WIDTH = 100
 """How wide prose is where no window says otherwise: in a pipe, or a file."""
 
 
-def width_of(file: TextIO) -> int | None:
+def width_of(file: IO[str]) -> int | None:
     """Return how many characters a line may have: ``COLUMNS``, the window's; None for a pipe."""
     asked = os.environ.get("COLUMNS", "")
     if asked.isdecimal() and int(asked):
@@ -27,7 +27,7 @@ def width_of(file: TextIO) -> int | None:
     return shutil.get_terminal_size().columns if file.isatty() else None
 
 
-def show(shown: RenderableType, file: TextIO | None = None) -> None:
+def show(shown: RenderableType, file: IO[str] | None = None) -> None:
     """Print something of rich's, with colours on a terminal only, without trailing spaces else.
 
     Args:

@@ -30,6 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def execute(arguments: argparse.Namespace) -> int:
     """Print the screen, and what else there is to see of this run."""
     from rich.padding import Padding
+    from rich.table import Table
     from rich.text import Text
 
     from gradscope.rules.finding import Severity
@@ -51,8 +52,11 @@ def execute(arguments: argparse.Namespace) -> int:
         suggested.append(
             (command("graph", arguments.run, "-o", "graph.svg"), "what backward walked through")
         )
-    width = max(len(line) for line, _ in suggested)
-    show(Text("\nnext:", style="bold"))
+    table = Table.grid(padding=(0, 2))
+    table.add_column(overflow="fold")
+    table.add_column()
     for line, what in suggested:
-        show(Padding(Text.assemble(f"{line:<{width}}  ", (what, "dim")), (0, 0, 0, 2)))
+        table.add_row(Text(line), Text(what, style="dim"))
+    show(Text("\nnext:", style="bold"))
+    show(Padding(table, (0, 0, 0, 2)))
     return 0

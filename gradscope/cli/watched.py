@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradscope.cli.output import width_of
 from gradscope.cli.program import (
     Ended,
     Program,
@@ -228,7 +229,7 @@ def _start(n_steps: int | None, output: Path | None, config: ProjectConfig) -> S
         )
     session.start()
     if n_steps is not None:
-        from gradscope.cli.step_limit import StepLimit
+        from gradscope.session.step_limit import StepLimit
 
         StepLimit(session, n_steps).start()
     return session
@@ -269,7 +270,9 @@ def _explain(recording: Recording, error: BaseException | None) -> None:
         None if location is None else location.line,
     )
     if explanation is not None:
-        print(f"\n{explanation}\n", file=sys.stderr)
+        width = width_of(sys.stderr)
+        told = str(explanation) if width is None else explanation.to_text(width)
+        print(f"\n{told}\n", file=sys.stderr)
 
 
 def _refuse_to_overwrite(path: str, *, force: bool) -> None:

@@ -139,7 +139,7 @@ def _hidden(n: int) -> str:
     if not n:
         return ""
     notes = "1 note is" if n == 1 else f"{n} notes are"
-    return f"{notes} not shown: gradscope run --show info, or scope.findings"
+    return f"{notes} not shown: --show info on the command line, or scope.findings"
 
 
 def _parameters(run: Recording) -> list[str]:

@@ -23,7 +23,7 @@ SCALARS = {
     "grads": {"norm": "grad_norm_of/{param}"},
     "updates": {"update_ratio": "update_ratio_of/{param}"},
 }
-"""What is written: columns by table, and the tag of each, made from the other columns of its row."""
+"""What is written: columns by table, and the tag of each, made from other columns of its row."""
 
 
 def write_scalars(

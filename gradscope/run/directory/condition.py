@@ -30,7 +30,9 @@ _TOKEN: Final = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 
-_KEYWORDS: Final = frozenset("and or not like in between is null true false".split())
+_KEYWORDS: Final = frozenset(
+    ("and", "or", "not", "like", "in", "between", "is", "null", "true", "false")
+)
 
 _COMPARISONS: Final = {
     "=": pc.equal,
