@@ -65,8 +65,11 @@ _HOMES = {
     "capture": "gradscope.capturing",
     "check_setup": "gradscope.checking",
     "graph": "gradscope.capturing",
+    # What IPython calls for %load_ext gradscope.
+    "load_ipython_extension": "gradscope.integrations.notebook",
     "make_dot": "gradscope.dot",
     "open": "gradscope.opening",
+    "unload_ipython_extension": "gradscope.integrations.notebook",
     "watch": "gradscope.scope",
 }
 
