@@ -100,7 +100,8 @@ class _Magics:
         # notebook shows them.
         n_empty = len(list(itertools.takewhile(str.isspace, cell.splitlines(keepends=True))))
         text = "\n" * (1 + n_empty) + self._shell.transform_cell(cell)
-        name = f"In[{self._shell.execution_count}]"
+        # Newer versions of IPython count on before a cell runs; the display hook knows its number.
+        name = f"In[{self._shell.displayhook.prompt_count}]"
         # Tracebacks, and we for the names of things, read the lines of the program from here.
         linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
         whole = ast.parse(text, name)
