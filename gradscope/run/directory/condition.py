@@ -138,7 +138,11 @@ class _Parser:
         if self._took("is"):
             negated = self._took("not")
             self._demand("null")
-            found = pc.is_null(left.value, nan_is_null=left.may_be_nan)
+            found = pc.is_null(left.value)
+            if left.may_be_nan:
+                # Not nan_is_null=True: where a file counts no nulls, pyarrow 26 takes that for
+                # "never", whatever is NaN.
+                found = pc.or_kleene(found, pc.is_nan(left.value))
             return pc.invert(found) if negated else found
         negated = self._took("not")
         if self._took("like"):
