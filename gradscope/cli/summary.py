@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
-from gradscope.cli.output import command, show
+from gradscope.cli.output import READABLE_WIDTH, command, show, width_of
 from gradscope.cli.recorded import add_run, opened
 from gradscope.config import SEVERITIES
 
@@ -29,8 +30,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Print the screen, and what else there is to see of this run."""
-    from rich.padding import Padding
-    from rich.table import Table
     from rich.text import Text
 
     from gradscope.rules.finding import Severity
@@ -52,11 +51,12 @@ def execute(arguments: argparse.Namespace) -> int:
         suggested.append(
             (command("graph", arguments.run, "-o", "graph.svg"), "what backward walked through")
         )
-    table = Table.grid(padding=(0, 2))
-    table.add_column(overflow="fold")
-    table.add_column()
-    for line, what in suggested:
-        table.add_row(Text(line), Text(what, style="dim"))
     show(Text("\nnext:", style="bold"))
-    show(Padding(table, (0, 0, 0, 2)))
+    sys.stdout.flush()
+    room = width_of(sys.stdout) or READABLE_WIDTH
+    width = max(len(line) for line, _ in suggested)
+    # A command is never broken, so that it can be copied.
+    beside = width + max(len(what) for _, what in suggested) + 4 <= room
+    for line, what in suggested:
+        print(f"  {line:<{width}}  {what}" if beside else f"  {line}")
     return 0

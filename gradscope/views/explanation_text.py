@@ -27,7 +27,9 @@ def text(e: Explanation, width: int = 100) -> str:
         width: how many characters a line may have.
     """
     width = max(width, _LEAST_WIDTH)
-    body = (_given(e, width), _rule(e.lines, width), _stored(e)) if e.lines else (_measured(e),)
+    body = (
+        (_given(e, width), _rule(e.lines, width), _stored(e, width)) if e.lines else (_measured(e),)
+    )
     remarks = ("\n".join(_wrapped(remark, width)) for remark in e.remarks)
     parts = [_head(e, width), *body, *remarks]
     return "\n\n".join(part for part in parts if part)
@@ -91,9 +93,13 @@ def _rows(line: Line, value: str, room: int, before_value: int) -> Iterator[tupl
     sides = list(dict.fromkeys(sides)) or [""]
     for side in sides:
         # Only the last one shares its row with the value.
-        first, *others = _broken(side, before_value if side is sides[-1] else room)
+        is_last = side is sides[-1]
+        first, *others = _broken(side, before_value if is_last else room)
         yield "=" if side else " ", first
         yield from ((" ", " " * _INDENT + part) for part in others)
+        taken = len(others[-1]) + _INDENT if others else len(first)
+        if is_last and taken > before_value:
+            yield " ", ""  # what cannot be broken has left no room for the value
 
 
 def _broken(side: str, room: int) -> Iterator[str]:
@@ -112,12 +118,15 @@ def _broken(side: str, room: int) -> Iterator[str]:
     yield side
 
 
-def _stored(e: Explanation) -> str:
+def _stored(e: Explanation, width: int) -> str:
     rows = [
         (line.symbol, line.key, value_of(line.stored, TELLING_APART), off(line))
         for line in e.compared
     ]
-    return "\n".join([f"  after the step, as stored in {e.dtype}", *_columns(rows, "    ")])
+    lines = list(_columns(rows, "    "))
+    if max(map(len, lines)) > width:  # the symbols have been explained above
+        lines = list(_columns([(symbol, *rest) for symbol, _, *rest in rows], "    "))
+    return "\n".join([f"  after the step, as stored in {e.dtype}", *lines])
 
 
 def off(line: Line) -> str:

@@ -81,10 +81,19 @@ def test_the_summary_is_the_screen_and_says_what_else_there_is(path: Path, say: 
         f"gradscope explain {path} 2.bias",
         f"gradscope graph {path} -o graph.svg",
     ):
-        assert suggestion in said.out.replace("\n", "")
+        assert f"  {suggestion}" in said.out
 
 
-def test_milder_findings_are_shown_on_demand(path: Path, say: Any) -> None:
+def test_milder_findings_are_shown_on_demand(tmp_path: Path, say: Any) -> None:
+    path = tmp_path / "run"
+    net = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    adam = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.5)
+    with gradscope.watch(net, adam, save=path):
+        for _ in range(30):
+            x = torch.randn(16, 6)
+            adam.zero_grad()
+            F.cross_entropy(net(x), x[:, :3].argmax(1)).backward()
+            adam.step()
     notes = [finding for finding in gradscope.open(path).findings if finding.severity == 0]
     assert notes
     assert f"  i {notes[0].code}" in say("summary", path, "--show", "info").out
@@ -194,7 +203,7 @@ def test_csv_has_every_digit(path: Path, say: Any) -> None:
     said = say("table", path, "grads", "--where", "param like '0.%'", "--format", "csv")
     assert said.err == ""
     expected = expected_grads(path)
-    assert list(csv.reader(io.StringIO(said.out)))[0] == list(expected)
+    assert said.out.splitlines()[0].split(",") == list(expected)
     read = pd.read_csv(io.StringIO(said.out))
     assert read["param"].tolist() == expected["param"].tolist()
     np.testing.assert_array_equal(read["norm"], expected["norm"])
@@ -353,7 +362,7 @@ def test_explanations_fit_the_window(
     monkeypatch.setenv("COLUMNS", str(columns))
     for weight in ("2.weight", "0.bias[1]"):
         lines = say("explain", path, weight).out.splitlines()
-        assert columns / 2 < max(map(len, lines)) <= columns + 2, weight
+        assert columns / 2 < max(map(len, lines)) <= columns, weight
 
 
 # -- export -----------------------------------------------------------------------------------
@@ -483,7 +492,7 @@ def without_torch(tmp_path: Path, *arguments: Any) -> subprocess.CompletedProces
     return subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
         capture_output=True,
         text=True,
         check=False,
@@ -540,7 +549,7 @@ def test_colours_are_for_terminals_and_not_for_who_does_not_want_them(path: Path
     said = in_a_terminal("summary", path, COLUMNS="60")
     assert colour.search(said)
     plain = re.sub(r"\x1b\[[\d;]*m", "", said)
-    assert max(map(len, plain.splitlines())) <= 60
+    assert max(map(len, plain.partition("\nnext:\n")[0].splitlines())) <= 60
     assert not colour.search(in_a_terminal("summary", path, COLUMNS="60", NO_COLOR="1"))
 
 
@@ -562,7 +571,7 @@ def test_the_summary_keeps_its_width_and_has_no_trailing_spaces(
     path: Path, say: Any, columns: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
-    lines = say("summary", path).out.splitlines()
+    lines = say("summary", path).out.partition("\nnext:\n")[0].splitlines()
     assert max(map(len, lines)) <= int(columns or 100)
     assert not any(line.endswith(" ") for line in lines)
     assert not any("\x1b" in line for line in lines)
