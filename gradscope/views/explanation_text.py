@@ -124,7 +124,7 @@ def _stored(e: Explanation, width: int) -> str:
         for line in e.compared
     ]
     lines = list(_columns(rows, "    "))
-    if max(map(len, lines)) > width:  # the symbols have been explained above
+    if max(map(len, lines), default=0) > width:  # the symbols have been explained above
         lines = list(_columns([(symbol, *rest) for symbol, _, *rest in rows], "    "))
     return "\n".join([f"  after the step, as stored in {e.dtype}", *lines])
 
