@@ -159,10 +159,12 @@ def _schema(run: Run, table: str, columns: list[str] | None) -> pa.Schema:
 
 
 def _tell_next(arguments: argparse.Namespace, as_what: str) -> None:
-    run, table = arguments.run, arguments.table
     if arguments.output is not None or as_what != "text":
         return
-    tell(f"next: {command('table', run, table, '-o', f'{table}.csv')} writes all of it")
+    words = ["table", arguments.run, arguments.table]
+    if arguments.where is not None:
+        words += ["--where", arguments.where]
+    tell(f"next: {command(*words, '-o', f'{arguments.table}.csv')} writes all of it")
 
 
 def _format_of(output: str | None) -> str:

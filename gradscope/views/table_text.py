@@ -61,7 +61,7 @@ def table_text(
         middle = 1 + (len(rows) + 1) // 2
         lines.insert(middle, f"… {n_hidden:,} more row{'s' * (n_hidden > 1)} …")
     hidden = [name for name in widths if name not in shown and name not in same]
-    alike = ", ".join(f"{name} {cells[name][0] or '(empty)'}" for name in same)
+    alike = ", ".join(f"{name} = {cells[name][0] or repr('')}" for name in same)
     for what, named in (("alike in all of these", alike), ("not shown", ", ".join(hidden))):
         if named:
             wrapped = textwrap.wrap(f"{what}: {named}", width or 100, break_on_hyphens=False)

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -178,7 +179,7 @@ def test_columns_of_one_value_make_room_for_the_others(
     said = say("table", path, "grads", "--where", "step = 3")
     assert "norm" in columns_of(said.out)
     assert "optimizer" not in columns_of(said.out)
-    assert "optimizer adam" in said.out
+    assert "optimizer = adam" in said.out
 
 
 def test_the_condition_chooses_rows(path: Path, say: Any) -> None:
@@ -192,6 +193,11 @@ def test_the_condition_chooses_rows(path: Path, say: Any) -> None:
         "param",
     )
     assert said.out.split() == ["param", "0.bias", "2.bias", "0.bias", "2.bias"]
+    # What is suggested has the same condition, quoted for a shell.
+    suggested = shlex.split(said.err.removeprefix("next: ").removesuffix(" writes all of it\n"))
+    assert say(*suggested[1:]).status == 0
+    read = pd.read_csv("grads.csv")
+    assert read["param"].tolist() == ["0.bias", "2.bias", "0.bias", "2.bias"]
 
 
 def expected_grads(path: Path) -> pd.DataFrame:
