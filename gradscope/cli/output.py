@@ -55,7 +55,14 @@ def tell(text: str) -> None:
 
 def command(*words: str | os.PathLike[str]) -> str:
     """Return a command of ours as one would type it."""
-    return shlex.join(["gradscope", *(os.fspath(word) for word in words)])
+    return " ".join(["gradscope", *(_quoted(os.fspath(word)) for word in words)])
+
+
+def _quoted(word: str) -> str:
+    """A word for a shell; a condition with texts in it is readable in double quotes only."""
+    if "'" in word and not set(word) & set('"$`\\!\n'):
+        return f'"{word}"'
+    return shlex.quote(word)
 
 
 def checked_output(path: str, *, force: bool) -> Path:
