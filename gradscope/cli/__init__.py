@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from gradscope._version import __version__
-from gradscope.cli import check, demo, rule, run
+from gradscope.cli import check, demo, diff, rule, run
 from gradscope.errors import GradscopeError
 
-VERBS = (run, check, demo, rule)
+VERBS = (run, check, diff, demo, rule)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
