@@ -91,7 +91,9 @@ class RunDifference:
 
 
 def diff(
-    a: str | os.PathLike[str] | RecordedRun, b: str | os.PathLike[str] | RecordedRun, rtol: float = 0.0
+    a: str | os.PathLike[str] | RecordedRun,
+    b: str | os.PathLike[str] | RecordedRun,
+    rtol: float = 0.0,
 ) -> RunDifference:
     """Find where two runs of what should be the same training part, and in what first.
 

@@ -110,7 +110,7 @@ def _around_loss(pair: Pair, first: Difference) -> dict[str, Any]:
     updates = pair.joined("updates", ("param",)).step
     looks = pair.joined("batches", ("role",)).step
     known = updates[updates <= step]
-    weights_known = bool(len(known)) and int(known.max()) >= step - 1 or step == 0
+    weights_known = step == 0 or (len(known) > 0 and int(known.max()) >= step - 1)
     looked_at = looks[looks <= step]
     inputs_known = step in looked_at
     said = first.message

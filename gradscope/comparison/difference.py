@@ -39,8 +39,8 @@ class Fact:
     Attributes:
         what: what is compared.
         a, b: its value in each run; None where a run has no such thing.
-        relative: \\|a − b\\| relative to the larger of both, or to what it is a part of; None for
-            what is no number.
+        relative: how far apart they are, relative to the larger of both or to what they are a part
+            of; None for what is no number.
     """
 
     what: str

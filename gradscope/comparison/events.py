@@ -1,4 +1,4 @@
-"""What happened in a step, and in which order: calls of zero_grad, forward, backward, clip, step."""
+"""What happened in a step, and in which order: zero_grad, forward, backward, clip, step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from gradscope.comparison.difference import Difference, Fact
 from gradscope.comparison.pair import Pair, events_of
+from gradscope.run.columns import MISSING
 from gradscope.run.recording import Recording
 
 _OF_STEP = (
@@ -24,7 +25,14 @@ _OF_STEP = (
     "in_closure",
     "scaled",
 )
-_OF_THE_PROGRAM = ("zero_grad", "clip", "unscale", "scale_update", "scheduler", "parameters_changed")
+_OF_THE_PROGRAM = (
+    "zero_grad",
+    "clip",
+    "unscale",
+    "scale_update",
+    "scheduler",
+    "parameters_changed",
+)
 """Events that the program causes; the others tell what gradscope did."""
 
 
@@ -36,6 +44,8 @@ def order_of_events(pair: Pair) -> Iterator[Difference]:
     anywhere = np.logical_or.reduce(list(differ.values()))
     # Steps of two optimizers that changed their places have nothing else in common.
     first = int(joined.step[anywhere][0]) if anywhere.any() else None
+    if first is None:
+        yield from _goes_on_without_step(pair)
     details = _details(pair, first)
     if details is not None and (first is None or details.step < first):  # type: ignore[operator]
         yield details
@@ -60,8 +70,40 @@ def order_of_events(pair: Pair) -> Iterator[Difference]:
         message,
         _plain(a),
         _plain(b),
+        hint=_HINTS.get(lead, ""),
         optimizer=pair.optimizer(int(values["optimizer"][0])),
         facts=tuple([*facts, *(details.facts if details and details.step == first else ())][:6]),
+    )
+
+
+def _goes_on_without_step(pair: Pair) -> Iterator[Difference]:
+    """The shorter run has no more steps, but more backwards than a step that was cut short has."""
+    n_a, n_b = pair.n_steps
+    if n_a == n_b or not min(n_a, n_b):
+        return
+    name, run = ("A", pair.a) if n_a < n_b else ("B", pair.b)
+    backwards = run.rows("backwards")
+    is_backward = backwards.texts("function") == "backward"
+    claimed = np.flatnonzero(backwards.array("step") != MISSING)
+    after = int(claimed[-1]) + 1 if len(claimed) else 0
+    left = int(is_backward[after:].sum())
+    usual = int(run.rows("steps").array("n_backward").max(initial=0))
+    if left <= usual:
+        return
+    n = min(n_a, n_b)
+    yield Difference(
+        n,
+        "order",
+        "step",
+        f"no watched optimizer steps any more in {name}, although {left} backwards follow",
+        n_a - n,
+        n_b - n,
+        hint="another optimizer took its place (made anew, or another variable), or its step is "
+        "missing",
+        facts=(
+            Fact("steps from here on", n_a - n, n_b - n),
+            Fact("optimizer steps in all", n_a, n_b),
+        ),
     )
 
 
@@ -73,14 +115,14 @@ def _in_words(named: dict[str, tuple[Any, Any]]) -> tuple[str, str]:
     if "outcome" in named and "open" in named["outcome"]:
         which = "B" if named["outcome"][1] == "open" else "A"
         return "outcome", (
-            f"the optimizer is never stepped again in {which}, although forward and backward go "
-            "on: another optimizer took its place, or its step is missing"
+            f"the optimizer is not stepped any more in {which}, although forward and backward go "
+            "on: another one took its place, or its step is missing"
         )
     if "order" in named:
         return "order", f"the order of events differs: {_order_in_words(*named['order'])}"
     if "train_mode" in named:
         which = "A" if named["train_mode"][1] else "B"
-        return "train_mode", f"the model is in eval mode in {which}: model.train() is missing there"
+        return "train_mode", f"the model is in eval mode in {which}"
     if "zeroed" in named:
         a, b = (_ZEROED.get(str(each), str(each)) for each in named["zeroed"])
         return "zeroed", f"before its first backward gradients were {a} in A and {b} in B"
@@ -89,6 +131,10 @@ def _in_words(named: dict[str, tuple[Any, Any]]) -> tuple[str, str]:
     return lead, f"{lead.replace('_', ' ')} is {a} in A and {b} in B"
 
 
+_HINTS = {
+    "train_mode": "model.eval() was left on there, or model.train() is missing",
+    "zeroed": "something else than zero_grad clears them, or leaves some",
+}
 _ZEROED = {"none": "None", "zero": "zero", "partly": "cleared in part", "never": "not cleared"}
 
 
@@ -131,7 +177,9 @@ def _details(pair: Pair, until: int | None) -> Difference | None:
             f"{word} is another call: {x[1] or 'none'} in A and {y[1] or 'none'} in B",
             x[1] or None,
             y[1] or None,
-            facts=tuple(Fact(p[0] or q[0], p[1] or None, q[1] or None) for p, q in (changed or [(x, y)])),
+            facts=tuple(
+                Fact(p[0] or q[0], p[1] or None, q[1] or None) for p, q in (changed or [(x, y)])
+            ),
         )
     return None
 
@@ -141,7 +189,9 @@ def _told(run: Recording, pair: Pair) -> dict[int, list[tuple[str, str]]]:
     rows = run.rows("events")
     steps, events, details = rows.array("step"), rows.texts("event"), rows.texts("detail")
     found: dict[int, list[tuple[str, str]]] = {}
-    for row in np.flatnonzero(np.isin(steps, pair.steps) & np.isin(events, _OF_THE_PROGRAM)).tolist():
+    for row in np.flatnonzero(
+        np.isin(steps, pair.steps) & np.isin(events, _OF_THE_PROGRAM)
+    ).tolist():
         found.setdefault(int(steps[row]), []).append((events[row], details[row]))
     return found
 

@@ -160,7 +160,9 @@ def loss(pair: Pair, rtol: float) -> Iterator[Difference]:
     """Give the first step whose loss is another one, and the first loss function that is."""
     functions = pair.joined("losses")
     pair.compared["loss"] += len(functions)
-    other = first_apart(functions, {}, 0.0, texts=("function", "reduction")) if len(functions) else None
+    other = (
+        first_apart(functions, {}, 0.0, texts=("function", "reduction")) if len(functions) else None
+    )
     joined = pair.joined("steps")
     pair.compared["loss"] += len(joined)
     apart = first_apart(joined, {"loss": None}, rtol)
@@ -230,9 +232,7 @@ def _calls(pair: Pair) -> Iterator[Difference]:
 
 
 def _change(change: Any) -> Fact:
-    where = change.module or "the model itself"
-    if change.kind == "module":
-        where = "module"
+    where = "module" if change.kind == "module" else change.owner or change.module
     what = change.what if change.n == 1 else f"{change.what} ×{change.n}"
     if change.how == "appeared":
         return Fact(where, None, what)
@@ -278,4 +278,3 @@ def _with(grad: Any) -> str:
 def _plain(value: Any) -> Any:
     value = value.item() if hasattr(value, "item") else value
     return ("yes" if value else "no") if isinstance(value, bool) else value
-

@@ -23,9 +23,7 @@ def hyperparameters(pair: Pair, rtol: float) -> Iterator[Difference]:
     yield from _groups(pair)
     joined = pair.joined("groups", ("optimizer", "group"))
     pair.compared["hyperparameters"] += len(joined) * (len(_NUMBERS) + 2)
-    differ = {
-        name: relative(*joined.column(name)) > rtol for name in ("n_params", *_NUMBERS)
-    }
+    differ = {name: relative(*joined.column(name)) > rtol for name in ("n_params", *_NUMBERS)}
     options = [[_ADDRESS.sub("", text) for text in side] for side in joined.column("options")]
     differ["options"] = np.array([a != b for a, b in zip(*options, strict=True)], np.bool_)
     anywhere = np.logical_or.reduce(list(differ.values()))
@@ -60,7 +58,12 @@ def hyperparameters(pair: Pair, rtol: float) -> Iterator[Difference]:
         n_compared=int((joined.step == step).sum()),
         hint=_before(pair, joined, step, lead.what),
         facts=tuple(
-            Fact(f"{fact.what}, group {joined.column('group')[0][row]}", fact.a, fact.b, fact.relative)
+            Fact(
+                f"{fact.what}, group {joined.column('group')[0][row]}",
+                fact.a,
+                fact.b,
+                fact.relative,
+            )
             for row, fact in facts[:_MOST_FACTS]
         ),
     )

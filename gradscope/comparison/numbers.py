@@ -34,7 +34,8 @@ def relative(a: Any, b: Any, scale: Any = None) -> Reals:
     """Return float64[n], how far numbers are apart; 0 if and only if they are the same.
 
     Args:
-        a, b: real[n]; two NaNs are the same.
+        a: real[n].
+        b: real[n]; two NaNs are the same.
         scale: real[n], what they are a part of; the difference is relative to it if it is larger
             than both.
     """

@@ -109,7 +109,9 @@ class Pair:
     def _join(self, table: str, keys: tuple[str, ...]) -> Joined:
         tables = self.a.rows(table), self.b.rows(table)
         usable = [np.flatnonzero(np.isin(rows.array("step"), self.steps)) for rows in tables]
-        code = [rows.array("step")[at].astype(np.int64) for rows, at in zip(tables, usable, strict=True)]
+        code = [
+            rows.array("step")[at].astype(np.int64) for rows, at in zip(tables, usable, strict=True)
+        ]
         for key in keys:
             a, b = (_values(rows, key)[at] for rows, at in zip(tables, usable, strict=True))
             if key == "param":
@@ -127,7 +129,7 @@ class Pair:
         return Joined(tables[0].array("step")[rows[0]], rows, (only[0], only[1]), tables)
 
     def _is_cut_short(self) -> bool:
-        """Whether the shorter run ended within its last step, with nothing else to be said of it."""
+        """Whether the shorter run ended within its last step, and there is nothing else to it."""
         if not min(self.n_steps):
             return False
         last = min(self.n_steps) - 1
@@ -192,7 +194,9 @@ def _numbered(code: Integers, both: Integers) -> Integers:
     """Return codes that tell the first, second … of equal ones apart."""
     order = np.argsort(code, kind="stable")
     ordered = code[order]
-    begins = np.concatenate([[True], ordered[1:] != ordered[:-1]]) if len(code) else np.zeros(0, bool)
+    begins = (
+        np.concatenate([[True], ordered[1:] != ordered[:-1]]) if len(code) else np.zeros(0, bool)
+    )
     first = np.maximum.accumulate(np.where(begins, np.arange(len(code)), 0))
     nth = np.empty(len(code), np.int64)
     nth[order] = np.arange(len(code)) - first

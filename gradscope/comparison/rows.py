@@ -25,18 +25,18 @@ class Apart:
         n_compared: how many rows of that step were compared.
         relative: by column float64[n], how far apart the values of all joined rows are; infinite
             for other texts.
-        rtol: what was passed over.
+        rtol: float64[n], what was passed over in each row.
     """
 
     step: int
     rows: Any
     n_compared: int
     relative: Mapping[str, Any]
-    rtol: float
+    rtol: Any
 
     def columns(self, row: int) -> list[str]:
         """Return the columns in which a row differs."""
-        return [name for name, apart in self.relative.items() if apart[row] > self.rtol]
+        return [name for name, apart in self.relative.items() if apart[row] > self.rtol[row]]
 
     def furthest(self, row: int) -> float:
         """Return how far apart the numbers of a row are, at most."""
@@ -47,14 +47,14 @@ class Apart:
         return [
             fact_of(joined, column, row, f"{name} {column.replace('_', ' ')}".strip(), apart[row])
             for column, apart in self.relative.items()
-            if apart[row] > self.rtol
+            if apart[row] > self.rtol[row]
         ][:_MOST_FACTS]
 
 
 def first_apart(
     joined: Joined,
     columns: Mapping[str, Any],
-    rtol: float,
+    rtol: Any,
     *,
     within: Any = None,
     texts: tuple[str, ...] = (),
@@ -64,7 +64,7 @@ def first_apart(
     Args:
         joined: the rows.
         columns: for each column of numbers what its values are a part of, real[n], or None.
-        rtol: which relative differences are passed over.
+        rtol: which relative differences are passed over, in all rows or real[n] in each.
         within: bool[n], which rows to look at; all by default.
         texts: columns of which every difference counts.
     """
@@ -74,6 +74,7 @@ def first_apart(
         apart[name] = np.where(np.asarray(a != b, np.bool_), np.inf, 0.0)
     if not len(joined):
         return None
+    rtol = np.broadcast_to(np.asarray(rtol, np.float64), len(joined))
     anywhere = np.logical_or.reduce([each > rtol for each in apart.values()])
     looked_at = np.ones(len(joined), np.bool_) if within is None else within
     anywhere &= looked_at

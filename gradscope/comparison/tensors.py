@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,24 +14,34 @@ from gradscope.comparison.numbers import in_digits, relative
 from gradscope.comparison.pair import Joined, Pair
 from gradscope.comparison.rows import Apart, fact_of, first_apart
 
+_WORDS = {
+    "weight_norm_before": "norm",
+    "weight_norm_after": "norm",
+    "norm_before_clipping": "norm",
+    "update_norm": "norm",
+    "abs_max": "greatest magnitude",
+}
 _BY_PARAM = ("param",)
 _MOST_FACTS = 5
-_MOMENTS = ("exp_avg_norm", "exp_avg_sq_norm", "max_exp_avg_sq_norm")
+_OF_COPIES = ("weights_before", "state_before", "state_after", "update", "weights_after")
 
 
 def weights_before(pair: Pair, rtol: float) -> Iterator[Difference]:
     """Give the first recorded step that began with other weights."""
     joined = pair.joined("updates", _BY_PARAM)
-    yield from _told(
-        pair,
-        "weights_before",
-        joined,
-        {"weight_norm_before": None},
-        rtol,
-        "the weights differ before the step",
-        "something changed them since the last step at which they were compared",
-    )
-    yield from _single_weights(pair, "weights_before", "weight_before", rtol)
+    said = "the weights differ before the step"
+    known = np.unique(joined.step)
+    for each in (
+        *_told(pair, "weights_before", joined, {"weight_norm_before": None}, rtol, said),
+        *_single_weights(pair, "weights_before", "weight_before", rtol),
+    ):
+        earlier = known[known < each.step]
+        since = (
+            f"since step {earlier[-1]}, after which they were equal"
+            if len(earlier)
+            else "after they were first met"
+        )
+        yield replace(each, hint=f"something changed them {since}")
 
 
 def weights_after(pair: Pair, rtol: float) -> Iterator[Difference]:
@@ -127,10 +138,12 @@ def _gradients(
     rtol: float,
     within: Any = None,
 ) -> Iterator[Difference]:
-    norms = pair.joined("steps")
-    whole = dict(zip(norms.step.tolist(), np.fmax(*norms.column("grad_norm")), strict=True))
+    if not len(joined):
+        return
     # A bias before a normalisation has no gradient but rounding: it is noise beside all others.
-    size = np.array([whole.get(step, math.nan) for step in joined.step.tolist()])
+    of_steps = pair.joined("steps")
+    whole = np.fmax(*of_steps.column("grad_norm"))
+    size = whole[np.searchsorted(of_steps.step, joined.step)]
     yield from _told(
         pair,
         stage,
@@ -138,10 +151,19 @@ def _gradients(
         columns,
         rtol,
         "gradients differ" if stage == "gradients" else "gradients differ before clipping",
+        _between_backward_and_step(pair, joined),
         within=within,
         size=size,
         backwards=True,
     )
+
+
+def _between_backward_and_step(pair: Pair, joined: Joined) -> str:
+    """Whether one of the runs alone edits gradients in place."""
+    edited = [bool(side.any()) for side in joined.column("edited")]
+    if edited[0] != edited[1]:
+        return f"{'A' if edited[0] else 'B'} changes gradients in place after backward"
+    return ""
 
 
 def _statuses(pair: Pair, joined: Joined) -> Iterator[Difference]:
@@ -177,9 +199,7 @@ def _state(pair: Pair, stage: str, when: str, rtol: float, hint: str) -> Iterato
     size = np.fmax(*joined.column("abs_max"))
     columns = {"value": None, "norm": None, "mean": size}
     said = f"the optimizer's state differs {when} the step"
-    yield from _told(
-        pair, stage, joined, columns, rtol, said, hint, within=within, also="key"
-    )
+    yield from _told(pair, stage, joined, columns, rtol, said, hint, within=within, also="key")
 
 
 def _missing_state(pair: Pair, stage: str, when: str) -> Iterator[Difference]:
@@ -188,12 +208,14 @@ def _missing_state(pair: Pair, stage: str, when: str) -> Iterator[Difference]:
     updates = pair.joined("updates", _BY_PARAM)
     params = updates.column("param")[0]
     recorded = set(zip(updates.step.tolist(), params.tolist(), strict=True))
+    in_full = np.unique(updates.step)
     to_a = {partner: number for number, partner in enumerate(pair.b_params) if partner >= 0}
     found = []
     for side, (rows, table) in enumerate(zip(joined.only, joined.tables, strict=True)):
         whens, keys = table.texts("when"), table.texts("key")
         steps, numbers = table.array("step"), table.array("param")
-        for row in rows[whens[rows] == when].tolist():
+        wanted = (whens[rows] == when) & np.isin(steps[rows], in_full)
+        for row in rows[wanted].tolist():
             number = int(numbers[row])
             if side:
                 number = to_a.get(number, -1)
@@ -204,22 +226,25 @@ def _missing_state(pair: Pair, stage: str, when: str) -> Iterator[Difference]:
     step = min(each[0] for each in found)
     then = [each for each in found if each[0] == step]
     _, number, side, key = then[0]
-    has, lacks = ("A", "B") if side == 0 else ("B", "A")
+    lacks = "B" if side == 0 else "A"
     values = ("there", None) if side == 0 else (None, "there")
+    keys = ", ".join(dict.fromkeys(each[3] for each in then))
     n = len({each[1] for each in then})
-    others = f", nor of {n - 1} more parameters" if n > 1 else ""
+    others = f" and {n - 1} more parameters" if n > 1 else ""
     yield Difference(
         step,
         stage,
         key,
-        f"{when} the step the optimizer has no {key} of {pair.param(number)}{others} in {lacks}, "
-        f"as it has in {has}",
+        f"{when} the step the optimizer has no state ({keys}) of {pair.param(number)}{others} "
+        f"in {lacks}",
         *values,
         hint="the state was cleared, or the optimizer made anew" if when == "before" else "",
         param=pair.param(number),
         n_different=n,
         n_compared=int((updates.step == step).sum()),
-        facts=(Fact(f"{pair.param(number)} {key}", *values),),
+        facts=tuple(
+            Fact(f"{pair.param(number)} {each[3]}", *values) for each in then if each[1] == number
+        )[:_MOST_FACTS],
     )
 
 
@@ -239,7 +264,10 @@ def _told(
 ) -> Iterator[Difference]:
     """Give the difference of the first step at which any of these columns differs."""
     pair.compared[stage] += len(columns) * (len(joined) if within is None else int(within.sum()))
-    apart = first_apart(joined, columns, rtol, within=within)
+    passed: Any = rtol
+    if stage in _OF_COPIES and len(joined):
+        passed = np.where(_copied_alike(pair)[joined.step], rtol, max(rtol, pair.rounding))
+    apart = first_apart(joined, columns, passed, within=within)
     if apart is None:
         return
     params = joined.column("param")[0]
@@ -267,7 +295,7 @@ def _told(
         apart.step,
         stage,
         column,
-        f"{said}: {which} ({_by(facts[0])})",
+        f"{said}: {which} ({_by(_WORDS.get(column, column), facts[0])})",
         facts[0].a,
         facts[0].b,
         facts[0].relative,
@@ -280,14 +308,39 @@ def _told(
     )
 
 
+def _copied_alike(pair: Pair) -> Any:
+    """bool[step], whether weights and state were copied for the same parameters in both runs.
+
+    Norms of copies are added up block by block, and blocks reach over parameters: where others lie
+    beside it, the norm of a parameter comes out with another last digit.
+    """
+    n = pair.n_common
+    signature = np.zeros((2, n), np.uint64)
+    for table, column in (("updates", "weight_norm_before"), ("grads", "status")):
+        for side, run in enumerate((pair.a, pair.b)):
+            rows = run.rows(table)
+            values = rows.texts(column) if column == "status" else rows.array(column)
+            there = values != "none" if column == "status" else ~np.isnan(values)
+            steps, params = rows.array("step"), rows.array("param")
+            there &= steps < n
+            marks = _marks([entry.name for entry in run.parameters], table)
+            np.add.at(signature[side], steps[there], marks[params[there]])
+    return signature[0] == signature[1]
+
+
+def _marks(names: list[str], table: str) -> Any:
+    """uint64[n], numbers whose sums tell sets of parameters apart."""
+    digests = [hashlib.blake2b(f"{table} {name}".encode(), digest_size=8) for name in names]
+    return np.array([int.from_bytes(each.digest(), "little") for each in digests], np.uint64)
+
+
 def _key(joined: Joined, also: str, row: int) -> list[str]:
     return [str(joined.column(also)[0][row])] if also else []
 
 
-def _by(fact: Fact) -> str:
-    what = fact.what.rpartition(" ")[2] if " " in fact.what else fact.what
+def _by(column: str, fact: Fact) -> str:
     a, b = in_digits(float(fact.a), float(fact.b))
-    return f"{what} {a} against {b}"
+    return f"{column} {a} against {b}"
 
 
 def _like_rounding(pair: Pair, joined: Joined, apart: Apart, size: Any) -> bool:
@@ -304,23 +357,21 @@ def _like_rounding(pair: Pair, joined: Joined, apart: Apart, size: Any) -> bool:
 def _single_weights(pair: Pair, stage: str, name: str, rtol: float) -> Iterator[Difference]:
     """Compare the few weights of each parameter that are kept at recorded steps, one by one."""
     a_runs, b_runs = pair.a.tracked, pair.b.tracked
+    to_a = np.full(len(pair.b.parameters) + 1, -1, np.int64)
+    for number, partner in enumerate(pair.b_params):
+        if partner >= 0:
+            to_a[partner] = number
     for step in sorted(set(a_runs) & set(b_runs) & set(pair.steps.tolist())):
         a, b = a_runs[step], b_runs[step]
         if name not in a.values or name not in b.values:
             continue
-        to_a = {partner: number for number, partner in enumerate(pair.b_params) if partner >= 0}
-        of_b = {
-            (to_a.get(int(param), -1), int(position)): row
-            for row, (param, position) in enumerate(zip(b.param, b.position, strict=True))
-        }
-        rows = [
-            (row, of_b[int(param), int(position)])
-            for row, (param, position) in enumerate(zip(a.param, a.position, strict=True))
-            if (int(param), int(position)) in of_b
-        ]
-        if not rows:
+        code_a = (a.param.astype(np.int64) << 40) + a.position
+        code_b = (to_a[b.param] << 40) + b.position
+        _, at_a, at_b = np.intersect1d(code_a, code_b, return_indices=True)
+        rows = np.argsort(at_a)
+        at_a, at_b = at_a[rows], at_b[rows]
+        if not len(rows):
             continue
-        at_a, at_b = (np.array(each) for each in zip(*rows, strict=True))
         x, y = np.asarray(a.values[name])[at_a], np.asarray(b.values[name])[at_b]
         if np.iscomplexobj(x) or np.iscomplexobj(y):
             continue

@@ -42,6 +42,8 @@ def screen(names: tuple[str, str], comparison: Comparison) -> RenderableType:
     first = comparison.first
     if first is not None:
         parts += _evidence(first, f"First difference: {first.when} · {STAGES[first.stage]}")
+        if first.like_rounding:
+            parts += _rounding(comparison)
         beyond = comparison.beyond_rounding
         if beyond is not None:
             parts += _evidence(beyond, f"Not by rounding: {beyond.when} · {STAGES[beyond.stage]}")
@@ -57,13 +59,18 @@ def verdict(comparison: Comparison) -> str:
     if first is None:
         within = f" within {comparison.rtol:g}" if comparison.rtol else ""
         steps = "step" if comparison.n_common == 1 else "steps"
-        return f"equal{within}: nothing that both runs recorded differs, in {comparison.n_common:,} {steps}"
+        n = f"{comparison.n_common:,} {steps}"
+        return f"equal{within}: nothing that both runs recorded differs, in {n}"
     said = f"{first.when}: {first.message}"
     beyond = comparison.beyond_rounding
     if first.like_rounding:
         said += "; that looks like rounding"
         if beyond is not None:
             said += f", but then, {beyond.when}: {beyond.message}"
+        elif comparison.growth:
+            last = comparison.growth[-1]
+            far = max((x for x in (last.loss, last.grad_norm) if not math.isnan(x)), default=0.0)
+            said += f" ({_apart(far)} apart at step {last.step:,})"
     return said
 
 
@@ -84,20 +91,21 @@ def _title(names: tuple[str, str], comparison: Comparison) -> Iterator[Renderabl
 
     for letter, name, n in zip("AB", names, comparison.n_steps, strict=True):
         yield Text.assemble(
-            (f"  {letter} ", "bold"), _line(name), (f"  {n:,} {'step' if n == 1 else 'steps'}", "dim")
+            (f"  {letter} ", "bold"),
+            _line(name),
+            (f"  {n:,} {'step' if n == 1 else 'steps'}", "dim"),
         )
 
 
 def _evidence(difference: Difference, title: str) -> Iterator[RenderableType]:
-    from rich.padding import Padding
     from rich.text import Text
 
     yield Text("")
     yield Text(title, style="bold")
     if difference.facts:
-        yield Padding(_facts(difference.facts), (0, 0, 0, 2))
+        yield _indented(_facts(difference.facts))
     if difference.hint:
-        yield Padding(Text(_line(difference.hint)), (0, 0, 0, 2))
+        yield _indented(Text(_line(difference.hint)))
 
 
 def _facts(facts: tuple[Fact, ...]) -> RenderableType:
@@ -110,42 +118,54 @@ def _facts(facts: tuple[Fact, ...]) -> RenderableType:
 
 
 def _how_it_goes_on(comparison: Comparison) -> Iterator[RenderableType]:
-    from rich.padding import Padding
     from rich.text import Text
 
     drift = comparison.growth
-    if drift:
-        yield Text("")
-        yield Text("How it goes on: relative difference", style="bold")
-        table = _table("step", *(f"{each.step:,}" for each in drift))
-        for name in ("loss", "grad_norm", "weight_norm"):
-            values = [getattr(each, name) for each in drift]
-            if not all(math.isnan(value) for value in values):
-                table.add_row(name.replace("_", " "), *map(_apart, values))
-        yield Padding(table, (0, 0, 0, 2))
-    others = comparison.differences[1:]
-    if others:
-        said = [f"{STAGES[each.stage]} ({_where(each, comparison)})" for each in others]
-        yield Padding(Text(f"also: {', '.join(said)}", style="dim"), (0, 0, 0, 2))
+    if not drift:
+        return
+    yield Text("")
+    yield Text("How it goes on", style="bold")
+    table = _table("relative difference at step", *(f"{each.step:,}" for each in drift))
+    for name in ("loss", "grad_norm", "weight_norm"):
+        values = [getattr(each, name) for each in drift]
+        if not all(math.isnan(value) for value in values):
+            table.add_row(name.replace("_", " "), *map(_apart, values))
+    yield _indented(table)
+    by_step: dict[int | None, list[str]] = {}
+    for each in comparison.differences[1:]:
+        by_step.setdefault(each.step, []).append(STAGES[each.stage])
+    if by_step:
+        said = [
+            f"{'before the first step' if step is None else f'from step {step:,}'}: "
+            f"{', '.join(stages)}"
+            for step, stages in by_step.items()
+        ]
+        yield _indented(Text(f"also differ {'; '.join(said)}", style="dim"))
 
 
-def _where(difference: Difference, comparison: Comparison) -> str:
-    first = comparison.first
-    same = first is not None and first.step == difference.step
-    when = "same step" if same and difference.step is not None else difference.when
-    if difference.n_compared > 1 and difference.param:
-        return f"{when}, {difference.n_different} of {difference.n_compared} parameters"
-    return when
+def _rounding(comparison: Comparison) -> Iterator[RenderableType]:
+    from rich.text import Text
+
+    told = (
+        f"taken for rounding: what is at most {comparison.rounding:g} apart, the tolerance of "
+        "torch.testing.assert_close for this dtype"
+    )
+    yield _indented(Text(told, style="dim"))
+
+
+def _indented(what: RenderableType) -> RenderableType:
+    from rich.padding import Padding
+
+    return Padding(what, (0, 0, 0, 2), expand=False)
 
 
 def _surroundings(comparison: Comparison) -> Iterator[RenderableType]:
-    from rich.padding import Padding
     from rich.text import Text
 
     if comparison.surroundings:
         yield Text("")
         yield Text("What else is told of the two runs and differs", style="bold")
-        yield Padding(_facts(comparison.surroundings), (0, 0, 0, 2))
+        yield _indented(_facts(comparison.surroundings))
 
 
 def _footer(comparison: Comparison) -> Iterator[RenderableType]:
