@@ -173,11 +173,30 @@ def _surroundings(a: Recording, b: Recording) -> Iterator[Fact]:
     facts = [getattr(run, "facts", None) or {} for run in (a, b)]
     for name in _SURROUNDINGS:
         values = [_text(each.get(name)) for each in facts]
+        if name == "command":
+            values = _unlike_commands(*(each.get(name) for each in facts))
         if all(facts) and values[0] != values[1]:
             yield Fact(name.replace("_", " "), *values)
     devices = [sorted({entry.device for entry in run.parameters}) for run in (a, b)]
     if devices[0] != devices[1]:
         yield Fact("device of parameters", *(", ".join(each) for each in devices))
+
+
+def _unlike_commands(a: Any, b: Any) -> list[str]:
+    """What two commands differ in, from the first word on; where they recorded to is left out."""
+    if not isinstance(a, list) or not isinstance(b, list):
+        return [_text(a), _text(b)]
+    words = [[str(word) for word in each[1:]] for each in (a, b)]
+    for each in words:
+        for option in ("-o", "--output"):
+            if option in each:
+                at = each.index(option)
+                del each[at : at + 2]
+    same = 0
+    while same < min(map(len, words)) and words[0][same] == words[1][same]:
+        same += 1
+    start = max(0, same - 1)  # the word before says where they differ
+    return [("… " if start else "") + " ".join(each[start:]) for each in words]
 
 
 def _text(value: Any) -> str:

@@ -61,6 +61,17 @@ def order_of_events(pair: Pair) -> Iterator[Difference]:
             for run, number in zip((pair.a, pair.b), values["optimizer"], strict=True)
         )
     lead, message = _in_words(named)
+    hint = _HINTS.get(lead, "")
+    if lead == "optimizer":
+        new = [
+            letter
+            for letter, number, seen in zip(
+                "AB", values["optimizer"], joined.column("optimizer"), strict=True
+            )
+            if number not in seen[:row]
+        ]
+        if new and row:
+            hint = f"it is new in {' and '.join(new)}: made anew, or another variable"
     a, b = named[lead]
     facts = [Fact(name.replace("_", " "), _plain(x), _plain(y)) for name, (x, y) in named.items()]
     yield Difference(
@@ -70,7 +81,7 @@ def order_of_events(pair: Pair) -> Iterator[Difference]:
         message,
         _plain(a),
         _plain(b),
-        hint=_HINTS.get(lead, ""),
+        hint=hint,
         optimizer=pair.optimizer(int(values["optimizer"][0])),
         facts=tuple([*facts, *(details.facts if details and details.step == first else ())][:6]),
     )
@@ -142,8 +153,8 @@ def _order_in_words(a: str, b: str) -> str:
     events = Counter(events_of(a)), Counter(events_of(b))
     only = events[0] - events[1], events[1] - events[0]
     said = [
-        f"{_counted(what)} {'is' if sum(what.values()) == 1 else 'are'} missing in {where}"
-        for what, where in ((only[0], "B"), (only[1], "A"))
+        f"{_counted(what)} {'is' if sum(what.values()) == 1 else 'are'} {where}"
+        for what, where in ((only[0], "missing in B"), (only[1], "in B only"))
         if what
     ]
     return " and ".join(said) or "the same events, but not in the same order"

@@ -95,6 +95,7 @@ def graph(pair: Pair) -> Iterator[Difference]:
     apart = first_apart(joined, {"graph_nodes": None}, 0.0)
     if apart is not None and not (found and found[0].step <= apart.step):  # type: ignore[operator]
         fact = fact_of(joined, "graph_nodes", int(apart.rows[0]), "autograd nodes")
+        without, facts_of_gradients = _without_gradient(pair, apart.step)
         last = max((step for step in common if step < apart.step), default=None)
         hint = "watch(graph='changed') captures the graphs of such steps, so that they are compared"
         if last is not None:
@@ -105,11 +106,11 @@ def graph(pair: Pair) -> Iterator[Difference]:
                 apart.step,
                 "graph",
                 "graph_nodes",
-                f"the autograd graph has {fact.a} nodes in A and {fact.b} in B",
+                f"the autograd graph has {fact.a} nodes in A and {fact.b} in B{without}",
                 fact.a,
                 fact.b,
                 hint=hint,
-                facts=(fact,),
+                facts=(fact, *facts_of_gradients),
             ),
         )
     yield from found[:1]
@@ -135,9 +136,11 @@ def forward(pair: Pair, rtol: float) -> Iterator[Difference]:
     name = f"{module or 'the model'} ({kind})"
     facts = apart.facts(joined, row, module)
     hint = "what it is given is equal, and so are all outputs before it"
-    if "Dropout" in kind:
+    if _like_rounding(pair, apart):
+        hint = f"{hint}; a sum in another order is enough for that, also of the mean told here"
+    elif "Dropout" in kind:
         hint = f"{hint}: another dropout probability, or another random number"
-    elif not _like_rounding(pair, apart):
+    else:
         hint = f"{hint}: another computation, other weights, or another random number"
     yield Difference(
         apart.step,
@@ -232,7 +235,12 @@ def _calls(pair: Pair) -> Iterator[Difference]:
 
 
 def _change(change: Any) -> Fact:
-    where = "module" if change.kind == "module" else change.owner or change.module
+    if change.kind == "module":
+        where = f"module {change.module}"
+        if change.how == "changed":
+            return Fact(where, change.before or "nothing", change.after or "nothing")
+    else:
+        where = change.owner or change.module
     what = change.what if change.n == 1 else f"{change.what} ×{change.n}"
     if change.how == "appeared":
         return Fact(where, None, what)
@@ -242,8 +250,13 @@ def _change(change: Any) -> Fact:
 
 
 def _summed(changes: Any) -> str:
+    modules = [each for each in changes if each.kind == "module" and each.how == "changed"]
+    if modules:
+        more = f", and {len(modules) - 1} more" if len(modules) > 1 else ""
+        first = modules[0]
+        return f"module {first.module} {first.before} in A and {first.after} in B{more}"
     said = []
-    for how, verb in (("vanished", "is in A only"), ("appeared", "is in B only")):
+    for how, verb in (("vanished", "is missing in B"), ("appeared", "is in B only")):
         own = [each for each in changes if each.how == how]
         if own:
             more = f" (and {len(own) - 1} more)" if len(own) > 1 else ""
@@ -255,6 +268,22 @@ def _summed(changes: Any) -> str:
         more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
         said.append(f"{first.what}{more} is not the same")
     return ", ".join(said)
+
+
+def _without_gradient(pair: Pair, step: int) -> tuple[str, list[Fact]]:
+    """Parameters that have a gradient at a step in one of the runs only."""
+    joined = pair.joined("grads", ("param",))
+    a, b = (side == "none" for side in joined.column("status"))
+    at = np.flatnonzero((joined.step == step) & (a != b))
+    if not len(at):
+        return "", []
+    names = [pair.param(int(number)) for number in joined.column("param")[0][at]]
+    more = f" and {len(at) - 1} more" if len(at) > 1 else ""
+    said = f"; {names[0]}{more} has no gradient in {'A' if a[at[0]] else 'B'}"
+    return said, [
+        fact_of(joined, "status", row, f"gradient of {name}")
+        for row, name in zip(at[:3].tolist(), names, strict=False)
+    ]
 
 
 def _like_rounding(pair: Pair, apart: Any) -> bool:
