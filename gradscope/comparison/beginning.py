@@ -24,14 +24,15 @@ def models_and_parameters(pair: Pair) -> Iterator[Difference]:
     kinds = [[model.kind for model in run.models] for run in (a, b)]
     pair.compared["parameters"] += len(kinds[0]) + len(a.parameters)
     if kinds[0] != kinds[1]:
-        spelled = [", ".join(each) or "none" for each in kinds]
+        of_a, of_b = (", ".join(each) or "none" for each in kinds)
         yield Difference(
             None,
             "parameters",
             "model",
-            f"the model is {spelled[0]} in A and {spelled[1]} in B",
-            *spelled,
-            facts=(Fact("model", *spelled),),
+            f"the model is {of_a} in A and {of_b} in B",
+            of_a,
+            of_b,
+            facts=(Fact("model", of_a, of_b),),
         )
     yield from _missing(pair)
     for quantity, value, word in (
@@ -86,7 +87,7 @@ def initial_weights(pair: Pair, rtol: float) -> Iterator[Difference]:
         n_different=len(at),
         n_compared=int(known.sum()),
         facts=tuple(
-            Fact(f"{pair.param(both[row][0])} norm", *map(float, norms[row]), float(apart[row]))
+            Fact(f"{pair.param(both[row][0])} norm", norms[row, 0], norms[row, 1], apart[row])
             for row in at[:_MOST_FACTS].tolist()
         ),
     )

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from gradscope.comparison import beginning, events, forward, hyperparameters, tensors
-from gradscope.comparison.difference import EXACT, Comparison, Difference, Fact
+from gradscope.comparison.difference import EXACT, Comparison, Difference, Fact, Growth
 from gradscope.comparison.drift import growth, jump
 from gradscope.comparison.pair import Pair
 from gradscope.run.recording import Recording
@@ -48,7 +48,8 @@ def compare(a: Recording, b: Recording, rtol: float = 0.0, *, ended: bool = True
     for each in found:
         by_stage.setdefault(each.stage, each)
     differences = list(by_stage.values())
-    beyond, drifted = None, ()
+    beyond: Difference | None = None
+    drifted: tuple[Growth, ...] = ()
     if differences:
         first = differences[0]
         if first.stage == "loss" and first.relative is not None:
@@ -176,10 +177,10 @@ def _surroundings(a: Recording, b: Recording) -> Iterator[Fact]:
         if name == "command":
             values = _unlike_commands(*(each.get(name) for each in facts))
         if all(facts) and values[0] != values[1]:
-            yield Fact(name.replace("_", " "), *values)
-    devices = [sorted({entry.device for entry in run.parameters}) for run in (a, b)]
+            yield Fact(name.replace("_", " "), values[0], values[1])
+    devices = [", ".join(sorted({entry.device for entry in run.parameters})) for run in (a, b)]
     if devices[0] != devices[1]:
-        yield Fact("device of parameters", *(", ".join(each) for each in devices))
+        yield Fact("device of parameters", devices[0], devices[1])
 
 
 def _unlike_commands(a: Any, b: Any) -> list[str]:

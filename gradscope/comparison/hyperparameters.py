@@ -114,7 +114,7 @@ def _groups(pair: Pair) -> Iterator[Difference]:
             differ.append((a.name, _holder(pair.a, a), _holder(pair.b, b)))
     if not differ:
         return
-    name, a, b = differ[0]
+    name, of_a, of_b = differ[0]
     joined = pair.joined("groups", ("optimizer", "group"))
     counts = joined.column("n_params")
     steps = joined.step[counts[0] != counts[1]]
@@ -129,9 +129,9 @@ def _groups(pair: Pair) -> Iterator[Difference]:
         step,
         "hyperparameters",
         "group",
-        f"{name} is in {a} in A and in {b} in B{others}",
-        a,
-        b,
+        f"{name} is in {of_a} in A and in {of_b} in B{others}",
+        of_a,
+        of_b,
         param=name,
         n_different=len(differ),
         n_compared=len(pair.b_params),

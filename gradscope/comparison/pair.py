@@ -120,7 +120,7 @@ class Pair:
             n = int(numbers.max(initial=0)) + 1
             code = [code[0] * n + numbers[: len(a)], code[1] * n + numbers[len(a) :]]
         code = [_numbered(each, np.concatenate(code)) for each in code]
-        _, at_a, at_b = np.intersect1d(*code, assume_unique=True, return_indices=True)
+        _, at_a, at_b = np.intersect1d(code[0], code[1], assume_unique=True, return_indices=True)
         order = np.argsort(at_a, kind="stable")
         rows = usable[0][at_a[order]], usable[1][at_b[order]]
         by_step = np.argsort(tables[0].array("step")[rows[0]], kind="stable")

@@ -35,7 +35,7 @@ def weights_before(pair: Pair, rtol: float) -> Iterator[Difference]:
         *_told(pair, "weights_before", joined, {"weight_norm_before": None}, rtol, said),
         *_single_weights(pair, "weights_before", "weight_before", rtol),
     ):
-        earlier = known[known < each.step]
+        earlier = known[known < (each.step or 0)]
         since = (
             f"since step {earlier[-1]}, after which they were equal"
             if len(earlier)
@@ -124,7 +124,7 @@ def weights_at_the_end(pair: Pair, rtol: float) -> Iterator[Difference]:
         n_different=len(at),
         n_compared=int(known.sum()),
         facts=tuple(
-            Fact(f"{pair.param(both[each][0])} norm", *map(float, norms[each]), float(apart[each]))
+            Fact(f"{pair.param(both[each][0])} norm", norms[each, 0], norms[each, 1], apart[each])
             for each in at[:_MOST_FACTS].tolist()
         ),
     )
@@ -227,23 +227,24 @@ def _missing_state(pair: Pair, stage: str, when: str) -> Iterator[Difference]:
     then = [each for each in found if each[0] == step]
     _, number, side, key = then[0]
     lacks = "B" if side == 0 else "A"
-    values = ("there", None) if side == 0 else (None, "there")
-    keys = ", ".join(dict.fromkeys(each[3] for each in then))
+    a, b = ("there", None) if side == 0 else (None, "there")
+    spelled = ", ".join(dict.fromkeys(each[3] for each in then))
     n = len({each[1] for each in then})
     others = f" and {n - 1} more parameters" if n > 1 else ""
     yield Difference(
         step,
         stage,
         key,
-        f"{when} the step the optimizer has no state ({keys}) of {pair.param(number)}{others} "
+        f"{when} the step the optimizer has no state ({spelled}) of {pair.param(number)}{others} "
         f"in {lacks}",
-        *values,
+        a,
+        b,
         hint="the state was cleared, or the optimizer made anew" if when == "before" else "",
         param=pair.param(number),
         n_different=n,
         n_compared=int((updates.step == step).sum()),
         facts=tuple(
-            Fact(f"{pair.param(number)} {each[3]}", *values) for each in then if each[1] == number
+            Fact(f"{pair.param(number)} {each[3]}", a, b) for each in then if each[1] == number
         )[:_MOST_FACTS],
     )
 
