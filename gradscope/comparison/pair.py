@@ -58,6 +58,7 @@ class Pair:
     Attributes:
         a, b: the recordings.
         b_params: for each parameter of A its number in B, -1 if B has none of that name.
+        a_params: int64[n + 1], likewise for each of B its number in A; -1 at the end, for none.
         steps: int64[n], the steps that both hold, in order.
         n_steps: how many steps each has.
         rounding: up to which relative difference rounding is taken for the cause.
@@ -72,7 +73,7 @@ class Pair:
         for number, partner in enumerate(self.b_params):
             if partner >= 0:
                 to_a[partner] = number
-        self._to_a = to_a
+        self.a_params: Integers = to_a
         self.n_steps = (a.n_steps, b.n_steps)
         self.last_in_midst = self._is_cut_short()
         n_common = min(self.n_steps) - self.last_in_midst
@@ -108,25 +109,36 @@ class Pair:
 
     def _join(self, table: str, keys: tuple[str, ...]) -> Joined:
         tables = self.a.rows(table), self.b.rows(table)
-        usable = [np.flatnonzero(np.isin(rows.array("step"), self.steps)) for rows in tables]
+        usable = []
+        for rows, to_a in zip(tables, (None, self.a_params), strict=True):
+            is_usable = np.isin(rows.array("step"), self.steps)
+            if "param" in keys and to_a is not None:
+                is_usable &= to_a[rows.array("param")] >= 0
+            usable.append(np.flatnonzero(is_usable))
         code = [
             rows.array("step")[at].astype(np.int64) for rows, at in zip(tables, usable, strict=True)
         ]
         for key in keys:
             a, b = (_values(rows, key)[at] for rows, at in zip(tables, usable, strict=True))
             if key == "param":
-                b = self._to_a[b]
-            _, numbers = np.unique(np.concatenate([a, b]), return_inverse=True)
+                b = self.a_params[b]
+            numbers = np.concatenate([a, b])
+            if numbers.dtype == object:
+                numbers = _numbers_of(numbers)
             n = int(numbers.max(initial=0)) + 1
             code = [code[0] * n + numbers[: len(a)], code[1] * n + numbers[len(a) :]]
-        code = [_numbered(each, np.concatenate(code)) for each in code]
-        _, at_a, at_b = np.intersect1d(code[0], code[1], assume_unique=True, return_indices=True)
+        at_a, at_b = _matched(code[0], code[1])
+        only = []
+        for at, found in zip(usable, (at_a, at_b), strict=True):
+            is_left = np.ones(len(at), np.bool_)
+            is_left[found] = False
+            only.append(at[is_left])
         order = np.argsort(at_a, kind="stable")
-        rows = usable[0][at_a[order]], usable[1][at_b[order]]
-        by_step = np.argsort(tables[0].array("step")[rows[0]], kind="stable")
-        rows = rows[0][by_step], rows[1][by_step]
-        only = tuple(np.setdiff1d(at, found) for at, found in zip(usable, rows, strict=True))
-        return Joined(tables[0].array("step")[rows[0]], rows, (only[0], only[1]), tables)
+        rows_a, rows_b = usable[0][at_a[order]], usable[1][at_b[order]]
+        by_step = np.argsort(tables[0].array("step")[rows_a], kind="stable")
+        found_rows = rows_a[by_step], rows_b[by_step]
+        step = tables[0].array("step")[found_rows[0]]
+        return Joined(step, found_rows, (only[0], only[1]), tables)
 
     def _is_cut_short(self) -> bool:
         """Whether the shorter run ended within its last step, and there is nothing else to it."""
@@ -190,18 +202,29 @@ def _values(table: Columns, name: str) -> Any:
     return table.texts(name) if kind is Kind.TEXT else table.array(name)
 
 
-def _numbered(code: Integers, both: Integers) -> Integers:
-    """Return codes that tell the first, second … of equal ones apart."""
-    order = np.argsort(code, kind="stable")
-    ordered = code[order]
-    begins = (
-        np.concatenate([[True], ordered[1:] != ordered[:-1]]) if len(code) else np.zeros(0, bool)
-    )
-    first = np.maximum.accumulate(np.where(begins, np.arange(len(code)), 0))
-    nth = np.empty(len(code), np.int64)
-    nth[order] = np.arange(len(code)) - first
-    # Dense first, so that the product cannot leave the range of int64.
-    _, dense = np.unique(both, return_inverse=True)
-    distinct = np.unique(both)
-    numbered: Integers = np.searchsorted(distinct, code) * (len(dense) + 1) + nth
-    return numbered
+def _numbers_of(texts: Any) -> Integers:
+    """Return int64[n], equal numbers for equal texts."""
+    import pandas as pd
+
+    numbers: Integers = pd.factorize(texts)[0].astype(np.int64)
+    return numbers
+
+
+def _matched(a: Integers, b: Integers) -> tuple[Integers, Integers]:
+    """Return the places of equal codes; of codes that recur the first goes with the first."""
+    sides = []
+    for code in (a, b):
+        order = np.argsort(code, kind="stable")
+        ordered = code[order]
+        begins = np.ones(len(code), np.bool_)
+        begins[1:] = ordered[1:] != ordered[:-1]
+        first = np.maximum.accumulate(np.where(begins, np.arange(len(code)), 0))
+        sides.append((order, ordered, np.arange(len(code)) - first))
+    n = 1 + max(int(nth.max(initial=0)) for _, _, nth in sides)
+    (order_a, a, nth_a), (order_b, b, nth_b) = sides
+    a, b = a * n + nth_a, b * n + nth_b
+    if not len(b):
+        return order_a[:0], order_b
+    place = np.minimum(np.searchsorted(b, a), len(b) - 1)
+    is_there = b[place] == a
+    return order_a[is_there], order_b[place[is_there]]

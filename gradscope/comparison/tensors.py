@@ -209,7 +209,6 @@ def _missing_state(pair: Pair, stage: str, when: str) -> Iterator[Difference]:
     params = updates.column("param")[0]
     recorded = set(zip(updates.step.tolist(), params.tolist(), strict=True))
     in_full = np.unique(updates.step)
-    to_a = {partner: number for number, partner in enumerate(pair.b_params) if partner >= 0}
     found = []
     for side, (rows, table) in enumerate(zip(joined.only, joined.tables, strict=True)):
         whens, keys = table.texts("when"), table.texts("key")
@@ -218,7 +217,7 @@ def _missing_state(pair: Pair, stage: str, when: str) -> Iterator[Difference]:
         for row in rows[wanted].tolist():
             number = int(numbers[row])
             if side:
-                number = to_a.get(number, -1)
+                number = int(pair.a_params[number])
             if (int(steps[row]), number) in recorded:
                 found.append((int(steps[row]), number, side, str(keys[row])))
     if not found:
@@ -358,16 +357,12 @@ def _like_rounding(pair: Pair, joined: Joined, apart: Apart, size: Any) -> bool:
 def _single_weights(pair: Pair, stage: str, name: str, rtol: float) -> Iterator[Difference]:
     """Compare the few weights of each parameter that are kept at recorded steps, one by one."""
     a_runs, b_runs = pair.a.tracked, pair.b.tracked
-    to_a = np.full(len(pair.b.parameters) + 1, -1, np.int64)
-    for number, partner in enumerate(pair.b_params):
-        if partner >= 0:
-            to_a[partner] = number
     for step in sorted(set(a_runs) & set(b_runs) & set(pair.steps.tolist())):
         a, b = a_runs[step], b_runs[step]
         if name not in a.values or name not in b.values:
             continue
         code_a = (a.param.astype(np.int64) << 40) + a.position
-        code_b = (to_a[b.param] << 40) + b.position
+        code_b = (pair.a_params[b.param] << 40) + b.position
         _, at_a, at_b = np.intersect1d(code_a, code_b, return_indices=True)
         rows = np.argsort(at_a)
         at_a, at_b = at_a[rows], at_b[rows]

@@ -78,6 +78,10 @@ CHANGES = {
         changed(clip=0.1, clip_from=5),
         Expected(5, "order", "clip is in B only"),
     ),
+    "another limit of the clip": (
+        changed(clip=0.2, usual={"clip": 0.1}),
+        Expected(0, "order", "limit 0.1, 6 gradients in A and clip_grad_norm_, limit 0.2"),
+    ),
     "eval left on": (changed(eval_from=5), Expected(5, "order", "eval mode in B")),
     "an optimizer made anew": (
         changed(anew_at=5),
@@ -140,7 +144,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_one_changed_thing_is_told_where_it_starts(usual: Scope, change: str) -> None:
     loop, expected = CHANGES[change]
-    found = gradscope.diff(usual, run(loop))
+    found = gradscope.diff(run(changed(**loop.usual)) if loop.usual else usual, run(loop))
     first = found.first
     assert first is not None
     assert (first.step, first.stage) == (expected.step, expected.stage)
@@ -207,19 +211,18 @@ def test_a_shorter_run_is_equal_as_far_as_it_goes(usual: Scope) -> None:
     assert "A has 12 steps and B 7: the first 7 are in both" in repr(found)
 
 
-def test_a_run_that_ends_in_the_midst_of_a_step_has_not_parted(usual: Scope) -> None:
-    def stop(step: int) -> None:
-        if step == 6:
-            raise KeyboardInterrupt
-
-    class Interrupted(torch.nn.Module):
-        pass
-
-    scope: Any = None
-    loop = changed(tell=stop)
-    with pytest.raises(KeyboardInterrupt):
-        scope = run(loop)
-    assert scope is None  # the scope is lost with the loop; its directory is what is left
+def test_a_run_that_ends_in_the_midst_of_a_step_has_not_parted(
+    usual: Scope, tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(changed(raises_in=6), tmp_path / "run")
+    cut = gradscope.open(tmp_path / "run")
+    assert list(cut.steps["outcome"])[-1] == "open"
+    for pair in ((usual, cut), (cut, usual)):
+        found = gradscope.diff(*pair)
+        assert not found, found
+        assert found.comparison.n_common == 6
+        assert f"step 6: {'AB'[pair.index(cut)]} ended in the midst of it" in repr(found)
 
 
 def test_what_precedes_the_difference_is_equal(usual: Scope) -> None:

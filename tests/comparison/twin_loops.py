@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,10 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Loop:
-    """A training loop; what is left alone is what its twin does, too."""
+    """A training loop; what is left alone is what its twin does, too.
+
+    ``usual`` is what the twin does differently, if it is not the usual loop.
+    """
 
     seed: int = 0
     steps: int = 12
@@ -60,10 +62,10 @@ class Loop:
     frozen: str = ""
     frozen_from: int | None = None
     nudge: tuple[int, float] | None = None
-    swap: bool = False
     gradient_factor: tuple[int, float] | None = None
     reduction: str = "mean"
-    tell: Callable[[int], Any] | None = None
+    raises_in: int | None = None
+    usual: dict[str, Any] | None = None
 
 
 def run(loop: Loop, path: Path | None = None, **options: Any) -> Scope:
@@ -106,9 +108,9 @@ def run(loop: Loop, path: Path | None = None, **options: Any) -> Scope:
                 model.norm.weight.grad.mul_(loop.gradient_factor[1])
             if loop.clip is not None and step >= loop.clip_from:
                 nn.utils.clip_grad_norm_(model.parameters(), loop.clip)
+            if step == loop.raises_in:
+                raise RuntimeError("stopped")
             optimizer.step()
-            if loop.tell is not None:
-                loop.tell(step)
     return scope
 
 
