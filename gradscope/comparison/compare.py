@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -55,7 +56,8 @@ def compare(a: Recording, b: Recording, rtol: float = 0.0, *, ended: bool = True
         if first.stage == "loss" and first.relative is not None:
             differences[0] = first = replace(first, **_around_loss(pair, first))
         at = -1 if first.step is None else first.step
-        drifted = growth(pair, at)
+        weights = by_stage.get("weights_before")
+        drifted = growth(pair, at, math.inf if weights is None else weights.order[0])
         if first.like_rounding:
             beyond = _beyond_rounding(pair, found, at)
     return Comparison(

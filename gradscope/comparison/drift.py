@@ -19,14 +19,18 @@ _JUMP: Final = 1000.0
 _OF_STEP: Final = ("loss", "grad_norm", "weight_norm")
 
 
-def growth(pair: Pair, first: int) -> tuple[Growth, ...]:
+def growth(pair: Pair, first: int, weights_from: float) -> tuple[Growth, ...]:
     """Return how far the runs are apart at a few steps, the first and the last among them.
 
     Args:
         pair: the runs.
         first: the step of the first difference.
+        weights_from: the first step before which weights differed; infinite if none did. Until
+            then their norms differ by the order in which they were added up, if at all.
     """
     steps, apart = _apart(pair)
+    weights = apart["weight_norm"]
+    weights[(steps < weights_from) & ~np.isnan(weights)] = 0.0
     at = np.flatnonzero(steps >= first)
     if len(at) > _SHOWN:
         # Each time about as many times later: what grows, grows by factors.

@@ -279,7 +279,8 @@ def _without_gradient(pair: Pair, step: int) -> tuple[str, list[Fact]]:
         return "", []
     names = [pair.param(int(number)) for number in joined.column("param")[0][at]]
     more = f" and {len(at) - 1} more" if len(at) > 1 else ""
-    said = f"; {names[0]}{more} has no gradient in {'A' if a[at[0]] else 'B'}"
+    verb = "have" if len(at) > 1 else "has"
+    said = f"; {names[0]}{more} {verb} no gradient in {'A' if a[at[0]] else 'B'}"
     return said, [
         fact_of(joined, "status", row, f"gradient of {name}")
         for row, name in zip(at[:3].tolist(), names, strict=False)

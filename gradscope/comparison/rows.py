@@ -14,6 +14,14 @@ from gradscope.comparison.pair import Joined
 
 _MOST_FACTS = 3
 
+_WORDS = {
+    "weight_norm_before": "norm",
+    "weight_norm_after": "norm",
+    "norm_before_clipping": "norm",
+    "update_norm": "norm",
+    "abs_max": "greatest magnitude",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Apart:
@@ -45,7 +53,7 @@ class Apart:
     def facts(self, joined: Joined, row: int, name: str = "") -> list[Fact]:
         """Return a few columns of a row that differ, as evidence."""
         return [
-            fact_of(joined, column, row, f"{name} {column.replace('_', ' ')}".strip(), apart[row])
+            fact_of(joined, column, row, f"{name} {word_of(column)}".strip(), apart[row])
             for column, apart in self.relative.items()
             if apart[row] > self.rtol[row]
         ][:_MOST_FACTS]
@@ -85,6 +93,11 @@ def first_apart(
     return Apart(
         step, np.flatnonzero(anywhere & at_step), int((looked_at & at_step).sum()), apart, rtol
     )
+
+
+def word_of(column: str) -> str:
+    """Return what a column is called where the stage is told already."""
+    return _WORDS.get(column, column.replace("_", " "))
 
 
 def fact_of(joined: Joined, column: str, row: int, what: str, apart: float | None = None) -> Fact:

@@ -12,15 +12,8 @@ import numpy as np
 from gradscope.comparison.difference import Difference, Fact
 from gradscope.comparison.numbers import in_digits, relative
 from gradscope.comparison.pair import Joined, Pair
-from gradscope.comparison.rows import Apart, fact_of, first_apart
+from gradscope.comparison.rows import Apart, fact_of, first_apart, word_of
 
-_WORDS = {
-    "weight_norm_before": "norm",
-    "weight_norm_after": "norm",
-    "norm_before_clipping": "norm",
-    "update_norm": "norm",
-    "abs_max": "greatest magnitude",
-}
 _BY_PARAM = ("param",)
 _MOST_FACTS = 5
 _OF_COPIES = ("weights_before", "state_before", "state_after", "update", "weights_after")
@@ -295,7 +288,7 @@ def _told(
         apart.step,
         stage,
         column,
-        f"{said}: {which} ({_by(_WORDS.get(column, column), facts[0])})",
+        f"{said}: {which} ({_by(word_of(column), facts[0])})",
         facts[0].a,
         facts[0].b,
         facts[0].relative,

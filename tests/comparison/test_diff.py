@@ -107,7 +107,7 @@ CHANGES = {
     ),
     "a detach from step 5": (
         changed(cut_from=5),
-        Expected(5, "graph", "encoder.weight and 3 more has no gradient in B"),
+        Expected(5, "graph", "encoder.weight and 3 more have no gradient in B"),
     ),
     "a softmax": (changed(softmax=True), Expected(0, "graph", "softmax 16 × 3 is in B only")),
     "another dropout": (
