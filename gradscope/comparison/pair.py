@@ -158,7 +158,8 @@ class Pair:
         if outcome.count("open") != 1:
             return False
         cut = outcome.index("open")
-        short, full = events_of(order[cut]), events_of(order[1 - cut])
+        short = [event for event in events_of(order[cut]) if event != "step open"]
+        full = events_of(order[1 - cut])
         return self.n_steps[cut] == last + 1 and full[: len(short)] == short
 
     def _dtypes(self) -> set[str]:
