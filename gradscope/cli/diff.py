@@ -41,7 +41,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
     found = diff(arguments.a, arguments.b, rtol=arguments.rtol)
     if arguments.format == "json":
-        json.dump(found.to_dict(), sys.stdout, indent=1, ensure_ascii=False)
+        json.dump(found.to_dict(), sys.stdout, indent=1)
         sys.stdout.write("\n")
     else:
         from rich.console import Console

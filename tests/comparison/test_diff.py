@@ -414,6 +414,43 @@ def test_json_is_one_document_with_every_key(
     assert document["first"] == document["differences"][0]
 
 
+SCRIPT = """
+import sys, torch
+torch.manual_seed(0)
+model = torch.nn.Linear(3, 1)
+optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+for step in range(8):
+    if step == int(sys.argv[1]):
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer.zero_grad()
+    model(torch.randn(4, 3)).square().mean().backward()
+    optimizer.step()
+"""
+
+
+@pytest.mark.slow
+def test_an_optimizer_made_anew_is_told_of_scripts_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT, "utf-8")
+    for name, at in (("a", "-1"), ("b", "5")):
+        subprocess.run(
+            [sys.executable, "-m", "gradscope", "run", "-o", name, "train.py", at],
+            env=ENVIRONMENT,
+            cwd=tmp_path,
+            capture_output=True,
+            check=True,
+            timeout=120,
+        )
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    out = capsys.readouterr().out
+    said = "✗ step 5: this is a step of optimizer in A and of optimizer#2 in B\n"
+    assert out.startswith(said)
+    assert "it is new in B: made anew, or another variable" in out
+    command = next(line for line in out.splitlines() if line.strip().startswith("command"))
+    assert command.split() == ["command", "…", "train.py", "-1", "…", "train.py", "5"]
+
+
 @pytest.mark.parametrize("columns", ["40", "80"])
 def test_a_narrow_window_is_respected(directories: Path, columns: str) -> None:
     done = subprocess.run(
