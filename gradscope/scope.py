@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
@@ -400,6 +402,29 @@ class Scope:
         self._settle()
         return tensors(self._recording, param, step)
 
+    def report(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write what was seen as one page of HTML, to open in any browser and to send.
+
+        It holds the findings, the loop as it ran, charts over steps, the flow of gradients, the
+        anatomy of updates and the graph; nothing is ever fetched from anywhere.
+
+        Args:
+            path: where to, as in ``"run.html"``.
+            force: whether a file that is there is overwritten.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            OutputExistsError: if the file is there already, and ``force`` is not set.
+            UsageError: if the path is a folder, or lies in one that does not exist.
+        """
+        from gradscope.views.report import checked_output, report_page, write_report
+
+        checked_output(path, force=force)  # before any work
+        page = report_page(self._recording, self.findings, _versions())
+        return write_report(page, path, force=force)
+
     @property
     def overhead(self) -> pd.DataFrame:
         """What watching has cost so far: a row per instrument, and a last one for all together.
@@ -452,6 +477,15 @@ class Scope:
     def _settle(self) -> None:
         if self._session is not None:
             self._session.settle()
+
+
+def _versions() -> dict[str, str]:
+    """What a report says of where the run took place."""
+    import platform
+
+    import torch
+
+    return {"Python": platform.python_version(), "torch": torch.__version__}
 
 
 def watch(

@@ -87,14 +87,36 @@ def step_range(n_steps: int) -> Range1d:
     return Range1d(*ends, bounds=ends)
 
 
+def value_range(values: Any, *, log: bool, zero: bool = False) -> tuple[float, float]:
+    """Return the ends of a y-axis on which these values have room.
+
+    Args:
+        values: what is drawn; at least one is finite.
+        log: whether the axis is logarithmic.
+        zero: whether it begins at zero.
+    """
+    known = np.asarray(values, np.float64)
+    known = known[np.isfinite(known)]
+    low, high = float(known.min()), float(known.max())
+    if log:
+        # Two powers of ten at least, or their marks would have to be crooked numbers.
+        room = max((high / low) ** 0.06, (100 * low / high) ** 0.5)
+        return low / room, high * room
+    if zero and low >= 0:
+        return (0.0, high * 1.15) if high > 0 else (0.0, 1.0)
+    room = 0.06 * (high - low) or 0.5 * abs(high) or 1.0
+    return low - room, high + room
+
+
 def new_figure(
-    x_range: Range1d, *, height: int = 220, log: bool = False, y_range: Any = None
+    x_range: Range1d, y_range: tuple[float, float], *, height: int = 220, log: bool = False
 ) -> figure:
     """Return an empty figure over steps."""
-    from bokeh.models import BoxAnnotation, BoxZoomTool, NumeralTickFormatter
+    from bokeh.models import BoxAnnotation, BoxZoomTool, NumeralTickFormatter, Range1d
     from bokeh.plotting import figure
 
     box = BoxAnnotation(fill_alpha=0.15, line_alpha=0.6, line_dash="dashed", level="overlay")
+    box.visible = False  # until somebody drags
     themed(box, fill_color="--accent", line_color="--accent")
     zoom = BoxZoomTool(dimensions="width", overlay=box)
     drawn = figure(
@@ -108,8 +130,7 @@ def new_figure(
         min_border_right=14,
         min_border_top=8,
         min_border_bottom=30,
-        # An empty scale of logarithms has no ends of its own.
-        **({"y_range": y_range} if y_range is not None else {}),
+        y_range=Range1d(*y_range),
     )
     drawn.toolbar.active_drag = zoom
     themed(

@@ -65,6 +65,18 @@ def _fact(value: object) -> str:
     return str(value)
 
 
+def verdict_in_words(run: Recording, summary: LoopSummary, findings: Findings) -> str:
+    """Return a sentence that says what the verdict means to one who never saw such a page."""
+    if not summary.healthy:
+        worst = max(findings, key=lambda finding: finding.severity)
+        return shown(worst.message, _LONGEST)
+    if summary.ended or not summary.seen:
+        return ""
+    n_rules = len(RULES) - len(findings.unchecked)
+    steps = "1 step" if run.n_steps == 1 else f"{run.n_steps:,} steps"
+    return f"{n_rules} rules were applied to {steps} of training, and none found anything wrong."
+
+
 def tiles(run: Recording, summary: LoopSummary) -> list[tuple[str, str, str]]:
     """Return the few numbers to see first: what, how much, and a word about it."""
     steps = run.frame("steps")
@@ -104,6 +116,7 @@ def parameter_rows(run: Recording) -> tuple[list[dict[str, Any]], int]:
     """Return a row for each parameter in forward order, and how many are left out."""
     order, _ = forward_order(run)
     optimizers = [shown(optimizer.name, 60) for optimizer in run.optimizers]
+    several = [optimizer.n_groups > 1 for optimizer in run.optimizers]
     last_norm = _last(run, "grads", "norm")
     last_ratio = _last(run, "updates", "update_ratio")
     statuses = _statuses(run)
@@ -119,7 +132,8 @@ def parameter_rows(run: Recording) -> tuple[list[dict[str, Any]], int]:
                 "numel": entry.numel,
                 "dtype": shown(entry.dtype, 30),
                 "optimizer": ", ".join(
-                    f"{optimizers[holder]}, group {group}" for holder, group in entry.holders[:3]
+                    optimizers[holder] + (f", group {group}" if several[holder] else "")
+                    for holder, group in entry.holders[:3]
                 )
                 or ("frozen" if not entry.requires_grad else "none"),
                 "trained": bool(entry.holders) and entry.requires_grad,

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from gradscope.graphs.theme import between
-from gradscope.views.report.chart import Chart, new_figure
+from gradscope.views.report.chart import Chart, new_figure, themed
 from gradscope.views.report.gradient_flow import LEVELS, PLAIN, SCALES, GradientFlow
-from gradscope.views.report.names import shown, tail
+from gradscope.views.report.names import shown
 from gradscope.views.report.packing import packed, packed_bytes
 
 if TYPE_CHECKING:
@@ -63,23 +63,29 @@ def row_height(n_rows: int) -> int:
 
 def flow_chart(flow: GradientFlow, x_range: Range1d) -> Chart:
     """Make the figure; names of rows stand beside it, in HTML."""
-    from bokeh.models import LinearColorMapper, Range1d
+    from bokeh.models import BoxAnnotation, LinearColorMapper
 
     n_rows = len(flow.rows)
-    drawn = new_figure(
-        x_range, height=row_height(n_rows) * n_rows + 34, y_range=Range1d(n_rows - 0.5, -0.5)
-    )
-    drawn.min_border_top = drawn.min_border_left = 2
-    drawn.min_border_right = 2
+    height = row_height(n_rows) * n_rows + 34
+    drawn = new_figure(x_range, (n_rows - 0.5, -0.5), height=height)
+    drawn.min_border_top, drawn.min_border_left = 2, 12
+    drawn.min_border_right = 16
     drawn.yaxis.visible = drawn.ygrid.visible = False
     drawn.outline_line_color = None
-    drawn.background_hatch_pattern = "right_diagonal_line"
-    drawn.background_hatch_scale = 6
-    drawn.background_hatch_weight = 0.6
-    drawn.tags = [{**drawn.tags[0], "background_hatch_color": "--grid"}]
+    edges = flow.columns.astype(np.float64) - 0.5
+    hatched = BoxAnnotation(
+        left=edges[0],
+        right=edges[-1],
+        hatch_pattern="right_diagonal_line",
+        hatch_scale=7,
+        hatch_weight=0.7,
+        fill_color=None,
+        line_color=None,
+        level="underlay",
+    )
+    drawn.add_layout(themed(hatched, hatch_color="--rule"))
     colours = palette()
     mapper = LinearColorMapper(palette=colours, low=-0.5, high=len(colours) - 0.5)
-    edges = flow.columns.astype(np.float64) - 0.5
     drawn.image(
         image=[flow.code],
         x=edges[0],
@@ -87,6 +93,7 @@ def flow_chart(flow: GradientFlow, x_range: Range1d) -> Chart:
         dw=edges[-1] - edges[0],
         dh=n_rows,
         color_mapper=mapper,
+        level="glyph",
     )
     return Chart("flow", "", drawn)
 
@@ -125,8 +132,8 @@ def flow_data(flow: GradientFlow) -> dict[str, Any]:
 def _labels(rows: list[str], height: int) -> list[dict[str, Any]]:
     """Names of rows, or of stretches of rows that share the beginning of theirs."""
     if height >= 14:
-        return [{"row": row, "rows": 1, "text": tail(name, 34)} for row, name in enumerate(rows)]
-    least = -(-14 // height)
+        return [{"row": row, "rows": 1, "text": shown(name)} for row, name in enumerate(rows)]
+    room = 14 / height
     for depth in range(6, 0, -1):
         stretches: list[dict[str, Any]] = []
         for row, name in enumerate(rows):
@@ -135,11 +142,12 @@ def _labels(rows: list[str], height: int) -> list[dict[str, Any]]:
                 stretches[-1]["rows"] += 1
             else:
                 stretches.append({"row": row, "rows": 1, "text": text})
-        if sum(each["rows"] >= least for each in stretches) >= 0.5 * len(stretches):
+        if sum(each["rows"] >= room for each in stretches) >= 0.5 * len(stretches):
             break
     kept: list[dict[str, Any]] = []
-    for each in stretches:
-        # A name needs its room; the readout has those that are left out.
-        if not kept or each["row"] >= kept[-1]["row"] + least:
-            kept.append(each | {"text": tail(each["text"], 34)})
-    return kept
+    # A name needs its room: those of long stretches come first, the readout has the others.
+    for each in sorted(stretches, key=lambda each: -each["rows"]):
+        middle = each["row"] + each["rows"] / 2
+        if all(abs(middle - other["row"] - other["rows"] / 2) >= room for other in kept):
+            kept.append(each | {"text": shown(each["text"])})
+    return sorted(kept, key=lambda each: int(each["row"]))

@@ -8,6 +8,8 @@ MOST_CHARACTERS = 120
 
 _UNSEEN = re.compile("[\0-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
 
 def shown(name: object, most: int = MOST_CHARACTERS) -> str:
     """Return a name without what cannot be seen, its middle left out if it is very long.
@@ -21,7 +23,7 @@ def shown(name: object, most: int = MOST_CHARACTERS) -> str:
     return f"{text[:start]}…{text[len(text) - (most - start - 1) :]}"
 
 
-def tail(name: object, most: int) -> str:
-    """Return the end of a name, which tells parameters apart better than its beginning."""
-    text = shown(name)
-    return text if len(text) <= most else f"…{text[len(text) - most + 1 :]}"
+def scientific(value: float) -> str:
+    """Return a number in powers of ten, as in ``2.4·10⁻⁴``."""
+    mantissa, power = f"{value:.1e}".split("e")
+    return f"{mantissa}·10{str(int(power)).translate(_RAISED)}"

@@ -21,7 +21,7 @@ from gradscope.views.report import contents
 from gradscope.views.report.chart import Chart, marks_of, step_range
 from gradscope.views.report.flow_chart import flow_chart, flow_data
 from gradscope.views.report.gradient_flow import MOST_COLUMNS, GradientFlow, gradient_flow
-from gradscope.views.report.names import shown
+from gradscope.views.report.names import scientific, shown
 from gradscope.views.report.step_charts import step_charts
 from gradscope.views.report.update_charts import anatomy_charts, ratio_chart
 from gradscope.views.report.updates import anatomy, update_ratios
@@ -111,6 +111,7 @@ def report_page(
         title=shown(summary.title, 200),
         good=summary.healthy and not summary.ended and summary.seen,
         verdict=shown(summary.verdict, 300),
+        words=contents.verdict_in_words(run, summary, findings),
         lines=_lines(summary.lines),
         tiles=contents.tiles(run, summary),
         findings=contents.shown_findings(findings),
@@ -120,6 +121,7 @@ def report_page(
         graph=graph,
         example=_worked_example(run),
         parameters=rows,
+        one_dtype=rows[0]["dtype"] if len({row["dtype"] for row in rows}) == 1 else "",
         n_more_parameters=n_more,
         checked=contents.checked(run, findings),
         costs=contents.cost_rows(run),
@@ -158,7 +160,7 @@ def _charts_and_data(run: Recording, findings: Findings) -> tuple[dict[str, Any]
         told["flow"] = _drawn(flow_chart(flow, x_range), notes=_about_flow(flow))
         data["flow"] = flow_data(flow)
         told["legend"] = data["flow"]["legend"]
-        told["ends"] = (f"{10**flow.low:.1e}", f"{10**flow.high:.1e}")
+        told["ends"] = (scientific(10**flow.low), scientific(10**flow.high))
     if ratios is not None:
         told["ratios"] = ratio_chart(ratios, x_range)
     if parts is not None:

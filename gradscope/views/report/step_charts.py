@@ -15,6 +15,7 @@ from gradscope.views.report.chart import (
     add_marks,
     mark_steps,
     new_figure,
+    value_range,
     wants_log,
 )
 from gradscope.views.report.names import shown
@@ -76,6 +77,8 @@ def _loss(steps: pd.DataFrame, x_range: Range1d) -> Chart | str:
 
 
 def _rates(run: Recording, x_range: Range1d) -> Chart | str:
+    from bokeh.models import BasicTickFormatter
+
     groups = run.frame("groups")
     if not np.isfinite(groups["lr"].to_numpy(np.float64)).any():
         return "No learning rate to draw: no parameter group has one."
@@ -92,7 +95,10 @@ def _rates(run: Recording, x_range: Range1d) -> Chart | str:
         name = "learning rate" if alone else _listed(labels)
         dash = ("solid", "dashed")[place // len(SERIES) % 2]
         lines.append(_thinned(Line(name, x, y, SERIES[place % len(SERIES)], dash)))
-    chart = _drawn("lr", "Learning rate", lines, x_range, height=170)
+    chart = _drawn("lr", "Learning rate", lines, x_range, height=150)
+    if chart.figure.yaxis.ticker.__class__.__name__ != "LogTicker":
+        chart.figure.yaxis.formatter = BasicTickFormatter(power_limit_low=-6)
+        chart.figure.yaxis.ticker.desired_num_ticks = 3
     if len(courses) > 12:
         chart.notes.append(
             f"12 of {len(courses)} different schedules are drawn; all are in `groups`."
@@ -127,7 +133,9 @@ def _norms(steps: pd.DataFrame, x_range: Range1d) -> Chart | str:
 
 def _drawn(key: str, title: str, lines: list[Line], x_range: Range1d, height: int = 220) -> Chart:
     log = wants_log(*(line.y for line in lines))
-    chart = Chart(key, title, new_figure(x_range, height=height, log=log))
+    values = np.concatenate([line.y for line in lines])
+    ends = value_range(values, log=log, zero=key == "lr")
+    chart = Chart(key, title, new_figure(x_range, ends, height=height, log=log))
     if log:
         chart.notes.append("Logarithmic scale.")
     add_lines(chart, lines)

@@ -15,12 +15,10 @@ USUAL_RATIO = 1e-3
 
 def ratio_chart(data: dict[str, Any], x_range: Range1d) -> Chart:
     """Make the figure of the ratios of all parameters; its lines come from the page's script."""
-    from bokeh.models import ColumnDataSource, Range1d, Span
+    from bokeh.models import ColumnDataSource, Span
 
     low, high = min(data["low"], USUAL_RATIO / 3), max(data["high"], 3 * USUAL_RATIO)
-    drawn = new_figure(
-        x_range, height=320, log=True, y_range=Range1d(max(low, high * 1e-9) / 1.6, high * 1.6)
-    )
+    drawn = new_figure(x_range, (max(low, high * 1e-9) / 1.6, high * 1.6), height=320, log=True)
     lines = ColumnDataSource({"xs": [], "ys": [], "colour": []}, name="ratio-lines")
     drawn.multi_line("xs", "ys", source=lines, line_color="colour", line_width=1.1, line_alpha=0.75)
     one = ColumnDataSource({"x": [], "y": []}, name="ratio-one")
@@ -97,7 +95,7 @@ def anatomy_charts(values: dict[str, Any], x_range: Range1d) -> list[Chart]:
         values: packed numbers by quantity, as :func:`anatomy` gives them.
         x_range: over the steps.
     """
-    from bokeh.models import ColumnDataSource, Range1d, Span
+    from bokeh.models import ColumnDataSource, Span
 
     charts = []
     for key, title, text, lines in _ANATOMY:
@@ -105,11 +103,11 @@ def anatomy_charts(values: dict[str, Any], x_range: Range1d) -> list[Chart]:
         if not known:
             continue
         log = key != "cosine"
-        y_range = Range1d(0.1, 1) if log else Range1d(-1.08, 1.08)
+        ends = (0.1, 1.0) if log else (-1.08, 1.08)
         chart = Chart(
             f"anatomy-{key}",
             title,
-            new_figure(x_range, height=210, log=log, y_range=y_range),
+            new_figure(x_range, ends, height=210, log=log),
             help=text,
         )
         if not log:

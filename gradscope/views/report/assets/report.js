@@ -187,12 +187,15 @@ class Flow extends Chart {
 
   placed() {
     const {top} = this.frame.bbox, high = this.flow.row_height;
+    // The end of a name tells more than its beginning.
+    const most = Math.max(8, Math.floor(this.names.clientWidth / 6));
     this.names.replaceChildren(...this.flow.labels.map(({row, rows, text}) => {
-      const name = make("span", text, rows > 1 ? "many" : "");
-      Object.assign(name.style, {top: `${top + row * high}px`, height: `${rows * high}px`,
-        lineHeight: `${Math.max(14, rows * high)}px`});
-      if (rows * high < 14) Object.assign(name.style, {top: `${top + row * high - 3}px`});
-      name.title = rows > 1 ? text : this.flow.rows[row];
+      const short = text.length > most ? `…${text.slice(text.length - most + 1)}` : text;
+      const name = make("span", short, rows > 1 ? "many" : "");
+      const tall = Math.max(14, rows * high);
+      Object.assign(name.style, {top: `${top + (row + rows / 2) * high - tall / 2}px`,
+        height: `${tall}px`, lineHeight: `${tall}px`});
+      name.title = text;
       name.row = row;
       name.rows = rows;
       return name;
@@ -339,7 +342,8 @@ class Part extends Chart {
     if (this.key === "anatomy-cosine") return;
     if (!high) { low = .1; high = 1; }
     low = Math.max(low, high * 1e-12);
-    const room = Math.max(1.3, (high / low) ** .06);
+    // Two powers of ten at least, or their marks would have to be crooked numbers.
+    const room = Math.max((high / low) ** .06, Math.sqrt(100 * low / high));
     this.figure.y_range.setv({start: low / room, end: high * room});
   }
 }
@@ -385,7 +389,8 @@ const FACTS = [
   ["… by weight decay", ["decay_norm"], ""],
   ["… by old momentum", ["momentum_norm"], ""],
   ["… by the fresh gradient", ["fresh_norm"], ""],
-  ["effective learning rate", ["effective_lr_min", "effective_lr_mean", "effective_lr_max"], " · "],
+  ["effective lr, least to greatest", ["effective_lr_min", "effective_lr_max"], " … "],
+  ["… its mean", ["effective_lr_mean"], ""],
   ["residual against the formula", ["residual"], ""],
   ["… rounding alone may cause", ["rounding"], ""],
   ["cosine of update and -gradient", ["update_gradient_cosine"], ""],
@@ -436,8 +441,9 @@ for (const [id, move] of [["previous", -1], ["next", 1]]) {
 
 async function draw() {
   if (!data.document) return;
-  Bokeh.set_log_level("error");
-  book = Bokeh.Document.from_json(data.document);
+  
+  Bokeh.logger.set_level("error");
+  book = Bokeh.require("document").Document.from_json(data.document);
   xRange = book.get_model_by_id(data.x_range);
   wholeRange = {start: xRange.start, end: xRange.end};
   for (const spec of data.charts) {
