@@ -108,8 +108,8 @@ def _variables(name: str) -> str:
 def _policy(style: str, script: str) -> str:
     """A Content-Security-Policy under which this style and this script are all that is obeyed."""
     return (
-        f"default-src 'none'; style-src {content_source(style)}; script-src {content_source(script)}; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; style-src {content_source(style)}; "
+        f"script-src {content_source(script)}; base-uri 'none'; form-action 'none'"
     )
 
 

@@ -227,6 +227,8 @@ def add_marks(drawn: figure, marks: Sequence[Mapping[str, Any]]) -> None:
 
 def wants_log(*values: Any) -> bool:
     """Whether numbers are positive and reach over more than a factor of 30."""
-    known = np.concatenate([np.asarray(each, np.float64).ravel() for each in values] or [[]])
+    known = np.concatenate(
+        [np.zeros(0), *(np.asarray(each, np.float64).ravel() for each in values)]
+    )
     known = known[np.isfinite(known)]
     return bool(len(known)) and bool(known.min() > 0) and bool(known.max() > 30 * known.min())

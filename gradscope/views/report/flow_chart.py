@@ -101,12 +101,12 @@ def flow_chart(flow: GradientFlow, x_range: Range1d) -> Chart:
 def flow_data(flow: GradientFlow) -> dict[str, Any]:
     """Return what the page's script tells of a cell, and the legend."""
     colours = palette()
-    legend = []
+    legend: list[dict[str, Any]] = []
     for status in flow.seen:
         words = WORDS[status]
         if status in SCALES:
             start = SCALES.index(status) * LEVELS
-            scale = colours[start : start + LEVELS : 4] + [colours[start + LEVELS - 1]]
+            scale = [*colours[start : start + LEVELS : 4], colours[start + LEVELS - 1]]
         else:
             scale = [_COLOURS[status]]
         # Two names of what is as it should be, in one line.

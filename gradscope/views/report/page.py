@@ -15,6 +15,7 @@ from gradscope.graphs.theme import THEMES
 from gradscope.rules import Findings, Severity, diagnose
 from gradscope.views import explanation_html
 from gradscope.views.explain import explain
+from gradscope.views.explanation import Explanation
 from gradscope.views.graph_facts import graph_facts
 from gradscope.views.loop import summarize
 from gradscope.views.report import contents
@@ -76,7 +77,7 @@ def checked_output(path: str | os.PathLike[str], *, force: bool = False) -> Path
             f"the file {path} exists already; overwrite it with force=True, or name another"
         )
     if not path.parent.is_dir():
-        raise UsageError(f"the folder {path.parent} does not exist; make it before, or name another")
+        raise UsageError(f"the folder {path.parent} does not exist; make it, or name another")
     return path
 
 
@@ -158,8 +159,8 @@ def _charts_and_data(run: Recording, findings: Findings) -> tuple[dict[str, Any]
     data: dict[str, Any] = {"anatomy": parts, "ratios": ratios, "flow": None}
     if flow is not None:
         told["flow"] = _drawn(flow_chart(flow, x_range), notes=_about_flow(flow))
-        data["flow"] = flow_data(flow)
-        told["legend"] = data["flow"]["legend"]
+        data["flow"] = cells = flow_data(flow)
+        told["legend"] = cells["legend"]
         told["ends"] = (scientific(10**flow.low), scientific(10**flow.high))
     if ratios is not None:
         told["ratios"] = ratio_chart(ratios, x_range)
@@ -242,11 +243,16 @@ def _worked_example(run: Recording) -> dict[str, Any] | None:
                 told = explain(run, entry.name, index, step, lambda *_: None)
             except GradscopeError:
                 continue
+            if not isinstance(told, Explanation):
+                continue
+            told.param, told.optimizer, told.optimizer_kind = (
+                shown(name, 60) for name in (told.param, told.optimizer, told.optimizer_kind)
+            )
             place = ", ".join(map(str, index))
             return {
                 "where": f"{shown(entry.name)}[{place}]",
                 "step": step,
-                "html": Markup(explanation_html.html(told)),  # type: ignore[arg-type]
+                "html": Markup(explanation_html.html(told)),
             }
     return None
 
@@ -303,8 +309,8 @@ def _policy(scripts: list[str]) -> str:
     """
     allowed = " ".join(content_source(script) for script in (*scripts, explorer_script()))
     return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
 
 

@@ -58,4 +58,5 @@ def spread(values: npt.NDArray[Any], most: int) -> npt.NDArray[Any]:
         return values
     dense = min(3, most - 1)
     later = np.linspace(dense, len(values) - 1, most - dense).round().astype(np.int64)
-    return values[np.unique(np.concatenate([np.arange(dense), later]))]
+    kept: npt.NDArray[Any] = values[np.unique(np.concatenate([np.arange(dense), later]))]
+    return kept

@@ -166,7 +166,7 @@ def _state_keys(run: Recording) -> dict[int, list[str]]:
 def _states(
     run: Recording, keys: dict[int, list[str]], order: list[int], steps: npt.NDArray[np.int64]
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Norms of the state before and after, by the place of the key: ``state0_before`` …"""
+    """Norms of the state before and after, by the place of the key: ``state0_before`` and so on."""
     state = run.rows("state")
     texts, when, optimizer = state.texts("key"), state.texts("when"), state.array("optimizer")
     found = {}

@@ -538,5 +538,6 @@ const spy = new IntersectionObserver(entries => {
 }, {rootMargin: "-20% 0px -70% 0px"});
 for (const section of $$("section")) spy.observe(section);
 
-draw();
+// The words are there to read before the charts are.
+requestAnimationFrame(() => setTimeout(draw));
 })();
