@@ -154,7 +154,7 @@ def _charts_and_data(run: Recording, findings: Findings) -> tuple[dict[str, Any]
         "n_recorded": parts["n_recorded"] if parts else 0,
         "n_shown": len(parts["steps"]) if parts else 0,
         "n_params": parts["n_params"] if parts else 0,
-        "formula_missing": bool(parts) and "residual" not in parts["values"],
+        "formula_missing": parts is not None and "residual" not in parts["values"],
     }
     data: dict[str, Any] = {"anatomy": parts, "ratios": ratios, "flow": None}
     if flow is not None:

@@ -440,7 +440,10 @@ for (const [id, move] of [["previous", -1], ["next", 1]]) {
 // -- drawing -------------------------------------------------------------------------------
 
 async function draw() {
-  if (!data.document) return;
+  if (!data.document) {
+    root.dataset.drawn = "yes";
+    return;
+  }
   
   Bokeh.logger.set_level("error");
   book = Bokeh.require("document").Document.from_json(data.document);
