@@ -100,7 +100,8 @@ class Report:
                     const pixels = node.getContext("2d")
                         .getImageData(0, 0, node.width, node.height).data;
                     for (let i = 0; i < pixels.length; i += 4)
-                        if (pixels[i + 3]) found.add(pixels[i] << 16 | pixels[i + 1] << 8 | pixels[i + 2]);
+                        if (pixels[i + 3])
+                            found.add(pixels[i] << 16 | pixels[i + 1] << 8 | pixels[i + 2]);
                 }}
                 for (const child of node.shadowRoot?.children ?? []) walk(child);
                 for (const child of node.children) walk(child);

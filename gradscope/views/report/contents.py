@@ -69,7 +69,7 @@ def verdict_in_words(run: Recording, summary: LoopSummary, findings: Findings) -
     """Return a sentence that says what the verdict means to one who never saw such a page."""
     if not summary.healthy:
         worst = max(findings, key=lambda finding: finding.severity)
-        return shown(worst.message, _LONGEST)
+        return shown(worst.message, 400)
     if summary.ended or not summary.seen:
         return ""
     n_rules = len(RULES) - len(findings.unchecked)

@@ -24,6 +24,8 @@ def shown(name: object, most: int = MOST_CHARACTERS) -> str:
 
 
 def scientific(value: float) -> str:
-    """Return a number in powers of ten, as in ``2.4·10⁻⁴``."""
+    """Return a positive number with two digits, small and large ones as in ``2.4·10⁻⁴``."""
+    if 0.01 <= value < 1e4:
+        return f"{float(f'{value:.2g}'):g}"
     mantissa, power = f"{value:.1e}".split("e")
     return f"{mantissa}·10{str(int(power)).translate(_RAISED)}"
