@@ -166,8 +166,8 @@ def _charts_and_data(run: Recording, findings: Findings) -> tuple[dict[str, Any]
         told["ratios"] = ratio_chart(ratios, x_range)
     if parts is not None:
         told["anatomy"] = anatomy_charts(parts["values"], x_range)
-    charts = [*over_steps, *told["anatomy"]]
-    charts += [chart for chart in (told["flow"], told["ratios"]) if chart is not None]
+    between = [chart for chart in (told["flow"], told["ratios"]) if chart is not None]
+    charts = [*over_steps, *between, *told["anatomy"]]  # from top to bottom, as they are drawn
     document = Document()
     for chart in charts:
         document.add_root(chart.figure)

@@ -132,7 +132,9 @@ def _norms(steps: pd.DataFrame, x_range: Range1d) -> Chart | str:
 
 
 def _drawn(key: str, title: str, lines: list[Line], x_range: Range1d, height: int = 220) -> Chart:
-    log = wants_log(*(line.y for line in lines))
+    # A schedule that ends at nearly zero is no reason for logarithms; groups far apart are one.
+    log = wants_log(*(np.nanmax(line.y) if key == "lr" else line.y for line in lines))
+    log = log and wants_log(*(line.y for line in lines))
     values = np.concatenate([line.y for line in lines])
     ends = value_range(values, log=log, zero=key == "lr")
     chart = Chart(key, title, new_figure(x_range, ends, height=height, log=log))

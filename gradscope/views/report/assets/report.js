@@ -64,8 +64,8 @@ function ramp(share) {
   return colours[Math.min(colours.length - 1, Math.floor(share * colours.length))];
 }
 
-function paint(book) {
-  for (const model of book.all_models) {
+function paint() {
+  for (const model of models) {
     const tag = model.tags?.[0];
     if (!tag || typeof tag !== "object") continue;
     const wanted = {};
@@ -87,7 +87,7 @@ for (const scale of $$(".scale[data-colours]")) {
 // -- charts --------------------------------------------------------------------------------
 
 const charts = [];
-let book = null, xRange = null, wholeRange = null;
+let book = null, models = [], xRange = null, wholeRange = null;
 let param = 0;
 
 class Chart {
@@ -454,13 +454,11 @@ async function draw() {
       : spec.key.startsWith("anatomy-") ? Part : Chart;
     charts.push(new kind(spec));
   }
-  paint(book);
+  models = [...book.all_models];
+  paint();
   pick(0);
-  const manager = await Bokeh.embed.add_document_standalone(
-    book, document.body, charts.map(chart => chart.plot));
-  for (const chart of charts) chart.view = manager.get(chart.figure);
   const settled = () => {
-    for (const chart of charts) chart.placed?.();
+    for (const chart of charts) if (chart.view) chart.placed?.();
     const isWhole = xRange.start === wholeRange.start && xRange.end === wholeRange.end;
     for (const button of $$(".reset")) button.hidden = isWhole;
     tell(cursor);
@@ -468,14 +466,29 @@ async function draw() {
   xRange.change.connect(settled);
   addEventListener("resize", () => setTimeout(settled, 100));
   for (const button of $$(".reset")) button.addEventListener("click", showAll);
-  settled();
+  // One chart after the other, so that the page can be scrolled and read meanwhile.
+  for (const chart of charts) book.remove_root(chart.figure);
+  const plots = [];
+  const manager = await Bokeh.embed.add_document_standalone(book, document.body, plots);
+  for (const chart of charts) {
+    plots.push(chart.plot);
+    book.add_root(chart.figure);
+    let view;
+    while (!(view = manager.get(chart.figure))) await pause();
+    await pause();
+    chart.view = view;
+    chart.placed?.();
+    chart.show(cursor);
+  }
   setTimeout(settled, 100);
   root.dataset.drawn = "yes";
 }
 
+const pause = () => new Promise(done => setTimeout(done));
+
 function repaint() {
   if (book) {
-    paint(book);
+    paint();
     for (const chart of charts) chart.fill?.();
   }
   paintGraph();
