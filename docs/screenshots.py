@@ -53,6 +53,7 @@ def photograph(browser: Chromium, page: Path, section: str, image: Path, scheme:
 
 
 def main() -> None:
+    """Photograph the report of each of the demo's loops."""
     with tempfile.TemporaryDirectory() as folder:
         browser = Chromium(Path(folder) / "profile")
         for loop, section, name, scheme in (

@@ -170,7 +170,7 @@ def _train_watched(loop: Callable[..., Iterator[float]], n_steps: int, seed: int
 
 
 def _write(scope: Scope, folder: Path) -> list[Path]:
-    """Write the report, the graph as pictures and as a page, and tables as CSV; return the paths."""
+    """Write the report, the graph and every table into a folder; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = [scope.report(folder / "report.html", force=True)]
     try:

@@ -109,8 +109,13 @@ class Chart {
     });
     this.step = make("span");
     this.readout.replaceChildren(this.step, ...this.keys);
-    this.plot.addEventListener("pointermove", event => this.point(event));
-    this.plot.addEventListener("pointerdown", event => this.point(event));
+    for (const kind of ["pointerdown", "pointermove"]) {
+      this.plot.addEventListener(kind, event => {
+        this.point(event);
+        // A finger scrolls, and reads; it would zoom whenever it is not quite upright.
+        if (event.pointerType === "touch") event.stopPropagation();
+      }, true);
+    }
     this.plot.addEventListener("pointerleave", event => {
       if (event.pointerType === "mouse") tell(null);
     });
@@ -123,6 +128,7 @@ class Chart {
   get frame() { return this.view.frame; }
 
   point(event) {
+    if (!this.view) return;
     const box = this.plot.getBoundingClientRect();
     const {left, right} = this.frame.bbox;
     const x = Math.min(Math.max(event.clientX - box.left, left), right);
@@ -477,11 +483,20 @@ async function draw() {
     while (!(view = manager.get(chart.figure))) await pause();
     await pause();
     chart.view = view;
+    letScroll(chart.plot);
     chart.placed?.();
     chart.show(cursor);
   }
   setTimeout(settled, 100);
   root.dataset.drawn = "yes";
+}
+
+// Bokeh takes every touch for itself, and nobody could scroll past a chart with a finger.
+function letScroll(node) {
+  if (node.classList?.contains("bk-events")) {
+    node.style.setProperty("touch-action", "pan-y pinch-zoom", "important");
+  }
+  for (const child of [...node.shadowRoot?.children ?? [], ...node.children]) letScroll(child);
 }
 
 const pause = () => new Promise(done => setTimeout(done));
