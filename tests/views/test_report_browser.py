@@ -295,6 +295,37 @@ def test_it_fits_a_phone(report: Open, healthy: Scope, width: int) -> None:
     assert page.run("document.documentElement.scrollWidth") == width
 
 
+def test_a_finger_scrolls_past_a_chart_and_reads_it(report: Open, healthy: Scope) -> None:
+    page = report(healthy)
+    page.browser.window(390, 780, mobile=True)
+    page.settle()
+    x, y, width, height = page.plot("ratios")
+    x, y = x + width / 2, y + height / 2
+    before = page.run("scrollY")
+
+    def touch(kind: str, *points: tuple[float, float]) -> None:
+        at = [{"x": x, "y": y, "id": 0} for x, y in points]
+        page.browser.call("Input.dispatchTouchEvent", type=kind, touchPoints=at)
+
+    touch("touchStart", (x, y))
+    for moved in range(20, 201, 20):
+        touch("touchMove", (x + moved / 10, y - moved))
+        time.sleep(0.016)
+    touch("touchEnd")
+    page.wait_for(f"scrollY > {before} + 100")
+    assert page.run("[...document.querySelectorAll('.reset')].every(b => b.hidden)")
+
+
+def test_it_prints_in_light_and_goes_back(report: Open, healthy: Scope) -> None:
+    page = report(healthy)
+    page.browser.prefers("dark")
+    page.settle()
+    page.run("dispatchEvent(new Event('beforeprint'))")
+    assert page.run(PAPER) == LIGHT
+    page.run("dispatchEvent(new Event('afterprint'))")
+    assert page.run(PAPER) == DARK
+
+
 def test_a_finding_marks_its_step_and_every_status_has_its_colour(report: Open) -> None:
     page = report(trained(12, zero_grad=False))
     assert "missing-zero-grad" in page.run("document.getElementById('verdict').innerText")

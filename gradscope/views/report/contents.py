@@ -14,6 +14,7 @@ from gradscope.rules.wording import shortened
 from gradscope.views.loop import LoopSummary
 from gradscope.views.report.forward_order import forward_order
 from gradscope.views.report.names import shown
+from gradscope.views.report.texts import coded_texts
 
 if TYPE_CHECKING:
     from gradscope.run.recording import Recording
@@ -149,24 +150,25 @@ def _last(run: Recording, table: str, column: str) -> dict[int, float]:
     rows = run.rows(table)
     params, values = rows.array("param"), rows.array(column)
     known = ~np.isnan(values)
-    # Later rows overwrite earlier ones.
-    return dict(zip(params[known].tolist(), values[known].tolist(), strict=True))
+    last = np.full(len(run.parameters), np.nan)
+    last[params[known]] = values[known]  # later rows overwrite earlier ones
+    return {number: float(last[number]) for number in np.flatnonzero(~np.isnan(last)).tolist()}
 
 
 def _statuses(run: Recording) -> dict[int, str]:
     """The usual status of each parameter's gradient, and how many others there were."""
     rows = run.rows("grads")
-    texts, params = rows.texts("status"), rows.array("param")
     if not rows.n_rows:
         return {}
-    names, codes = np.unique(texts.astype(str), return_inverse=True)
-    counts = np.zeros((len(run.parameters), len(names)), np.int64)
-    np.add.at(counts, (params, codes), 1)
+    codes, names = coded_texts(rows, "status")
+    cells = rows.array("param") * np.int64(len(names)) + codes
+    counts = np.bincount(cells, minlength=len(run.parameters) * len(names))
+    counts = counts.reshape(len(run.parameters), len(names))
     told = {}
-    for number in np.unique(params).tolist():
+    for number in np.flatnonzero(counts.any(1)).tolist():
         usual = int(counts[number].argmax())
         others = int(counts[number].sum() - counts[number][usual])
-        told[number] = str(names[usual]) + (f" (but {others:,} times)" if others else "")
+        told[number] = names[usual] + (f" (but {others:,} times)" if others else "")
     return told
 
 

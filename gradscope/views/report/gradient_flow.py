@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from gradscope.run.schema import STATUSES
 from gradscope.views.report.forward_order import forward_order
+from gradscope.views.report.texts import coded_texts
 from gradscope.views.report.thinning import bins_of
 
 if TYPE_CHECKING:
@@ -97,12 +97,11 @@ def gradient_flow(run: Recording) -> GradientFlow | None:
 
 
 def _ranks(grads: Any) -> npt.NDArray[np.int16]:
-    texts = grads.texts("status")
-    ranks = np.zeros(grads.n_rows, np.int16)
-    for name in STATUSES:
-        ranks[texts == name] = _RANK.index(name)
+    codes, texts = coded_texts(grads, "status")
+    rank_of = np.array([_RANK.index(text) if text in _RANK else 0 for text in texts], np.int16)
+    ranks: npt.NDArray[np.int16] = rank_of[codes]
     nonfinite = (grads.array("nonfinite") > 0) | np.isinf(grads.array("norm"))
-    nonfinite |= np.isnan(grads.array("norm")) & (texts != "none")
+    nonfinite |= np.isnan(grads.array("norm")) & (ranks != _RANK.index("none"))
     ranks[nonfinite] = _RANK.index("nonfinite")
     return ranks
 

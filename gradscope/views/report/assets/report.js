@@ -121,8 +121,15 @@ class Chart {
     });
     this.plot.addEventListener("dblclick", showAll);
     this.plot.addEventListener("keydown", event => this.key_pressed(event));
-    this.plot.addEventListener("focus", () => { if (cursor === null) tell(this.last()); });
-    this.plot.addEventListener("blur", () => tell(null));
+    this.plot.addEventListener("focus", () => {
+      // Only this one is read aloud, although all of them tell the step.
+      this.readout.setAttribute("aria-live", "polite");
+      if (cursor === null) tell(this.last());
+    });
+    this.plot.addEventListener("blur", () => {
+      this.readout.removeAttribute("aria-live");
+      tell(null);
+    });
   }
 
   get frame() { return this.view.frame; }
@@ -519,6 +526,7 @@ addEventListener("beforeprint", () => {
   before = root.dataset.theme;
   root.dataset.theme = "light";
   repaint();
+  for (const chart of charts) chart.view?.paint();  // at once: the printer does not wait
 });
 addEventListener("afterprint", () => {
   if (before === undefined) delete root.dataset.theme; else root.dataset.theme = before;
