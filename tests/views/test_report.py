@@ -21,6 +21,7 @@ from gradscope.rules.selection import NOT_SELECTED
 from gradscope.run.recording import OptimizerEntry, ParameterEntry, Recording
 from gradscope.scope import Scope
 from gradscope.views.report import report_page
+from gradscope.views.report.flow_chart import _labels
 from gradscope.views.report.forward_order import forward_order
 from gradscope.views.report.gradient_flow import SCALES, gradient_flow
 from gradscope.views.report.names import shown
@@ -381,6 +382,17 @@ def test_many_steps_share_columns_and_many_parameters_rows() -> None:
     assert "1,000 parameters are too many for rows of their own" in page.text("flow")
     assert "Each column stands for 5 steps" in page.text("flow")
     assert "No graph was captured, so the rows" in page.text("flow")
+
+
+def test_names_beside_thin_rows_have_room() -> None:
+    rows = ["wte.weight", *(f"h.{i // 10}.{i % 10}.weight" for i in range(100)), "norm.weight"]
+    labels = _labels(rows, 7)
+    assert [each["text"] for each in labels][:3] == ["wte.weight", "h.0", "h.1"]
+    assert {each["rows"] for each in labels[1:11]} == {10}
+    middles = [each["row"] + each["rows"] / 2 for each in labels]
+    assert all(b - a >= 2 for a, b in zip(middles, middles[1:], strict=False))
+    # Where their beginnings tell nothing apart, as many as have room are named.
+    assert len(_labels([f"h.{i}.mlp (12)" for i in range(84)], 7)) == 42
 
 
 def test_forward_order_is_that_of_use_and_not_of_registration() -> None:

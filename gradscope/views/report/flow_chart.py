@@ -144,6 +144,8 @@ def _labels(rows: list[str], height: int) -> list[dict[str, Any]]:
                 stretches.append({"row": row, "rows": 1, "text": text})
         if sum(each["rows"] >= room for each in stretches) >= 0.5 * len(stretches):
             break
+    if len(stretches) < len(rows) / 40:  # one name for nearly all says nothing
+        stretches = [{"row": row, "rows": 1, "text": name} for row, name in enumerate(rows)]
     kept: list[dict[str, Any]] = []
     # A name needs its room: those of long stretches come first, the readout has the others.
     for each in sorted(stretches, key=lambda each: -each["rows"]):
