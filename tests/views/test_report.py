@@ -37,6 +37,7 @@ HOSTILE = (
     "\N{GRINNING FACE} \N{PILE OF POO}",
     "{{7*7}} {% raise %}",
     r"$$\sqrt{x}$$ \(x\) \[y\]",
+    "$$x$$",
     "@name @{norm} $index &amp; &lt;",
     "\ud800 \u2028 \u202e right to left",
     "<!--<script>",
