@@ -1,6 +1,6 @@
 """One chart: a Bokeh figure without a word of the user's program in it.
 
-Bokeh takes a text between dollar signs for mathematics and would fetch MathJax to set it. So every
+Bokeh takes a text between dollar signs for mathematics and can fetch MathJax to set it. So every
 name and message stands beside the charts, in HTML; inside there are numbers and codes of rules.
 Colours are names of CSS variables, kept in the ``tags`` of each model as a mapping by property, so
 that the page can paint itself light or dark.
