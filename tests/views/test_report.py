@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from html.parser import HTMLParser
@@ -391,7 +392,7 @@ def test_names_beside_thin_rows_have_room() -> None:
     assert [each["text"] for each in labels][:3] == ["wte.weight", "h.0", "h.1"]
     assert {each["rows"] for each in labels[1:11]} == {10}
     middles = [each["row"] + each["rows"] / 2 for each in labels]
-    assert all(b - a >= 2 for a, b in zip(middles, middles[1:], strict=False))
+    assert all(b - a >= 2 for a, b in itertools.pairwise(middles))
     # Where their beginnings tell nothing apart, as many as have room are named.
     assert len(_labels([f"h.{i}.mlp (12)" for i in range(84)], 7)) == 42
 
