@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from gradscope._version import __version__
 from gradscope.errors import GradscopeError, OutputExistsError, RenderError, UsageError
 from gradscope.graphs.explorer import as_json, content_source, explorer_page, explorer_script
@@ -231,9 +233,11 @@ def _worked_example(run: Recording) -> dict[str, Any] | None:
 
     for step in sorted(run.tracked, reverse=True):
         tracked = run.tracked[step]
-        numels = [run.parameters[param].numel for param in tracked.param.tolist()]
+        values = tracked.values
+        has_moved = values.get("weight_before") != values.get("weight_after")
+        numels = np.array([run.parameters[param].numel for param in tracked.param.tolist()])
         # A weight from the middle of a large parameter moves as most weights do.
-        for at in sorted(range(len(numels)), key=lambda at: -numels[at])[8:9] or [0]:
+        for at in np.argsort(-numels * has_moved, kind="stable").tolist()[8:9] or [0]:
             if at >= len(tracked.param):
                 continue
             entry = run.parameters[int(tracked.param[at])]

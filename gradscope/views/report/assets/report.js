@@ -395,6 +395,12 @@ function pick(at) {
   tell(cursor);
 }
 
+// One that was never moved would be the least to show of all.
+function firstMoved() {
+  const at = anatomy ? anatomy.values.update_norm.findIndex(norm => norm > 0) : -1;
+  return at < 0 ? 0 : Math.floor(at / anatomy.steps.length);
+}
+
 const FACTS = [
   ["gradient norm", ["grad_norm"], ""],
   ["weight norm", ["weight_norm_before", "weight_norm_after"], " → "],
@@ -469,7 +475,7 @@ async function draw() {
   }
   models = [...book.all_models];
   paint();
-  pick(0);
+  pick(firstMoved());
   const settled = () => {
     for (const chart of charts) if (chart.view) chart.placed?.();
     const isWhole = xRange.start === wholeRange.start && xRange.end === wholeRange.end;
