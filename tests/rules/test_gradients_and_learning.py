@@ -230,6 +230,33 @@ def test_labels_without_a_relation_to_inputs() -> None:
     assert not told(train(mlp(), 60, make_x=batch, lr=0.5))
 
 
+def test_labels_that_are_memorised_and_labels_that_are_mostly_noise() -> None:
+    torch.manual_seed(1)
+    x, y = torch.randn(1920, 6), torch.randint(0, 3, (1920,))
+    passes = [batch for _ in range(5) for batch in torch.arange(1920).split(64)]
+
+    def run(target: Callable[[torch.Tensor], torch.Tensor], lr: float) -> list[str]:
+        batches = iter(passes)
+        chosen: list[torch.Tensor] = []
+
+        def batch() -> torch.Tensor:
+            chosen[:] = [next(batches)]
+            return x[chosen[0]]
+
+        found = train(
+            mlp(), len(passes), make_x=batch, make_y=lambda _: target(x)[chosen[0]], lr=lr
+        )
+        return told(found)
+
+    def noisy(inputs: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.rand(len(inputs)) < 0.8, y, inputs[:, :3].argmax(1))
+
+    assert run(lambda inputs: y, 0.5) == ["GS609"]
+    assert not run(noisy, 0.5)
+    # A learning rate with which there is little to be seen of learning yet.
+    assert not run(lambda inputs: inputs[:, :3].argmax(1), 0.002)
+
+
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_an_ordinary_first_loss_is_silent(scale: float) -> None:
     assert not told(train(mlp(), loss_of=lambda out, y: F.cross_entropy(scale * out, y)))
