@@ -528,11 +528,17 @@ LOSSES = Table(
     "closer look and call of a loss function, or of an operation that broadcasts like one",
     _columns(
         ("step", C, "the step that the next attempt had at that time"),
-        ("function", T, "as in `torch.nn.functional`: `cross_entropy`, `mse_loss` …, or `sub`"),
+        (
+            "function",
+            T,
+            "as in `torch.nn.functional`: `cross_entropy`, `mse_loss` …; an operation: `sub` …; "
+            "`written_cross_entropy` or `written_binary_cross_entropy` where a backward started "
+            "from a mean of log-probabilities of labels",
+        ),
         ("input_shape", T, "shape of the prediction"),
         ("target_shape", T, "shape of the target"),
         ("reduction", T, "`mean`, `sum` or `none`"),
-        ("value", R, "the loss, if a scalar"),
+        ("value", R, "the loss, if a scalar; of a written one negative where its sign is flipped"),
         ("n_classes", O, "classes of a classification; missing for others"),
         ("class_dim", O, "the dimension of the classes"),
         ("input_min", R, "least element of the prediction"),

@@ -8,10 +8,18 @@ from gradscope.rules.forward.loss_inputs import culprits, spread
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
-_OF_CLASSES = ("nll_loss", "cross_entropy", "kl_div", "getitem", "gather")
+_OF_CLASSES = (
+    "nll_loss",
+    "cross_entropy",
+    "kl_div",
+    "getitem",
+    "gather",
+    "written_cross_entropy",
+)
 """Loss functions over classes, and how a negative log-likelihood is written by hand: picking the
 entries of the right classes. What is multiplied with a log-softmax may be a distribution over the
-same dimension, as in a ranking of lists."""
+same dimension, as in a ranking of lists; of a cross-entropy that is written out it sums to one over
+the second."""
 
 
 class SoftmaxOverBatch(Rule):

@@ -175,4 +175,4 @@ def _surely_falls(early: Numbers, late: Numbers) -> bool:
 
 
 def _error(values: Numbers) -> float:
-    return float(values.std(ddof=1)) / len(values) ** 0.5
+    return float(values.std(ddof=1)) / math.sqrt(len(values))
