@@ -185,7 +185,9 @@ class WrittenLosses:
             facts |= {"n_classes": values.shape[dim], "class_dim": dim}
             weights = weights.detach().float()
             sums = weights.sum(dim=dim)
-            fits = (weights >= 0).all() & ((sums - 1).abs() < _ROUNDING).all()
+            # The minus sign may be at the labels.
+            alike = (weights >= 0).all() | (weights <= 0).all()
+            fits = alike & ((sums.abs() - 1).abs() < _ROUNDING).all()
             mean = sign * result.detach().float().sum() / sums.numel()
             self._terms[_number(result.grad_fn)] = _Term(facts, mean, fits, sign)
             return
