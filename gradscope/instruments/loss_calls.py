@@ -37,6 +37,11 @@ _OF_CLASSES = frozenset({"cross_entropy", "nll_loss"})
 _BY_HAND = frozenset({"getitem", "gather", "mul"})
 """How a negative log-likelihood is written by hand: picking, or multiplying with a one-hot."""
 
+_MATRIX_PRODUCTS = frozenset({"matmul", "bmm"})
+
+_SCORES = frozenset({"Mul", "Div", "Add", "Sub", "MaskedFill", "Where", "View", "UnsafeView"})
+"""Between the product of queries and keys and its softmax."""
+
 _SUBTRACTIONS = frozenset({"sub", "rsub", "subtract"})
 
 _SQUASHING = frozenset({"softmax", "log_softmax", "sigmoid", "logsigmoid"})
@@ -109,6 +114,8 @@ class LossCalls:
             self._note_loss(name, args, kwargs, result)
         elif name in _BY_HAND or name in _SUBTRACTIONS:
             self._note_by_hand(name, args, result)
+        elif name in _MATRIX_PRODUCTS:
+            self._note_attention(args, result)
         else:
             if name in _SQUASHING and isinstance(result, torch.Tensor):
                 self._note_squashing(result)
@@ -194,6 +201,27 @@ class LossCalls:
         if dim is not None and made_by in ("Softmax", "LogSoftmax") and _is_plain_index(second):
             target = second if isinstance(second, torch.Tensor) else result
             self._note(name, first, target, result, {})
+
+    def _note_attention(self, args: Any, result: Any) -> None:
+        """Note the product of attention weights, whose softmax runs over dimension 0, with values.
+
+        That dimension is the one of the batch in both products, and is never summed over.
+        """
+        if len(args) < 2 or not _are_tensors(*args[:2], result) or result.is_nested:
+            return
+        weights, values = args[:2]
+        if weights.dim() != 3 or values.dim() != 3 or described(weights.grad_fn)[1] != 0:
+            return
+        scores: Any = weights.grad_fn.next_functions[0][0]
+        for _ in range(_LONGEST_CHAIN):
+            givers = (
+                [] if scores is None else [n for n, _ in scores.next_functions if n is not None]
+            )
+            if scores is None or operation_of(scores) not in _SCORES or len(givers) != 1:
+                break
+            scores = givers[0]
+        if scores is not None and operation_of(scores) == "Bmm":
+            self._note("matmul", weights, values, result, {})
 
     def _note(
         self,
