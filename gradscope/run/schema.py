@@ -98,8 +98,9 @@ PARAMS = Table(
             "n_symmetric_looks",
             C,
             "at how many closer looks all rows of its values were equal, and all rows of its "
-            "gradient too",
+            "gradient too; of a recurrent layer's those of each gate",
         ),
+        ("n_symmetric_columns_looks", C, "likewise of the columns of a matrix"),
         ("n_looks", C, "at how many closer looks both were read"),
         (
             "copy_of",
