@@ -249,6 +249,7 @@ class LossCalls:
             "input_shape": str(tuple(prediction.shape)),
             "target_shape": str(tuple(target.shape)),
             "input_made_by": made_by,
+            "input_scale": self._written.scale_of(prediction.grad_fn),
             "owner": owner if owner.lower().endswith("loss") else "",
             **columns_of(location),
             **columns_of(owner_made if owner.lower().endswith("loss") else None, "owner_"),

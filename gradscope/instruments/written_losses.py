@@ -77,7 +77,8 @@ class WrittenLosses:
     def __init__(self, made_at_of: MadeAtOf) -> None:
         self._made_at_of = made_at_of
         self._terms: dict[int, _Term] = {}
-        self._signs: dict[int, int] = {}
+        # What products and quotients with a single number multiply by.
+        self._scales: dict[int, float] = {}
         # Probabilities that were picked: their softmax, their shape and the place.
         self._picked: dict[int, tuple[Any, torch.Size, Location | None]] = {}
         self._found: list[_Found] = []
@@ -90,7 +91,7 @@ class WrittenLosses:
             or not is_readable(result)
         ):
             return
-        if len(self._terms) + len(self._signs) + len(self._picked) >= _MOST_NOTED:
+        if len(self._terms) + len(self._scales) + len(self._picked) >= _MOST_NOTED:
             return
         if name in _PICKS and args and _has_graph(args[0]):
             self._note_picks(args[0], result)
@@ -100,7 +101,8 @@ class WrittenLosses:
             first, second = args if _has_graph(args[0]) else reversed(args)
             scale = _constant(second)
             if scale:
-                self._signs[_number(result.grad_fn)] = 1 if scale > 0 else -1
+                number = _number(result.grad_fn)
+                self._scales[number] = 1 / scale if name in _QUOTIENTS else scale
             elif name in _PRODUCTS and isinstance(second, torch.Tensor):
                 self._note_product(first, second, result)
 
@@ -112,8 +114,27 @@ class WrittenLosses:
             if len(signs) == 1:
                 self._note_loss(signs.pop(), [term for _, term in terms])
         self._terms.clear()
-        self._signs.clear()
+        self._scales.clear()
         self._picked.clear()
+
+    def scale_of(self, logits: Any) -> float:
+        """Return what a program has multiplied logits by: one over a temperature.
+
+        Args:
+            logits: the node that gave them, or their softmax.
+        """
+        scale, node = 1.0, logits
+        for _ in range(_LONGEST_CHAIN):
+            name, number = "" if node is None else operation_of(node), _number(node)
+            if number in self._scales:
+                scale *= abs(self._scales[number])
+            elif name not in _VIEWS | {"Slice", "Select", "Neg", "Softmax", "LogSoftmax"}:
+                break
+            givers = _givers(node)
+            if len(givers) != 1:
+                break
+            node = givers[0]
+        return scale
 
     @property
     def awaited(self) -> list[Late[Any]]:
@@ -214,6 +235,7 @@ class WrittenLosses:
         facts: dict[str, Any] = {
             "function": function,
             "reduction": "mean",
+            "input_scale": self.scale_of(origin),
             "input_shape": str(tuple(prediction)),
             "target_shape": str(tuple(target)),
             "input_made_by": made_by,
@@ -236,8 +258,8 @@ class WrittenLosses:
             if number in self._terms:
                 term = self._terms[number]
                 terms.append((sign * term.sign, term))
-            elif name in _SCALED and number in self._signs and len(givers) == 1:
-                pending.append((givers[0], sign * self._signs[number]))
+            elif name in _SCALED and number in self._scales and len(givers) == 1:
+                pending.append((givers[0], sign if self._scales[number] > 0 else -sign))
             elif name == "Neg":
                 pending.append((givers[0], -sign))
             elif name in ("Mean", "Sum") or name in _VIEWS or (name in _SUMS and _is_plain(node)):

@@ -546,6 +546,12 @@ LOSSES = Table(
         ("input_max", R, "greatest element of the prediction"),
         ("input_row_sum", R, "mean over the batch of the sum over classes of the prediction"),
         (
+            "input_scale",
+            R,
+            "the number that the program has multiplied the prediction by, views and softmaxes "
+            "passed over; one over a temperature",
+        ),
+        (
             "input_made_by",
             T,
             "the operation that gave the prediction, views and copies passed over: `Softmax`, "

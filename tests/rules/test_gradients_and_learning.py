@@ -223,7 +223,7 @@ class Recurrent(nn.Module):
         self.layer, self.out = layer, nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(self.layer(x[:, None].expand(-1, 3, -1))[0][:, -1])
+        return self.out(self.layer(x[:, None].expand(-1, 8, -1))[0][:, -1])
 
 
 def test_raw_matrices_of_equal_columns_and_recurrent_layers_of_equal_units() -> None:
@@ -315,6 +315,25 @@ def test_inputs_of_hundreds_and_the_same_behind_a_normalisation() -> None:
     assert "GS607" in told(findings)
     normalised = nn.Sequential(nn.BatchNorm1d(6), *mlp())
     assert not told(train(normalised, make_x=large, make_y=target))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_prices_into_a_recurrent_layer(kind: type[nn.RNNBase]) -> None:
+    class Scaled(Recurrent):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward((x - 4000) / 40)
+
+    def prices() -> torch.Tensor:
+        return 4000 + 40 * torch.randn(16, 6)
+
+    def target(x: torch.Tensor) -> torch.Tensor:
+        return (x[:, 0] > 4000).long()
+
+    torch.manual_seed(2)  # with which some unit has all gates of an LSTM open
+    layer = kind(6, 8, batch_first=True)
+    assert told(train(Recurrent(layer), make_x=prices, make_y=target)) == ["GS607"]
+    layer = kind(6, 8, batch_first=True)
+    assert not told(train(Scaled(layer), make_x=prices, make_y=target))
 
 
 def test_labels_without_a_relation_to_inputs() -> None:

@@ -130,7 +130,10 @@ def test_a_written_cross_entropy_without_its_minus(make_loss: MakeLoss) -> None:
 
 @pytest.mark.parametrize("make_loss", WRITTEN, ids=named)
 def test_a_written_cross_entropy_that_begins_far_off(make_loss: MakeLoss) -> None:
-    assert "GS604" in told(watched(lambda out, y: make_loss(20 * out, y), steps=2))
+    assert "GS604" in told(watched(make_loss, steps=2, std=8.0))
+    # With a temperature, large logits are meant.
+    assert not told(watched(lambda out, y: make_loss(out / 0.02, y), steps=2))
+    assert not told(watched(lambda out, y: F.cross_entropy(50 * out, y), steps=2))
 
 
 def test_a_softmax_over_the_batch_in_a_written_cross_entropy() -> None:

@@ -38,8 +38,9 @@ class UninformedLossMismatch(Rule):
     ## How it is found
 
     The first call of a cross-entropy is compared with ln C; so is one that the program writes out,
-    where it is all that the backward starts from. The finding is raised when it is at
-    least four times as large, and by three larger; it is an error from fifty times on.
+    where it is all that the backward starts from. The finding is raised when it is at least four
+    times as large, and by three larger, divided by the number that the program multiplies its
+    logits by, such as one over a temperature; it is an error from fifty times on.
 
     ## Example
 
@@ -75,7 +76,9 @@ class UninformedLossMismatch(Rule):
         for _, row in first.iterrows():
             expected = math.log(int(row["n_classes"]))
             value = float(row["value"])
-            if value < _TIMES * expected or value < expected + _MORE:
+            # Logits that are multiplied by a number are meant to be as large.
+            unscaled = value / max(float(row["input_scale"]), 1.0)
+            if unscaled < _TIMES * expected or unscaled < expected + _MORE:
                 continue
             is_written = row["function"] == _WRITTEN
             shape = shape_of(row["input_shape"]) or ()
@@ -90,7 +93,9 @@ class UninformedLossMismatch(Rule):
             file, line = place_of(row)
             return [
                 self.finding(
-                    severity=Severity.ERROR if value > _HOPELESS * expected else Severity.WARNING,
+                    severity=Severity.ERROR
+                    if unscaled > _HOPELESS * expected
+                    else Severity.WARNING,
                     message=(
                         f"the first {name}{at(file, line)} is {value:.4g}, far above "
                         f"the {expected:.3g} of a model that knows nothing of the "
