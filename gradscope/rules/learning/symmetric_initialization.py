@@ -10,11 +10,11 @@ from gradscope.rules.facts import listed, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.captured_graph import operation
+from gradscope.run.entries import ParameterEntry
 from gradscope.run.recording import Recording
 
 if TYPE_CHECKING:
     from gradscope.run.captured_graph import CapturedGraph
-    from gradscope.run.recording import ParameterEntry
 
 _LEAST_LOOKS = 3
 """A last layer that starts with zeros, or an adapter, breaks its symmetry at the first step."""
