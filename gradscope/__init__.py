@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from gradscope.capturing import Capture, capture, graph
     from gradscope.checking import check_setup
+    from gradscope.comparing import RunDifference, diff
     from gradscope.dot import make_dot
     from gradscope.errors import FindingsError, GradscopeError, GradscopeWarning
     from gradscope.graphs.autograd_graph import AutogradGraph
@@ -39,11 +40,13 @@ __all__ = [
     "GradscopeWarning",
     "Rule",
     "Run",
+    "RunDifference",
     "Scope",
     "Severity",
     "__version__",
     "capture",
     "check_setup",
+    "diff",
     "graph",
     "make_dot",
     "open",
@@ -60,10 +63,12 @@ _HOMES = {
     "GradscopeWarning": "gradscope.errors",
     "Rule": "gradscope.rules.rule",
     "Run": "gradscope.opening",
+    "RunDifference": "gradscope.comparing",
     "Scope": "gradscope.scope",
     "Severity": "gradscope.rules.finding",
     "capture": "gradscope.capturing",
     "check_setup": "gradscope.checking",
+    "diff": "gradscope.comparing",
     "graph": "gradscope.capturing",
     # What IPython calls for %load_ext gradscope.
     "load_ipython_extension": "gradscope.integrations.notebook",

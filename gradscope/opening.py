@@ -140,6 +140,11 @@ class Run(RecordedRun):
             raise UsageError(f"where={where!r} of {table}: {error}"[:500]) from error
         return names, where
 
+    def _versions(self) -> dict[str, str]:
+        names = {"python": "Python", "torch": "torch", "device": "device", "git_commit": "commit"}
+        facts = self._recording.facts
+        return {said: str(facts[name]) for name, said in names.items() if facts.get(name)}
+
     def _last_copied(
         self, step: int, param: int, position: int, index: tuple[int, ...]
     ) -> WeightStep | None:

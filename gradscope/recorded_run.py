@@ -8,11 +8,13 @@ from gradscope.errors import FindingsError, ScopeStateError, UsageError
 from gradscope.run.recording import Recording
 
 if TYPE_CHECKING:
+    import os
+    from pathlib import Path
+
     import numpy.typing as npt
     import pandas as pd
 
     from gradscope.graphs.autograd_graph import AutogradGraph
-    from gradscope.graphs.overlay import StepFacts
     from gradscope.rules.criteria import Criteria
     from gradscope.rules.finding import Findings
     from gradscope.run.weight_step import WeightStep
@@ -169,8 +171,10 @@ class RecordedRun:
             ScopeStateError: if no graph was captured, or none of that step.
         """
         from gradscope.graphs.autograd_graph import AutogradGraph
+        from gradscope.views.graph_facts import graph_facts, steps_of_backward
 
         self._settle()
+        run = self._recording
         graphs = self._recording.graphs
         if not graphs:
             raise ScopeStateError(
@@ -180,7 +184,7 @@ class RecordedRun:
         if step is None:
             step = max(graphs)
         earlier = [known for known in graphs if known < step]
-        if step not in graphs and earlier and step in self._steps_of_backward(max(earlier)):
+        if step not in graphs and earlier and step in steps_of_backward(run, max(earlier)):
             raise ScopeStateError(
                 f"step {step} had no backward of its own: it used the gradients of the one before "
                 f"step {max(earlier)}, whose graph it is"
@@ -190,42 +194,9 @@ class RecordedRun:
                 f"the graph of step {step} was not captured; captured: {sorted(graphs)}; "
                 f"watch(graph=[{step}]) asks for it"
             )
-        return AutogradGraph(graphs[step], step=step, facts=lambda: self._facts_of(step))
-
-    def _facts_of(self, step: int) -> StepFacts:
-        """What is known of the parameters at a step, each by the parameter's name."""
-        from gradscope.graphs.overlay import StepFacts
-
-        steps = self._steps_of_backward(step)
-
-        def by_param(table: str, column: str) -> dict[str, Any]:
-            known: dict[str, Any] = {}
-            for each in reversed(steps):
-                rows = self._recording.rows_of(table, step=each).dropna(subset=[column])
-                known |= dict(zip(rows["param"], rows[column], strict=True))
-            return known
-
-        named: dict[str, list[str]] = {}
-        for finding in self.findings:
-            for param in finding.params:
-                named.setdefault(param, []).append(finding.code)
-        return StepFacts(
-            grad_norm=by_param("grads", "norm"),
-            grad_status=by_param("grads", "status"),
-            nonfinite=by_param("grads", "nonfinite"),
-            update_ratio=by_param("updates", "update_ratio"),
-            findings={param: ", ".join(codes) for param, codes in named.items()},
+        return AutogradGraph(
+            graphs[step], step=step, facts=lambda: graph_facts(run, self.findings, step)
         )
-
-    def _steps_of_backward(self, step: int) -> list[int]:
-        """A step, and those after it that used gradients of the same backward."""
-        with_backward = set(self._recording.rows("backwards").array("step").tolist())
-        steps = [step]
-        held = set(self._recording.rows("steps").array("step").tolist())
-        without = held - with_backward
-        while steps[-1] + 1 in without:
-            steps.append(steps[-1] + 1)
-        return steps
 
     def explain(
         self, param: str, index: int | tuple[int, ...] | None = None, step: int = -1
@@ -280,6 +251,30 @@ class RecordedRun:
         self._settle()
         return tensors(self._recording, param, step)
 
+    def report(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write what was seen as one page of HTML, to open in any browser and to send.
+
+        It holds the findings, the loop as it ran, charts over steps, the flow of gradients, the
+        anatomy of updates and the graph; nothing is ever fetched from anywhere.
+
+        Args:
+            path: where to, as in ``"run.html"``.
+            force: whether a file that is there is overwritten.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            OutputExistsError: if the file is there already, and ``force`` is not set.
+            UsageError: if the path is a folder, or lies in one that does not exist.
+        """
+        from gradscope.views.report import checked_output, report_page, write_report
+
+        checked_output(path, force=force)  # before any work
+        self._settle()
+        page = report_page(self._recording, self.findings, self._versions())
+        return write_report(page, path, force=force)
+
     @property
     def overhead(self) -> pd.DataFrame:
         """What watching has cost so far: a row per instrument, and a last one for all together.
@@ -314,6 +309,10 @@ class RecordedRun:
 
     def _settle(self) -> None:
         """See to it that everything seen so far is in the recording."""
+
+    def _versions(self) -> dict[str, str]:
+        """What a report says of where the run took place, by name."""
+        return {}
 
     def _elapsed(self) -> float:
         """Seconds watched so far."""

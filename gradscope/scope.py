@@ -189,6 +189,13 @@ class Scope(RecordedRun):
 
     # -- what it knows besides --------------------------------------------------------------
 
+    def _versions(self) -> dict[str, str]:
+        import platform
+
+        import torch
+
+        return {"Python": platform.python_version(), "torch": torch.__version__}
+
     def _elapsed(self) -> float:
         return 0.0 if self._session is None else float(self._session.elapsed)
 

@@ -8,10 +8,22 @@ import sys
 from collections.abc import Sequence
 
 from gradscope._version import __version__
-from gradscope.cli import check, demo, doctor, explain, export, graph, rule, run, summary, table
+from gradscope.cli import (
+    check,
+    demo,
+    diff,
+    doctor,
+    explain,
+    export,
+    graph,
+    rule,
+    run,
+    summary,
+    table,
+)
 from gradscope.errors import GradscopeError
 
-VERBS = (run, check, summary, table, graph, explain, export, rule, demo, doctor)
+VERBS = (run, check, summary, table, graph, explain, diff, export, rule, demo, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

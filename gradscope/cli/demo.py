@@ -51,7 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=Path,
         default=Path("gradscope-demo"),
         metavar="FOLDER",
-        help="where the graph and the tables are written (default: gradscope-demo)",
+        help="where the report, the graph and the tables are written (default: gradscope-demo)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of weights, dropout and batches (default: 0)"
@@ -170,9 +170,9 @@ def _train_watched(loop: Callable[..., Iterator[float]], n_steps: int, seed: int
 
 
 def _write(scope: Scope, folder: Path) -> list[Path]:
-    """Write the graph as pictures and as a page, and every table as CSV; return the paths."""
+    """Write the report, the graph and every table into a folder; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    written = [scope.report(folder / "report.html", force=True)]
     try:
         for path in (folder / "graph.svg", folder / "graph.png", folder / "graph.html"):
             scope.graph().render(path)

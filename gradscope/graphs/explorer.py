@@ -54,7 +54,7 @@ def explorer_page(
 
     heading = title(captured, step)
     style = _theme_style() + _asset("explorer.css")
-    script = _asset("explorer.js")
+    script = explorer_script()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(_asset("explorer.html")).render(
         title=heading,
@@ -64,6 +64,11 @@ def explorer_page(
         script=Markup(script),
         data=Markup(as_json(explorer_data(captured, heading, facts, likeness))),
     )
+
+
+def explorer_script() -> str:
+    """Return the script of the page: who puts the page into another one has to allow it there."""
+    return _asset("explorer.js")
 
 
 def as_json(data: object) -> str:
@@ -103,11 +108,12 @@ def _variables(name: str) -> str:
 def _policy(style: str, script: str) -> str:
     """A Content-Security-Policy under which this style and this script are all that is obeyed."""
     return (
-        f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; style-src {content_source(style)}; "
+        f"script-src {content_source(script)}; base-uri 'none'; form-action 'none'"
     )
 
 
-def _source(text: str) -> str:
+def content_source(text: str) -> str:
+    """Name a style or script, by its content, in a Content-Security-Policy."""
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"

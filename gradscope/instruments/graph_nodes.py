@@ -35,3 +35,21 @@ def is_leaf(node: Any) -> bool:
 def operation_of(node: Any) -> str:
     """Return the operation that a node is the backward of, as in ``Log``."""
     return operation(type(node).__name__)
+
+
+def described(node: Any) -> tuple[str, int | None]:
+    """Return the name of an operation, and the dimension of a softmax or log-softmax.
+
+    Args:
+        node: nothing is said of None.
+    """
+    if node is None:
+        return "", None
+    name = operation_of(node)
+    if name not in ("Softmax", "LogSoftmax"):
+        return name, None
+    dim = int(node._saved_dim)
+    if dim >= 1 << 63:  # torch gives negative dimensions as unsigned numbers
+        dim -= 1 << 64
+    n_dims = len(node._input_metadata[0].shape)
+    return name, dim % n_dims if n_dims else None

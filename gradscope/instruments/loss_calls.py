@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from torch.nn import functional
 
 from gradscope.instruments.autograd_graph import NamesOf, capture_graph
-from gradscope.instruments.graph_nodes import operation_of
+from gradscope.instruments.graph_nodes import described, operation_of
 from gradscope.instruments.late import Known, Late, Numbers, scalar_of
 from gradscope.instruments.module_survey import ModuleSurvey
 from gradscope.instruments.tensor_summary import TensorSummary, is_readable
+from gradscope.instruments.written_losses import WrittenLosses
 from gradscope.taps.user_frame import Location, columns_of, user_location
 
 _LOSSES = frozenset(
@@ -36,6 +37,11 @@ _OF_CLASSES = frozenset({"cross_entropy", "nll_loss"})
 _BY_HAND = frozenset({"getitem", "gather", "mul"})
 """How a negative log-likelihood is written by hand: picking, or multiplying with a one-hot."""
 
+_MATRIX_PRODUCTS = frozenset({"matmul", "bmm"})
+
+_SCORES = frozenset({"Mul", "Div", "Add", "Sub", "MaskedFill", "Where", "View", "UnsafeView"})
+"""Between the product of queries and keys and its softmax."""
+
 _SUBTRACTIONS = frozenset({"sub", "rsub", "subtract"})
 
 _SQUASHING = frozenset({"softmax", "log_softmax", "sigmoid", "logsigmoid"})
@@ -57,6 +63,10 @@ _PASSED_OVER = frozenset(
         "Expand",
         "Slice",
         "Identity",
+        # What keeps probabilities away from 0 and 1 leaves them probabilities.
+        "Clamp",
+        "ClampMin",
+        "ClampMax",
     }
 )
 
@@ -89,6 +99,7 @@ class LossCalls:
         # Where the softmaxes and sigmoids were made, by the sequence number of their node.
         self._made_at: dict[int, Location] = {}
         self._calls: list[_LossCall] = []
+        self._written = WrittenLosses(self._made_at.get)
         self.targets: list[TensorSummary] = []
         self._n_nodes = 0
 
@@ -97,20 +108,29 @@ class LossCalls:
     ) -> None:
         """Take one call into account."""
         name = getattr(function, "__name__", "").strip("_")
+        if torch.is_grad_enabled():
+            self._written.called(name, args, result)
         if name in _LOSSES and function is getattr(functional, name, None):
             self._note_loss(name, args, kwargs, result)
         elif name in _BY_HAND or name in _SUBTRACTIONS:
             self._note_by_hand(name, args, result)
+        elif name in _MATRIX_PRODUCTS:
+            self._note_attention(args, result)
         else:
             if name in _SQUASHING and isinstance(result, torch.Tensor):
                 self._note_squashing(result)
             self._survey.function_called(name, result)
 
+    def backward_started(self, roots: Sequence[torch.Tensor]) -> None:
+        """Look for a loss that is written out, before a backward."""
+        self._written.backward_started(roots)
+
     @property
     def awaited(self) -> list[Late[Any]]:
         """What may still be on its way."""
         waiting = [late for call in self._calls for late in (call.value, call.range)]
-        return [*waiting, *(target.numbers for target in self.targets)]
+        targets = [target.numbers for target in self.targets]
+        return [*waiting, *targets, *self._written.awaited]
 
     def rows(self, reached: set[int], reached_params: set[str]) -> Iterator[dict[str, Any]]:
         """Give the rows of ``losses``, without their step.
@@ -129,6 +149,7 @@ class LossCalls:
             if call.is_loss and not is_reached:
                 row["left_out"] = ", ".join(sorted(call.leads_to - reached_params))
             yield row
+        yield from self._written.rows()
 
     def _note_squashing(self, result: torch.Tensor) -> None:
         kind, made = self._survey.innermost
@@ -176,10 +197,31 @@ class LossCalls:
             first, second = second, first
         if not isinstance(first, torch.Tensor) or first.grad_fn is None or first.dim() < 2:
             return
-        made_by, dim = _described(_origin(first))
+        made_by, dim = described(_origin(first))
         if dim is not None and made_by in ("Softmax", "LogSoftmax") and _is_plain_index(second):
             target = second if isinstance(second, torch.Tensor) else result
             self._note(name, first, target, result, {})
+
+    def _note_attention(self, args: Any, result: Any) -> None:
+        """Note the product of attention weights, whose softmax runs over dimension 0, with values.
+
+        That dimension is the one of the batch in both products, and is never summed over.
+        """
+        if len(args) < 2 or not _are_tensors(*args[:2], result) or result.is_nested:
+            return
+        weights, values = args[:2]
+        if weights.dim() != 3 or values.dim() != 3 or described(weights.grad_fn)[1] != 0:
+            return
+        scores: Any = weights.grad_fn.next_functions[0][0]
+        for _ in range(_LONGEST_CHAIN):
+            givers = (
+                [] if scores is None else [n for n, _ in scores.next_functions if n is not None]
+            )
+            if scores is None or operation_of(scores) not in _SCORES or len(givers) != 1:
+                break
+            scores = givers[0]
+        if scores is not None and operation_of(scores) == "Bmm":
+            self._note("matmul", weights, values, result, {})
 
     def _note(
         self,
@@ -192,7 +234,7 @@ class LossCalls:
         if len(self._calls) >= _MOST_CALLS:
             return None
         origin = _origin(prediction)
-        made_by, dim = _described(origin)
+        made_by, dim = described(origin)
         location = user_location()
         owner, owner_made = self._survey.innermost
         made_at = None if origin is None else self._made_at.get(origin._sequence_nr())
@@ -207,6 +249,7 @@ class LossCalls:
             "input_shape": str(tuple(prediction.shape)),
             "target_shape": str(tuple(target.shape)),
             "input_made_by": made_by,
+            "input_scale": self._written.scale_of(prediction.grad_fn),
             "owner": owner if owner.lower().endswith("loss") else "",
             **columns_of(location),
             **columns_of(owner_made if owner.lower().endswith("loss") else None, "owner_"),
@@ -245,20 +288,6 @@ def _origin(tensor: torch.Tensor) -> Any:
             return node
         node = node.next_functions[0][0]
     return None
-
-
-def _described(node: Any) -> tuple[str, int | None]:
-    """The name of an operation, and the dimension of a softmax."""
-    if node is None:
-        return "", None
-    name = operation_of(node)
-    if name not in ("Softmax", "LogSoftmax"):
-        return name, None
-    dim = int(node._saved_dim)
-    if dim >= 1 << 63:  # torch gives negative dimensions as unsigned numbers
-        dim -= 1 << 64
-    n_dims = len(node._input_metadata[0].shape)
-    return name, dim % n_dims if n_dims else None
 
 
 def _range_of(prediction: torch.Tensor, class_dim: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ _KEY = "gradscope"
 _MOST_REMEMBERED = 4096
 _SCALING = ("DivBackward0", "MulBackward0", "NegBackward0")
 _LONGEST_CHAIN = 4
-_SUMMING = (*_SCALING, "AddBackward0", "SubBackward0")
+_SUMS = ("AddBackward0", "SubBackward0")
 _MOST_TERMS = 16
 
 
@@ -87,15 +87,20 @@ class Roots:
 
 
 def _earlier_term(node: Any) -> _Token | None:
-    """The root of an earlier backward among the terms of a sum of losses."""
-    waiting = [node]
+    """The root of an earlier backward among the terms of a sum of losses.
+
+    The same loss alone, scaled anew, is none: two halves of it are the whole.
+    """
+    waiting = [(node, False)]
     for _ in range(_MOST_TERMS):
         if not waiting:
             break
-        node = waiting.pop()
+        node, is_term = waiting.pop()
         token: _Token | None = node.metadata.get(_KEY)
-        if token is not None:
+        if token is not None and is_term:
             return token
-        if type(node).__name__ in _SUMMING:
-            waiting += [used for used, _ in node.next_functions if used is not None]
+        name = type(node).__name__
+        if name in _SUMS or name in _SCALING:
+            is_term |= name in _SUMS
+            waiting += [(used, is_term) for used, _ in node.next_functions if used is not None]
     return None

@@ -55,7 +55,13 @@ class Criteria:
         # Rules that are not wanted are not applied: what one of them would explain stands by
         # itself.
         rules = selected_rules(self.select, self.ignore, self.rules)
-        return selected(diagnose(run, rules), ignore_params=self.ignore_params)
+        return selected(
+            diagnose(run, rules),
+            select=self.select,
+            ignore=self.ignore,
+            ignore_params=self.ignore_params,
+            rules=self.rules,
+        )
 
 
 def criteria(

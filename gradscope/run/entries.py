@@ -27,7 +27,8 @@ class ParameterEntry:
         norm_first: L2 norm of its values when it was first met; NaN if not read.
         norm_last: likewise when the watch ended.
         n_symmetric_looks: at how many closer looks all rows of its values were equal, and of its
-            gradient too.
+            gradient too; of a recurrent layer's those of each gate.
+        n_symmetric_columns_looks: likewise of the columns of a matrix.
         n_looks: at how many closer looks both were read.
         copy_of: number of the parameter whose very values it began with, or None.
     """
@@ -47,6 +48,7 @@ class ParameterEntry:
     norm_first: float = math.nan
     norm_last: float = math.nan
     n_symmetric_looks: int = 0
+    n_symmetric_columns_looks: int = 0
     n_looks: int = 0
     copy_of: int | None = None
 

@@ -346,6 +346,7 @@ class Recording:
                     "norm_first": parameter.norm_first,
                     "norm_last": parameter.norm_last,
                     "n_symmetric_looks": parameter.n_symmetric_looks,
+                    "n_symmetric_columns_looks": parameter.n_symmetric_columns_looks,
                     "n_looks": parameter.n_looks,
                     "copy_of": ""
                     if parameter.copy_of is None

@@ -102,8 +102,9 @@ PARAMS = Table(
             "n_symmetric_looks",
             C,
             "at how many closer looks all rows of its values were equal, and all rows of its "
-            "gradient too",
+            "gradient too; of a recurrent layer's those of each gate",
         ),
+        ("n_symmetric_columns_looks", C, "likewise of the columns of a matrix"),
         ("n_looks", C, "at how many closer looks both were read"),
         (
             "copy_of",
@@ -538,16 +539,28 @@ LOSSES = Table(
     "closer look and call of a loss function, or of an operation that broadcasts like one",
     _columns(
         ("step", C, "the step that the next attempt had at that time"),
-        ("function", T, "as in `torch.nn.functional`: `cross_entropy`, `mse_loss` …, or `sub`"),
+        (
+            "function",
+            T,
+            "as in `torch.nn.functional`: `cross_entropy`, `mse_loss` …; an operation: `sub` …; "
+            "`written_cross_entropy` or `written_binary_cross_entropy` where a backward started "
+            "from a mean of log-probabilities of labels",
+        ),
         ("input_shape", T, "shape of the prediction"),
         ("target_shape", T, "shape of the target"),
         ("reduction", T, "`mean`, `sum` or `none`"),
-        ("value", R, "the loss, if a scalar"),
+        ("value", R, "the loss, if a scalar; of a written one negative where its sign is flipped"),
         ("n_classes", O, "classes of a classification; missing for others"),
         ("class_dim", O, "the dimension of the classes"),
         ("input_min", R, "least element of the prediction"),
         ("input_max", R, "greatest element of the prediction"),
         ("input_row_sum", R, "mean over the batch of the sum over classes of the prediction"),
+        (
+            "input_scale",
+            R,
+            "the number that the program has multiplied the prediction by, views and softmaxes "
+            "passed over; one over a temperature",
+        ),
         (
             "input_made_by",
             T,

@@ -108,6 +108,7 @@ class CloserLook:
         Returns:
             ``n_nodes`` and ``n_old_nodes`` for its row.
         """
+        self._losses.backward_started(roots)
         strangers: list[torch.Tensor] = []
 
         def names_of(leaf: torch.Tensor) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gradscope.instruments.late import Late
-from gradscope.instruments.symmetry import SymmetryReading, read_symmetry
+from gradscope.instruments.symmetry import SymmetryReading, n_stacked, read_symmetry
 from gradscope.instruments.weight_facts import read_norms
 from gradscope.run.recording import Recording
 from gradscope.session.census import Census
@@ -112,16 +112,21 @@ class Looks:
             return
         params = self._census.params_of(optimizer).tolist()
         tensors = [reference() for reference in self._census.references(params)]
-        reading: SymmetryReading | None = self._failures.run("symmetry", read_symmetry, tensors)
+        entries = [self._recording.parameters[number] for number in params]
+        stacked = [n_stacked(entry.module_type, entry.name) for entry in entries]
+        reading: SymmetryReading | None = self._failures.run(
+            "symmetry", read_symmetry, tensors, stacked
+        )
         if reading is None or not reading.places:
             return
 
         def account() -> None:
             flags = reading.flags.value()
-            for place, is_symmetric in zip(reading.places, flags.tolist(), strict=True):
+            for place, (rows, columns) in zip(reading.places, flags.tolist(), strict=True):
                 entry = self._recording.parameters[params[place]]
                 entry.n_looks += 1
-                entry.n_symmetric_looks += bool(is_symmetric)
+                entry.n_symmetric_looks += bool(rows)
+                entry.n_symmetric_columns_looks += bool(columns)
 
         self._in_order.do(account, reading.flags)
 

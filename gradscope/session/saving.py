@@ -308,7 +308,8 @@ def _join(entry: Any, before: Any) -> None:
     entry.norm_first = before.norm_first
     entry.reached = before.reached
     entry.requires_grad_changed = before.requires_grad_changed
-    entry.n_symmetric_looks, entry.n_looks = before.n_symmetric_looks, before.n_looks
+    for name in ("n_symmetric_looks", "n_symmetric_columns_looks", "n_looks"):
+        setattr(entry, name, getattr(before, name))
     entry.copy_of = entry.copy_of if before.copy_of is None else before.copy_of
 
 

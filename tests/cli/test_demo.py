@@ -56,9 +56,15 @@ def test_every_file_that_is_named_was_written_and_every_file_written_is_named(
     _, ending = printed.split("Written, from the healthy run")
     named = {Path(line.strip()) for line in ending.splitlines() if line.startswith(f"  {folder}")}
     assert named == set(folder.iterdir())
-    assert {"graph.svg", "graph.png", "graph.html", "steps.csv", "grads.csv", "moments.csv"} <= {
-        path.name for path in named
-    }
+    assert {
+        "report.html",
+        "graph.svg",
+        "graph.png",
+        "graph.html",
+        "steps.csv",
+        "grads.csv",
+        "moments.csv",
+    } <= {path.name for path in named}
 
 
 @pytest.mark.slow

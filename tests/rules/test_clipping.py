@@ -77,11 +77,27 @@ def clipped_to_a_ten_thousandth(
     optimizer.step()
 
 
+def clipped_to_share(model: nn.Module, optimizer: torch.optim.Optimizer, share: float) -> None:
+    optimizer.zero_grad()
+    (0.3 * loss_of(model)).backward()
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert norm < 1
+    clip(model, share * float(norm))
+    optimizer.step()
+
+
+def clipped_to_half_a_hundredth(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    clipped_to_share(model, optimizer, 0.005)
+
+
 BROKEN: dict[Loop, str] = {
     scaled_gradients_are_clipped: "GS407",
     clipped_after_the_step: "GS408",
     clipped_before_backward: "GS409",
     clipped_to_a_ten_thousandth: "GS410",
+    clipped_to_half_a_hundredth: "GS410",
 }
 
 
@@ -152,9 +168,34 @@ def a_large_loss_is_clipped(
     optimizer.step()
 
 
+def clipped_to_two_hundredths(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    clipped_to_share(model, optimizer, 0.02)
+
+
+def the_rate_makes_up_for_it(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    optimizer.param_groups[0]["lr"] = 20.0
+    clipped_to_share(model, optimizer, 0.005)
+
+
+def large_gradients_are_clipped_to_one(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    optimizer.zero_grad()
+    (200 * loss_of(model)).backward()
+    clip(model)
+    optimizer.step()
+
+
 @pytest.mark.parametrize(
     "loop",
     [
+        clipped_to_two_hundredths,
+        the_rate_makes_up_for_it,
+        large_gradients_are_clipped_to_one,
         unscaled_first,
         clipped_in_time,
         accumulated_and_clipped,

@@ -397,3 +397,15 @@ def test_every_screen_shows_what_is_wanted_only() -> None:
     scope = watched(clear=False, ignore=["GS201"])
     assert "GS201" not in repr(scope)
     assert "GS201" not in scope._repr_html_()
+
+
+def test_rules_that_were_not_selected_are_not_said_to_be_checked() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradscope.watch(model, optimizer, select=["GS2"], on_error="raise") as scope:
+        model(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+    unchecked = scope.findings.unchecked
+    assert "GS201" not in unchecked
+    assert unchecked["GS101"] == "not selected"
+    assert "checked: 6 rules" in repr(scope)

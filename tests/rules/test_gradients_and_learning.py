@@ -90,6 +90,39 @@ def test_an_initialisation_that_explodes() -> None:
     assert set(told(train(model, lr=1e-9))) & {"GS404", "GS604"}
 
 
+def test_a_regression_that_explodes_and_one_of_large_numbers() -> None:
+    def squared(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(out, y)
+
+    def residual(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(1e4 * out - out.detach(), y)
+
+    def regression(
+        scale: float,
+        of_targets: float,
+        loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = squared,
+    ) -> list[str]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 1)])
+        with torch.no_grad():
+            model[2].weight.mul_(scale)
+        return told(
+            train(
+                model,
+                make_y=lambda x: of_targets * x[:, :1],
+                loss_of=loss_of,
+                lr=1e-9,
+            )
+        )
+
+    assert regression(1e4, 1.0) == ["GS404"]
+    assert regression(1e4, 0.01) == ["GS404"]
+    assert not regression(1.0, 1.0)
+    assert not regression(1.0, 1e4)  # house prices
+    assert not regression(1.0, 1e-4)  # targets far smaller than the first predictions
+    assert not regression(1.0, 1.0, residual)  # of an equation with a large coefficient
+
+
 def test_a_loss_scaled_by_hand_is_no_alarm() -> None:
     def scaled(loss: torch.Tensor) -> None:
         (1e4 * loss).backward()
@@ -172,6 +205,71 @@ def test_all_weights_zero() -> None:
     assert told(train(model))[0] == "GS605"
 
 
+class Raw(nn.Module):
+    """Matrices of its own, on the right of products."""
+
+    def __init__(self, first: torch.Tensor) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(first), nn.Parameter(torch.zeros(12, 3))
+        self.bias = nn.Parameter(torch.zeros(12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.a + self.bias) @ self.b
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer, self.out = layer, nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.layer(x[:, None].expand(-1, 8, -1))[0][:, -1])
+
+
+def test_raw_matrices_of_equal_columns_and_recurrent_layers_of_equal_units() -> None:
+    torch.manual_seed(0)
+    assert "GS605" in told(train(Raw(torch.zeros(6, 12))))
+    # A last layer of zeros is well, as is a low-rank pair of which one is zero.
+    assert not told(train(Raw(torch.randn(6, 12))))
+    for kind in (nn.GRU, nn.LSTM, nn.RNN):
+        model = Recurrent(kind(6, 8, batch_first=True))
+        assert not told(train(model))
+        for number, weight in enumerate(model.layer.parameters()):
+            nn.init.constant_(weight, 0.1 * (number + 1))
+        nn.init.constant_(model.out.weight, 0.1)
+        assert told(train(model)) == ["GS605"]
+        nn.init.orthogonal_(model.layer.weight_hh_l0)
+        with torch.no_grad():  # gates that begin alike, of units that do not
+            model.layer.weight_ih_l0.copy_(torch.randn(8, 6).repeat(len(weight) // 8, 1))
+        assert not told(train(model))
+
+
+def test_one_unit_alone_is_like_itself() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.out = nn.GRU(6, 1, batch_first=True), nn.Linear(1, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.layer(x[:, None].expand(-1, 3, -1))[0][:, -1])
+
+    torch.manual_seed(0)
+    assert not told(train(Single()))
+
+
+def test_equal_columns_that_are_used_alike_on_purpose_are_silent() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.place = nn.Linear(6, 3), nn.Parameter(torch.zeros(16, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) + self.place.mean(1, keepdim=True)
+
+    torch.manual_seed(0)
+    assert not told(train(Positions()))
+
+
 def test_a_bias_of_zeros_that_is_averaged_is_silent() -> None:
     class Tagged(nn.Module):
         def __init__(self) -> None:
@@ -219,6 +317,25 @@ def test_inputs_of_hundreds_and_the_same_behind_a_normalisation() -> None:
     assert not told(train(normalised, make_x=large, make_y=target))
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_prices_into_a_recurrent_layer(kind: type[nn.RNNBase]) -> None:
+    class Scaled(Recurrent):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward((x - 4000) / 40)
+
+    def prices() -> torch.Tensor:
+        return 4000 + 40 * torch.randn(16, 6)
+
+    def target(x: torch.Tensor) -> torch.Tensor:
+        return (x[:, 0] > 4000).long()
+
+    torch.manual_seed(2)  # with which some unit has all gates of an LSTM open
+    layer = kind(6, 8, batch_first=True)
+    assert told(train(Recurrent(layer), make_x=prices, make_y=target)) == ["GS607"]
+    layer = kind(6, 8, batch_first=True)
+    assert not told(train(Scaled(layer), make_x=prices, make_y=target))
+
+
 def test_labels_without_a_relation_to_inputs() -> None:
     def chance(x: torch.Tensor) -> torch.Tensor:
         return torch.randint(0, 3, (len(x),))
@@ -228,6 +345,33 @@ def test_labels_without_a_relation_to_inputs() -> None:
 
     assert told(train(mlp(), 60, make_x=batch, make_y=chance)) == ["GS609"]
     assert not told(train(mlp(), 60, make_x=batch, lr=0.5))
+
+
+def test_labels_that_are_memorised_and_labels_that_are_mostly_noise() -> None:
+    torch.manual_seed(1)
+    x, y = torch.randn(1920, 6), torch.randint(0, 3, (1920,))
+    passes = [batch for _ in range(5) for batch in torch.arange(1920).split(64)]
+
+    def run(target: Callable[[torch.Tensor], torch.Tensor], lr: float) -> list[str]:
+        batches = iter(passes)
+        chosen: list[torch.Tensor] = []
+
+        def batch() -> torch.Tensor:
+            chosen[:] = [next(batches)]
+            return x[chosen[0]]
+
+        found = train(
+            mlp(), len(passes), make_x=batch, make_y=lambda _: target(x)[chosen[0]], lr=lr
+        )
+        return told(found)
+
+    def noisy(inputs: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.rand(len(inputs)) < 0.8, y, inputs[:, :3].argmax(1))
+
+    assert run(lambda inputs: y, 0.5) == ["GS609"]
+    assert not run(noisy, 0.5)
+    # A learning rate with which there is little to be seen of learning yet.
+    assert not run(lambda inputs: inputs[:, :3].argmax(1), 0.002)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

@@ -200,3 +200,54 @@ def entropy_bonus(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.T
 )
 def test_a_healthy_loss_is_silent(make_loss: MakeLoss) -> None:
     assert not [f for f in judged(make_loss) if f.severity > 0 and f.code in LOSS_RULES]
+
+
+class Attention(nn.Module):
+    """Attention over the moments of [examples, moments, 6], or what the weights are made over."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.q, self.k, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.q(x) @ self.k(x).transpose(1, 2) / 6**0.5
+        weights = scores.softmax(self.dim)  # attention
+        return self.out(x + weights @ x)
+
+
+class Routing(nn.Module):
+    """Experts compete for every moment, and have a matrix product each: dimension 0 is theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys, self.out = nn.Parameter(torch.randn(4, 6, 5)), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shared = x.flatten(0, 1).expand(4, -1, -1)
+        gates = (shared @ self.keys).softmax(0)
+        mixed = gates.transpose(1, 2) @ shared
+        again = gates @ mixed
+        return self.out(again.sum(0)).view(*x.shape[:2], 3)
+
+
+def trained(model: nn.Module) -> list[tuple[str, int | None]]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(6):
+            x = torch.randn(7, 5, 6)
+            loss = F.cross_entropy(model(x).flatten(0, 1), x[:, :, :3].argmax(2).flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return [(f.code, f.line) for f in scope.findings if f.severity > 0 and f.code in LOSS_RULES]
+
+
+def test_attention_over_the_batch() -> None:
+    torch.manual_seed(0)
+    lines = Path(__file__).read_text("utf-8").splitlines()
+    line = next(number for number, text in enumerate(lines, 1) if text.endswith("# attention"))
+    assert trained(Attention(0)) == [("GS311", line)]
+    assert not trained(Attention(-1))
+    assert not trained(Attention(1))  # over queries, as slots that compete
+    assert not trained(Routing())

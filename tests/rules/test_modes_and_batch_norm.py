@@ -167,3 +167,12 @@ def test_a_new_model_per_fold_evaluated_with_gradients_enabled() -> None:
             model.eval()
             model(torch.randn(8, 6))
     assert told(scope.findings) == []
+
+
+def test_a_new_normalisation_whose_weights_are_frozen_too_is_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
+    )
+    model[1].requires_grad_(False)
+    assert told(judged(lambda m, i: m[1].eval() and None, model)) == ["GS315"]

@@ -192,3 +192,27 @@ def test_parameters_in_plain_containers_of_the_model_itself(container: str) -> N
     model = Prompted()
     named = "GS101" in train(model, sgd(model.parameters()))
     assert named is (container != "attribute of a tensor")
+
+
+class Mixture(nn.Module):
+    """Four experts; the last one, or the last layer, is used by nobody."""
+
+    def __init__(self, *, chooses: bool) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 3) for _ in range(4))
+        self.chooses = chooses
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.chooses:
+            result: torch.Tensor = self.experts[self.calls % 3](x)
+            return result
+        return sum(expert(x) for expert in list(self.experts)[:3])  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("chooses", [True, False])
+def test_an_expert_that_is_never_chosen_and_a_layer_that_is_never_called(chooses: bool) -> None:
+    torch.manual_seed(0)
+    model = Mixture(chooses=chooses)
+    assert ("GS105" in train(model, sgd(model.parameters()))) is not chooses

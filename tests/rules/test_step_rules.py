@@ -219,3 +219,25 @@ def test_a_second_unscale_that_raises(steps_by: str, updates: bool, is_broken: b
             if updates:
                 scaler.update()
     assert ("GS515" in {f.code for f in watching.findings if f.severity > 0}) is is_broken
+
+
+def test_a_search_that_has_converged() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+    x = torch.randn(16, 2)
+    y = x.sum(1, keepdim=True)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=50, tolerance_grad=1e-3)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(5):
+        optimizer.step(closure)
+    with gradscope.watch(model, optimizer, on_error="raise", every=1) as scope:
+        for _ in range(8):
+            optimizer.step(closure)
+    assert (scope.steps["update_norm"] == 0).all()
+    assert not [f.code for f in scope.findings if f.severity > 0]

@@ -405,9 +405,20 @@ def test_units_that_stay_alike_are_counted_and_broken_symmetry_is_not() -> None:
 def test_rows_of_a_gradient_are_equal_but_for_rounding() -> None:
     weight = nn.Parameter(torch.ones(4, 3))
     weight.grad = torch.ones(4, 3) + 1e-6 * torch.rand(4, 3)
-    assert read_symmetry([weight]).flags.value().tolist() == [1]
+    assert read_symmetry([weight]).flags.value().tolist() == [[1, 1]]
     weight.grad = torch.ones(4, 3) + 1e-2 * torch.rand(4, 3)
-    assert read_symmetry([weight]).flags.value().tolist() == [0]
+    assert read_symmetry([weight]).flags.value().tolist() == [[0, 0]]
+
+
+def test_stacked_weights_have_units_of_their_own() -> None:
+    weight = nn.Parameter(torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 5.0], [3.0, 5.0]]))
+    weight.grad = weight.detach() ** 2
+    assert read_symmetry([weight]).flags.value().tolist() == [[0, 0]]
+    assert read_symmetry([weight], [2]).flags.value().tolist() == [[1, 0]]
+    assert read_symmetry([weight], [4]).flags.value().tolist() == [[0, 0]]  # one unit each
+    weight = nn.Parameter(weight.detach().T.contiguous())
+    weight.grad = torch.ones(2, 4)
+    assert read_symmetry([weight]).flags.value().tolist() == [[0, 0]]
 
 
 def test_two_embeddings_that_began_alike_were_never_to_be_tied() -> None:

@@ -18,6 +18,15 @@ _NOTHING = 3e-3
 """What is left of the norm. Clipping is meant for outliers; usual limits leave a tenth or more of
 an ordinary gradient, and differentially private training about a hundredth."""
 
+_LITTLE = 1e-2
+_SMALL = 1.0
+"""What is left of gradients whose norm is below one anyway, which is what clipping usually allows:
+limits below a hundredth are not in use."""
+
+_HARDLY_MOVES = 1e-3
+"""Size of single updates relative to the weights: a thousandth is what usual learning rates give.
+A learning rate that makes up for the clipping gives that too."""
+
 _ORDINARY = 1e3
 """Gradients with a larger norm than this are exploding, and clipping is what saves the run."""
 
@@ -36,7 +45,7 @@ class ClippedToNothing(Rule):
 
     ## What it finds
 
-    At nearly every step `clip_grad_norm_` or `clip_grad_value_` leaves less than 0.3 % of the
+    At nearly every step `clip_grad_norm_` or `clip_grad_value_` leaves next to nothing of the
     gradients' norm, although they are of ordinary size.
 
     ## Why it matters
@@ -49,8 +58,9 @@ class ClippedToNothing(Rule):
 
     gradscope measures the norm that clipping finds and the norm that the step reads. The finding is
     raised when the second is below 0.3 % of the first at nine steps out of ten, and the first is
-    below 1000. For optimizers of the Adam family it is a note, unless what is left is within ten
-    times eps.
+    below 1000; below 1 %, if the first is below one and single updates are smaller than a
+    thousandth of the weights. For optimizers of the Adam family it is a note, unless what is left
+    is within ten times eps.
 
     ## Example
 
@@ -68,7 +78,7 @@ class ClippedToNothing(Rule):
     code = "GS410"
     name = "clipped-to-nothing"
     severity = Severity.WARNING
-    tables = ("steps", "groups", "events")
+    tables = ("steps", "groups", "events", "updates")
     symptom_of = ("GS407", "GS404", "GS604", "GS607")
 
     def check(self, run: Recording) -> list[Finding]:
@@ -80,7 +90,9 @@ class ClippedToNothing(Rule):
                 continue
             before = clipped["grad_norm_before_clipping"]
             left = clipped["grad_norm"] / before
-            shrunk = clipped.loc[(left < _NOTHING) & (clipped["grad_norm"] > 0)]
+            is_small = before.median() < _SMALL and _hardly_moves(run, str(name))
+            bound = _LITTLE if is_small else _NOTHING
+            shrunk = clipped.loc[(left < bound) & (clipped["grad_norm"] > 0)]
             if len(shrunk) < _LEAST_SHARE * len(clipped) or before.median() >= _ORDINARY:
                 continue
             file, line, detail, _ = clips_of(run, str(name))
@@ -112,6 +124,17 @@ class ClippedToNothing(Rule):
                 )
             )
         return findings
+
+
+def _hardly_moves(run: Recording, optimizer: str) -> bool:
+    """Whether the typical update of an optimizer is small against its weights."""
+    updates = run.frame("updates")
+    updates = updates.loc[updates["optimizer"] == optimizer]
+    squares = updates[["step", "update_norm", "weight_norm_before"]].fillna(0.0)
+    squares[["update_norm", "weight_norm_before"]] **= 2
+    sums = squares.groupby("step").sum()
+    ratios = (sums["update_norm"] / sums["weight_norm_before"]) ** 0.5
+    return bool(ratios.median() < _HARDLY_MOVES)
 
 
 def _matters(run: Recording, optimizer: str, clipped: pd.DataFrame) -> tuple[bool, float]:

@@ -32,13 +32,22 @@ _LEAST_LARGE = 3
 _OF_ORDER_ONE = ("cross_entropy", "nll_loss", "binary_cross_entropy_with_logits")
 """Loss functions whose value, and gradient by the prediction, is of order one at the start."""
 
+_OUT_OF_PROPORTION = 1e4
+"""Mean squared error before the first update, against the mean square of targets, or one where they
+are small. An untrained network gives values of order one, whatever its targets are; these are a
+hundred times as large."""
+
+_PLAIN = ("Addmm", "Mm", "Convolution")
+"""Layers that give a prediction. What is computed from one, such as the residual of a differential
+equation, may be of any size."""
+
 
 class ExplodingGradient(Rule):
     """GS404 exploding-gradient: gradients grow from layer to layer or from step to step.
 
     ## What it finds
 
-    The norm of all gradients is above a thousand at the first step of a classification, or grows
+    The norm of all gradients is above a thousand at the first step, or grows
     more than ten thousand times during the run.
 
     ## Why it matters
@@ -49,7 +58,8 @@ class ExplodingGradient(Rule):
     ## How it is found
 
     At the start: the norm before the first update, of a mean cross-entropy, whose gradient is of
-    order one for an untrained network. Later: the norm of at least three steps, and of the last
+    order one for an untrained network, or of a mean squared error ten thousand times as large as
+    the mean square of the targets. Later: the norm of at least three steps, and of the last
     quarter of the run, against that of the first. What clipping finds is measured, too, but where
     clipping brings the norm down the finding is only a note.
 
@@ -71,7 +81,7 @@ class ExplodingGradient(Rule):
     code = "GS404"
     name = "exploding-gradient"
     severity = Severity.WARNING
-    tables = ("steps", "grads", "losses")
+    tables = ("steps", "grads", "losses", "batches")
     symptom_of = ("GS505", "GS607", "GS514", "GS201", "GS603", "GS407")
 
     def check(self, run: Recording) -> list[Finding]:
@@ -127,17 +137,34 @@ def _is_large_at_start(run: Recording, own: pd.DataFrame, norms: np.ndarray) -> 
     losses = run.frame("losses")
     first = losses.loc[losses["step"] == losses["step"].min()] if len(losses) else losses
     first = first.loc[first["reached"].astype(bool)]
-    is_of_order_one = (
-        len(first) > 0
-        and first["function"].isin(_OF_ORDER_ONE).all()
-        and (first["reduction"] == "mean").all()
-    )
     began = int(own["optimizer_step"].iloc[0]) == 0
-    if not is_of_order_one or not began:
+    if not began or first.empty or (first["reduction"] != "mean").any():
+        return False
+    is_of_order_one = first["function"].isin(_OF_ORDER_ONE).all()
+    if not is_of_order_one and not _is_out_of_proportion(run, first):
         return False
     # A loss that was scaled by hand has gradients as much larger.
     scale = abs(float(own["loss"].iloc[0])) / max(float(first["value"].sum()), 1e-12)
     return bool(norms[0] > _FROM_THE_START * max(scale, 1.0))
+
+
+def _is_out_of_proportion(run: Recording, first: pd.DataFrame) -> bool:
+    """Whether all losses are squared errors of predictions that are far larger than targets."""
+    batches = run.frame("batches")
+    targets = batches.loc[
+        (batches["role"] == "target")
+        & (batches["owner"] == "mse_loss")
+        & (batches["step"] == first["step"].min())
+    ]
+    if targets.empty or not (targets["std"] > 0).all():
+        return False
+    squares = targets["mean"] ** 2 + targets["std"] ** 2
+    bound = _OUT_OF_PROPORTION * max(float(squares.max()), 1.0)
+    return bool(
+        (first["function"] == "mse_loss").all()
+        and first["input_made_by"].isin(_PLAIN).all()
+        and (first["value"] > bound).all()
+    )
 
 
 def _growth(norms: np.ndarray) -> tuple[float, float] | None:

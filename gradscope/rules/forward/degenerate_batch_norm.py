@@ -97,7 +97,7 @@ class DegenerateBatchNorm(Rule):
         kinds = {e.module_type for e in run.parameters if e.module in modules} or {"BatchNorm"}
         return self.finding(
             severity=severity,
-            message=f"{listed(modules)} ({', '.join(sorted(kinds))}) {says}",
+            message=f"{listed(modules)} ({', '.join(sorted(kinds))}): {says}",
             fix=fix,
             params=tuple(entry.name for entry in run.parameters if entry.module in modules),
             modules=tuple(modules),
@@ -108,25 +108,25 @@ class DegenerateBatchNorm(Rule):
 
 _SAYS = {
     "single example": (
-        "normalises batches of a single example: its statistics are those of that example, and "
+        "batches of a single example are normalised by the statistics of that example, and "
         "evaluation will use others",
         "use a larger batch size, or GroupNorm or LayerNorm in the place of batch normalisation",
         Severity.WARNING,
     ),
     "momentum 0": (
-        "has momentum=0: its running statistics stay at mean 0 and variance 1, and evaluation will "
-        "normalise with these",
+        "with momentum=0 the running statistics stay at mean 0 and variance 1, and evaluation will "
+        "normalise by these",
         "leave momentum at its default of 0.1; in torch it is the share of the new batch",
         Severity.WARNING,
     ),
     "momentum near 1": (
-        "has a momentum near 1: its running statistics are those of the last batch alone",
+        "with a momentum near 1 the running statistics are those of the last batch alone",
         "in torch momentum is the share of the new batch: 0.01 for what others call 0.99",
         Severity.INFO,
     ),
     "never learnt": (
-        "is in evaluation mode while the model trains, with the running statistics it was made "
-        "with: mean 0 and variance 1, so it normalises nothing",
+        "in evaluation mode while the model trains, with the running statistics of a new module, "
+        "mean 0 and variance 1: nothing is normalised",
         "leave it in training mode, or load pretrained statistics before freezing it",
         Severity.WARNING,
     ),
@@ -167,5 +167,7 @@ def _way(
     trains = whole.groupby("step")["training"].all()
     model_trains = bool(rows["step"].map(trains).fillna(value=False).all())
     is_seen = rows["step"].nunique() >= _LEAST_LOOKS and not training.any()
-    never = is_seen and is_new and module in trained and tracks and model_trains
+    around = {other.rpartition(".")[0] for other in trained}
+    is_trained = module in trained or (bool(own) and module.rpartition(".")[0] in around)
+    never = is_seen and is_new and is_trained and tracks and model_trains
     return "never learnt" if never else ""

@@ -127,7 +127,8 @@ class DetachedModule(Rule):
         return self.finding(
             severity=Severity.ERROR if is_sure else Severity.INFO,
             message=(
-                f"{listed(paths)} runs, but its graph does not lead to the loss{given}: "
+                f"{listed(paths)} {'run' if len(paths) > 1 else 'runs'}, but the graph does not "
+                f"lead from there to the loss{given}: "
                 f"{len(ordered)} parameters ({listed(ordered)}) have never had a gradient in "
                 f"{len(own)} steps of {optimizer}{alone}"
             ),

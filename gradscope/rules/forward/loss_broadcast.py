@@ -10,8 +10,10 @@ from gradscope.rules.forward.loss_inputs import spread
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
-_ELEMENTWISE = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "sub")
-"""Loss functions that compare element with element, and a subtraction written by hand."""
+_WRITTEN = {"sub": "subtraction's", "written_binary_cross_entropy": "cross-entropy's"}
+
+_ELEMENTWISE = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", *_WRITTEN)
+"""Loss functions that compare element with element, and what is written by hand."""
 
 
 class LossBroadcast(Rule):
@@ -31,7 +33,8 @@ class LossBroadcast(Rule):
     ## How it is found
 
     At closer looks gradscope notes the shapes given to loss functions, and subtractions of `[N]`
-    and `[N, 1]` of which only one side requires grad. The finding is raised when the result has
+    and `[N, 1]` of which only one side requires grad, and products of labels and logarithms. The
+    finding is raised when the result has
     more elements than either side.
 
     ## Example
@@ -57,19 +60,25 @@ class LossBroadcast(Rule):
         losses = reached_losses(run)
         losses = losses.loc[losses["function"].isin(_ELEMENTWISE)]
         findings = []
-        for _, rows in losses.groupby(["function", "file", "line"], sort=False, dropna=False):
+        for (function, *_), rows in losses.groupby(
+            ["function", "file", "line"], sort=False, dropna=False
+        ):
             shapes = [
                 (shape_of(left) or (), shape_of(right) or ())
                 for left, right in zip(rows["input_shape"], rows["target_shape"], strict=True)
             ]
             stretched = [pair for pair in shapes if _stretch_each_other(*pair)]
+            if function in _WRITTEN:  # no comparison, unless a column meets its row
+                stretched = [
+                    pair for pair in stretched if _is_column(*pair) or _is_column(*pair[::-1])
+                ]
             if not stretched or len(stretched) < len(shapes) / 2:
                 continue
             left, right = stretched[0]
             result = _broadcast(left, right)
             row = rows.iloc[0]
-            function = str(row["function"])
-            called = "subtraction's" if function == "sub" else _spelled(function)
+            function = str(function)
+            called = _WRITTEN.get(function) or _spelled(function)
             file, line = place_of(row)
             findings.append(
                 self.finding(
@@ -106,6 +115,10 @@ def _broadcast(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]
 def _stretch_each_other(left: tuple[int, ...], right: tuple[int, ...]) -> bool:
     # A smaller side alone may be stretched on purpose: one target, or one weight, for all.
     return left != right and prod(_broadcast(left, right)) > max(prod(left), prod(right))
+
+
+def _is_column(left: tuple[int, ...], right: tuple[int, ...]) -> bool:
+    return left == (*right, 1)
 
 
 def _spelled(function: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,24 @@ _NOT_NEGATIVE = frozenset(
 """Operations whose result is zero at best and positive otherwise, of ordinary targets."""
 
 _KEEPS_THE_MEANING = frozenset({"Neg", "Mul", "Div", "Mean", "Sum", "Squeeze", "View", "ToCopy"})
-"""Operations between such a loss and the root that only scale it or take its mean."""
+_SCALES = frozenset({"Mul", "Div"})
+_SUMS = frozenset({"Add"})
+"""Operations between such a loss and the root that only scale it or take its mean, and those that
+may add a penalty on weights."""
+
+_OF_PARAMETERS = frozenset(
+    {"AccumulateGrad", "Pow", "Sum", "Mean", "Add", "Mul", "Div", "Abs", "Sqrt", "Stack", "Cat"}
+    | {"View", "UnsafeView", "LinalgVectorNorm", "Norm", "ForeachNorm", "Square"}
+)
+"""Operations of which a penalty on weights consists. None makes more elements than it is given,
+unless data go in."""
+
+_WRITTEN = {
+    "written_cross_entropy": "a cross-entropy",
+    "written_binary_cross_entropy": "a binary cross-entropy",
+}
+
+_MOST_NODES = 10_000
 
 _LEAST_STEPS = 8
 
@@ -60,10 +78,12 @@ class RisingObjective(Rule):
 
     ## How it is found
 
-    From the root of the first graph gradscope goes back through negations, products and means. The
-    finding is raised when this leads to a loss function that is never negative, while the root is
-    negative at nearly every step and has fallen by the end. Programs with several optimizers are
-    silent: in a game one of them may well maximise the other's loss.
+    From the root of the first graph gradscope goes back through negations, products and means, and
+    past penalties on the weights alone. The finding is raised when this leads to a loss function
+    that is never negative, or to the mean of log-probabilities of labels, while the root is
+    negative at nearly every step and has fallen by the end. What is multiplied with a number for
+    each example, as in a policy gradient, is silent. So are programs with several optimizers: in a
+    game one of them may well maximise the other's loss.
 
     ## Example
 
@@ -95,8 +115,9 @@ class RisingObjective(Rule):
         values = values[np.isfinite(values)]
         if len(values) < _LEAST_STEPS:
             return []
-        source = _source_of(run.graphs[min(run.graphs)])
-        if not source:
+        written = _written(run)
+        source = _source_of(run.graphs[min(run.graphs)]) if written.empty else ""
+        if not source and written.empty:
             return []
         groups = run.frame("groups")
         maximizes = bool(groups["options"].map(lambda text: bool(_MAXIMIZES.search(text))).any())
@@ -105,6 +126,9 @@ class RisingObjective(Rule):
         size = max(abs(float(values[0])), 1e-6)
         flipped = bool(np.mean(values < 0) > 0.9) and last < first - _FELL_BY * size
         climbs = maximizes and bool(np.mean(values > 0) > 0.9) and last > first + _FELL_BY * size
+        if len(written):
+            flipped = flipped and not maximizes and bool((written["value"] < 0).all())
+            climbs = climbs and bool((written["value"] > 0).all())
         if not flipped and not climbs:
             return []
         return [self._finding_for(run, steps, source, values, climbs)]
@@ -121,6 +145,10 @@ class RisingObjective(Rule):
         losses = run.frame("losses")
         rows = losses if len(losses) else run.frame("backwards")
         file, line = place_of(rows.iloc[0]) if len(rows) else (None, None)
+        written = _written(run)
+        if len(written):
+            source = _WRITTEN[str(written["function"].iloc[0])]
+            file, line = place_of(written.iloc[0])
         if climbs:
             message = (
                 f"{optimizer} was made with maximize=True and drives the loss up, from "
@@ -133,7 +161,11 @@ class RisingObjective(Rule):
                 f"be negative ({source}): it went from {values[0]:.4g} to {values[-1]:.4g}, and "
                 "the model is trained to be wrong"
             )
-            fix = f"take away the minus sign in front of the loss{at(file, line)}"
+            fix = (
+                f"put a minus sign in front of the mean of log-probabilities{at(file, line)}"
+                if len(written)
+                else f"take away the minus sign in front of the loss{at(file, line)}"
+            )
         return self.finding(
             message=message,
             fix=fix,
@@ -150,6 +182,14 @@ class RisingObjective(Rule):
         )
 
 
+def _written(run: Recording) -> pd.DataFrame:
+    """Losses that the program writes out, if there is one at every look, of one kind."""
+    losses = run.frame("losses")
+    rows = losses.loc[losses["function"].isin(list(_WRITTEN))]
+    is_one = rows["function"].nunique() == 1 and not rows["step"].duplicated().any()
+    return rows if is_one and set(rows["step"]) == set(losses["step"]) else rows.head(0)
+
+
 def _source_of(graph: CapturedGraph) -> str:
     """The loss function behind the root, if only scaling and means lie between them."""
     if len(graph.roots) != 1:
@@ -159,13 +199,54 @@ def _source_of(graph: CapturedGraph) -> str:
         name = operation(graph.op_of(node))
         if name in _NOT_NEGATIVE or _is_square(graph, node, name):
             return name
-        if name not in _KEEPS_THE_MEANING:
+        if name not in _KEEPS_THE_MEANING and name not in _SUMS:
             return ""
-        givers = graph.source[graph.target == node]
+        if name in _SCALES and not _scales_all_alike(graph, node):
+            return ""
+        givers = [
+            giver
+            for giver in graph.source[graph.target == node].tolist()
+            if name not in _SUMS or not _is_of_parameters(graph, giver)
+        ]
         if len(givers) != 1:
             return ""
-        node = int(givers[0])
+        node = givers[0]
     return ""
+
+
+def _scales_all_alike(graph: CapturedGraph, node: int) -> bool:
+    """Whether a product or quotient is one with a single number, as far as is known."""
+    shapes = [graph.saved.shapes[place] for place in np.flatnonzero(graph.saved.node == node)]
+    if not shapes:
+        return _n_elements(graph, node) <= 1
+    return all(shape is not None and math.prod(shape) <= 1 for shape in shapes)
+
+
+def _is_of_parameters(graph: CapturedGraph, node: int) -> bool:
+    """Whether a term of a loss is a penalty on weights: made of them, and of no data."""
+    pending, seen = [node], {node}
+    while pending:
+        node = pending.pop()
+        givers = graph.source[graph.target == node].tolist()
+        if operation(graph.op_of(node)) not in _OF_PARAMETERS or len(seen) > _MOST_NODES:
+            return False
+        size = _n_elements(graph, node)
+        if not givers and not _is_parameter(graph, node):
+            return False
+        if givers and size > max(_n_elements(graph, giver) for giver in givers):
+            return False
+        pending += [giver for giver in givers if giver not in seen]
+        seen.update(givers)
+    return True
+
+
+def _is_parameter(graph: CapturedGraph, node: int) -> bool:
+    leaf = int(graph.param[node])
+    return leaf >= 0 and bool(graph.params[leaf])
+
+
+def _n_elements(graph: CapturedGraph, node: int) -> int:
+    return sum(math.prod(shape) for shape in graph.outputs_of(node).shapes)
 
 
 def _is_square(graph: CapturedGraph, node: int, name: str) -> bool:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import numpy as np
+
 from gradscope.rules.facts import listed, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
+from gradscope.run.captured_graph import operation
+from gradscope.run.entries import ParameterEntry
 from gradscope.run.recording import Recording
+
+if TYPE_CHECKING:
+    from gradscope.run.captured_graph import CapturedGraph
 
 _LEAST_LOOKS = 3
 """A last layer that starts with zeros, or an adapter, breaks its symmetry at the first step."""
@@ -39,7 +48,9 @@ class SymmetricInitialization(Rule):
 
     ## How it is found
 
-    At closer looks all rows of every weight and of its gradient are compared. The finding is raised
+    At closer looks all rows of every weight and of its gradient are compared, those of each gate
+    by themselves in a recurrent layer; of a matrix that a module of the program's own holds, and
+    multiplies with something on its left, the columns. The finding is raised
     when they were equal at every look, at least three, the last ones long after the start. A layer
     that starts with zeros on purpose, such as the last one of a block, is different after one step.
 
@@ -64,17 +75,28 @@ class SymmetricInitialization(Rule):
 
     def check(self, run: Recording) -> list[Finding]:
         """Return at most one finding, about all such weights."""
-        alike = [
+        looked = [
             entry
             for entry in run.parameters
             if entry.n_looks >= _LEAST_LOOKS
-            and entry.n_symmetric_looks == entry.n_looks
             and entry.requires_grad
             and entry.holders
             and len(entry.shape) >= 2
-            and entry.shape[0] >= 2
+        ]
+        by_rows = [
+            entry
+            for entry in looked
+            if entry.n_symmetric_looks == entry.n_looks
             and any(kind in entry.module_type for kind in _LAYERS)
         ]
+        by_columns = [
+            entry
+            for entry in looked
+            if entry.n_symmetric_columns_looks == entry.n_looks
+            and not any(kind in entry.module_type for kind in _LAYERS)
+            and _is_on_the_right(run, entry)
+        ]
+        alike = by_rows or by_columns
         steps = stepped(run)
         if not alike or steps.empty:
             return []
@@ -82,12 +104,13 @@ class SymmetricInitialization(Rule):
         modules = tuple(dict.fromkeys(entry.module for entry in alike))
         # Their biases share their fate.
         params = tuple(entry.name for entry in run.parameters if entry.module in modules)
+        units = "rows" if by_rows else "columns"
         zero = [entry.name for entry in alike if entry.norm_first == 0]
-        began = "with zeros" if len(zero) == len(alike) else "with equal rows"
+        began = "with zeros" if len(zero) == len(alike) else f"with equal {units}"
         return [
             self.finding(
                 message=(
-                    f"{listed(weights)} began {began}, and all rows still are alike, gradients "
+                    f"{listed(weights)} began {began}, and all {units} still are alike, gradients "
                     f"included, at all {alike[0].n_looks} looks: all units of these layers compute "
                     "the same"
                 ),
@@ -96,7 +119,7 @@ class SymmetricInitialization(Rule):
                     "nn.init.kaiming_normal_; only biases may start with zeros"
                 ),
                 params=params,
-                modules=modules,
+                modules=tuple(module for module in modules if module),
                 **span(steps),
                 evidence={
                     "looks": alike[0].n_looks,
@@ -105,3 +128,24 @@ class SymmetricInitialization(Rule):
                 },
             )
         ]
+
+
+def _is_on_the_right(run: Recording, entry: ParameterEntry) -> bool:
+    """Whether a matrix is used as the right side of matrix products only: ``x @ W``."""
+    if len(entry.shape) != 2 or not run.graphs:
+        return False
+    graph = run.graphs[min(run.graphs)]
+    leaves = [number for number, names in enumerate(graph.params) if entry.name in names]
+    nodes = np.flatnonzero(np.isin(graph.param, leaves))
+    users = [int(user) for node in nodes for user in graph.target[graph.source == node]]
+    return bool(users) and all(_has_on_the_right(graph, user, entry.shape) for user in users)
+
+
+def _has_on_the_right(graph: CapturedGraph, user: int, shape: tuple[int, ...]) -> bool:
+    if operation(graph.op_of(user)) not in ("Mm", "Addmm"):
+        return False
+    # On the left, it would give its number of rows to the result.
+    return all(
+        len(given) == 2 and given[1] == shape[1] and given[0] != shape[0]
+        for given in graph.outputs_of(user).shapes
+    )

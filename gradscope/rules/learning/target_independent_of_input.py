@@ -24,8 +24,12 @@ _LEAST_SEEN = 10.0
 """How many examples of each class there must have been, on the average, to learn anything."""
 
 _SURE = 3.0
-"""Standard errors by which losses lie below those of guessing, and fall, where something is learnt
-from labels of which most are noise."""
+"""Standard errors by which losses lie below those of guessing, where something is learnt."""
+
+_LEARNT = 0.01
+"""By how much of ln C losses lie below it where something is learnt from labels of which most are
+noise: with 80 % of noise among four classes 2 to 4 %. Memorising what does not belong together
+takes off 0.3 % in five passes over 1800 images."""
 
 _NEAR = 0.04
 """Relative distance of the loss from ln C. Guessing alone stays within noise of it."""
@@ -33,6 +37,10 @@ _NEAR = 0.04
 _LEAST_MOVED = 0.02
 """By how much of their norm the weights must have moved, summed over the run: a learning rate that
 is too small has the same curve."""
+
+_FAR = 0.5
+"""Weights that have moved less than this share of their norm may just have begun to learn, if the
+loss falls."""
 
 
 class TargetIndependentOfInput(Rule):
@@ -52,10 +60,10 @@ class TargetIndependentOfInput(Rule):
 
     The finding is raised when, over at least 50 steps, the median loss is within 4 % of ln C in
     each half of the run, gradients are not zero, and the updates add up to more than 2 % of the
-    weights. A loss that is surely, if only a little, below ln C and still falling tells of noise in
-    the labels, and is silent; so is a run with fewer than ten examples of each class. Other causes
-    of the same curve, such as dead units or a detached loss, are looked for first, and this finding
-    is folded under theirs.
+    weights. A loss that ends surely below ln C, by more than 1 %, tells of noise in the labels, and
+    is silent; so is one that surely falls while the weights are still near to where they began, and
+    a run with fewer than ten examples of each class. Other causes of the same curve, such as dead
+    units or a detached loss, are looked for first, and this finding is folded under theirs.
 
     ## Example
 
@@ -114,7 +122,8 @@ class TargetIndependentOfInput(Rule):
         halves = np.array_split(values[len(values) // 10 :], 2)
         if any(abs(float(np.median(half)) / chance - 1) > _NEAR for half in halves):
             return []
-        if _learns_a_little(halves[0], halves[1], chance):
+        last = float(halves[1].mean())
+        if last < chance * (1 - _LEARNT) and _is_surely_below(halves[1], chance):
             return []
         if not (steps["grad_norm"] > 0).all():
             return []
@@ -122,11 +131,11 @@ class TargetIndependentOfInput(Rule):
         moved[["update_norm", "weight_norm_before"]] **= 2
         sums = moved.groupby("step").sum()
         ratios = (sums["update_norm"] / sums["weight_norm_before"]) ** 0.5
-        if not ratios.median() * len(steps) > _LEAST_MOVED:
+        way = ratios.median() * len(steps)
+        if not way > _LEAST_MOVED or (way < _FAR and _surely_falls(*halves)):
             return []
         row = losses.iloc[0]
         file, line = place_of(row)
-        last = float(np.median(halves[1]))
         return [
             self.finding(
                 message=(
@@ -154,9 +163,16 @@ class TargetIndependentOfInput(Rule):
         ]
 
 
-def _learns_a_little(early: Numbers, late: Numbers, chance: float) -> bool:
-    """Whether losses are surely below those of guessing, and surely fall."""
-    errors = [float(half.std(ddof=1)) / len(half) ** 0.5 for half in (early, late)]
-    below = chance - float(late.mean()) > _SURE * errors[1]
+def _is_surely_below(values: Numbers, bound: float) -> bool:
+    """Whether the mean of losses is surely below a bound."""
+    return float(values.mean()) + _SURE * _error(values) < bound
+
+
+def _surely_falls(early: Numbers, late: Numbers) -> bool:
+    """Whether the mean of losses is surely lower later on."""
     fallen = float(early.mean()) - float(late.mean())
-    return below and fallen > _SURE * math.hypot(*errors)
+    return fallen > _SURE * math.hypot(_error(early), _error(late))
+
+
+def _error(values: Numbers) -> float:
+    return float(values.std(ddof=1)) / math.sqrt(len(values))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from gradscope.rules.facts import at, place_of, reached_losses
+from gradscope.rules.facts import at, place_of, reached_losses, shape_of
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -16,6 +16,10 @@ within one or two of ln C, also with unit-variance logits."""
 
 _HOPELESS = 50.0
 """From here on times ln C the first gradients alone throw the weights out of any useful range."""
+
+
+_WRITTEN = "written_cross_entropy"
+_FUNCTIONS = ("cross_entropy", "nll_loss", _WRITTEN)
 
 
 class UninformedLossMismatch(Rule):
@@ -33,8 +37,10 @@ class UninformedLossMismatch(Rule):
 
     ## How it is found
 
-    The first call of a cross-entropy is compared with ln C. The finding is raised when it is at
-    least four times as large, and by three larger; it is an error from fifty times on.
+    The first call of a cross-entropy is compared with ln C; so is one that the program writes out,
+    where it is all that the backward starts from. The finding is raised when it is at least four
+    times as large, and by three larger, divided by the number that the program multiplies its
+    logits by, such as one over a temperature; it is an error from fifty times on.
 
     ## Example
 
@@ -62,7 +68,7 @@ class UninformedLossMismatch(Rule):
             return []  # a look at step 0 alone comes before any update
         first = losses.loc[
             (losses["step"] == 0)
-            & losses["function"].isin(["cross_entropy", "nll_loss"])
+            & losses["function"].isin(_FUNCTIONS)
             & (losses["reduction"] == "mean")
             & (losses["n_classes"].fillna(0) >= 2)
             & losses["value"].map(math.isfinite)
@@ -70,17 +76,30 @@ class UninformedLossMismatch(Rule):
         for _, row in first.iterrows():
             expected = math.log(int(row["n_classes"]))
             value = float(row["value"])
-            if value < _TIMES * expected or value < expected + _MORE:
+            # Logits that are multiplied by a number are meant to be as large.
+            unscaled = value / max(float(row["input_scale"]), 1.0)
+            if unscaled < _TIMES * expected or unscaled < expected + _MORE:
                 continue
+            is_written = row["function"] == _WRITTEN
+            shape = shape_of(row["input_shape"]) or ()
+            if is_written and shape[:1] == shape[1:]:
+                continue  # similarities of all pairs: there are no classes
+            name = "cross-entropy" if is_written else row["function"]
+            logits = (
+                ""
+                if is_written
+                else f": logits go from {row['input_min']:.3g} to {row['input_max']:.3g}"
+            )
             file, line = place_of(row)
             return [
                 self.finding(
-                    severity=Severity.ERROR if value > _HOPELESS * expected else Severity.WARNING,
+                    severity=Severity.ERROR
+                    if unscaled > _HOPELESS * expected
+                    else Severity.WARNING,
                     message=(
-                        f"the first {row['function']}{at(file, line)} is {value:.4g}, far above "
+                        f"the first {name}{at(file, line)} is {value:.4g}, far above "
                         f"the {expected:.3g} of a model that knows nothing of the "
-                        f"{int(row['n_classes'])} classes: logits go from {row['input_min']:.3g} "
-                        f"to {row['input_max']:.3g}"
+                        f"{int(row['n_classes'])} classes{logits}"
                     ),
                     fix=(
                         "initialise the weights smaller (nn.init.kaiming_normal_ keeps the scale "
@@ -102,8 +121,14 @@ class UninformedLossMismatch(Rule):
                         "loss": value,
                         "uninformed": expected,
                         "n_classes": int(row["n_classes"]),
-                        "logit_min": float(row["input_min"]),
-                        "logit_max": float(row["input_max"]),
+                        **(
+                            {}
+                            if is_written
+                            else {
+                                "logit_min": float(row["input_min"]),
+                                "logit_max": float(row["input_max"]),
+                            }
+                        ),
                     },
                 )
             ]

@@ -17,6 +17,13 @@ scale of their input below one; an input that is normalised inside of the model 
 
 _FIRST_LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "LazyLinear")
 
+_RECURRENT = ("LSTM", "GRU", "RNN")
+
+_SATURATED = 1 - 5e-7
+"""Greatest magnitude of what a recurrent layer gives, which is never above one. It takes sums of
+more than seven before a tanh, where inputs of about one give about one, and inputs three times as
+large 0.999999 at most, in 10 layers of 128 units."""
+
 
 class UnnormalizedInput(Rule):
     """GS607 unnormalized-input: inputs of hundreds or more go into a layer as they are.
@@ -34,9 +41,10 @@ class UnnormalizedInput(Rule):
     ## How it is found
 
     At closer looks gradscope reads the model's inputs and what modules give. The finding is raised
-    when the input exceeds 100 and the output of the first Linear or convolution has a standard
-    deviation above 10, before any update; it is an error where the first loss is far from that of
-    guessing as well. Inputs that are scaled or normalised first in the model are silent.
+    when the input exceeds 100 and, before any update, the output of the first Linear or convolution
+    has a standard deviation above 10, or that of a first recurrent layer is saturated. It is an
+    error where the first loss is far from that of guessing as well. Inputs that are scaled or
+    normalised first in the model are silent.
 
     ## Example
 
@@ -79,9 +87,13 @@ class UnnormalizedInput(Rule):
         if large.empty or first.empty:
             return []
         kind, std = str(first["module_type"].iloc[0]), float(first["std"].iloc[0])
-        if kind not in _FIRST_LAYERS or not std > _PASSED_ON:
+        largest = float(first["abs_max"].iloc[0])
+        is_saturated = kind in _RECURRENT and _SATURATED <= largest <= 1
+        is_passed_on = kind in (*_FIRST_LAYERS, *_RECURRENT) and std > _PASSED_ON
+        if not is_passed_on and not is_saturated:
             return []
         module = str(first["module"].iloc[0])
+        layer = f"{module} (the first {kind})" if module else f"the first {kind}"
         owner = str(large.index[0])
         row = inputs.loc[inputs["owner"] == owner].iloc[0]
         ratio = float(row["scale_ratio"])
@@ -93,15 +105,19 @@ class UnnormalizedInput(Rule):
             self.finding(
                 message=(
                     f"the input x of {owner} goes from {row['min']:.4g} to {row['max']:.4g}"
-                    f"{columns}, and goes as it is into {module} (the first {kind}), which gives "
-                    f"values with a standard deviation of {std:.3g}"
+                    f"{columns}, and goes as it is into {layer}, which "
+                    + (
+                        f"is saturated: it gives values up to {largest:.5g}"
+                        if is_saturated
+                        else f"gives values with a standard deviation of {std:.3g}"
+                    )
                 ),
                 fix=(
                     "standardise the inputs, (x - mean) / std for each column, or divide pixels by "
-                    f"255, before {module}"
+                    f"255, before {layer}"
                 ),
                 severity=severity,
-                modules=(module,),
+                modules=(module,) if module else (),
                 **span(steps),
                 evidence={
                     "input_min": float(row["min"]),

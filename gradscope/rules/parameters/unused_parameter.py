@@ -26,7 +26,8 @@ class UnusedParameter(Rule):
     ## How it is found
 
     Over all backwards of the run. Experts, heads and blocks that are used now and then have their
-    gradient by then. Where the graph was cut on the way, that finding explains this one.
+    gradient by then; one that never was is silent if others of its list get theirs at some steps
+    only. Where the graph was cut on the way, that finding explains this one.
 
     ## Example
 
@@ -44,7 +45,7 @@ class UnusedParameter(Rule):
     code = "GS105"
     name = "unused-parameter"
     severity = Severity.WARNING
-    tables = ("params", "steps", "calls")
+    tables = ("params", "steps", "calls", "grads")
     symptom_of = (
         "GS102",
         "GS106",
@@ -64,10 +65,18 @@ class UnusedParameter(Rule):
         counts = stepped(run).groupby("optimizer")["step"].count()
         calls = run.frame("calls")
         called = set(calls["module"])
+        used_at_times = _used_at_times(run)
         findings = []
         for number, known in enumerate(run.optimizers):
             held = [e for e in run.parameters if any(n == number for n, _ in e.holders)]
-            unused = [e for e in held if e.requires_grad and not e.reached and e.in_model]
+            unused = [
+                e
+                for e in held
+                if e.requires_grad
+                and not e.reached
+                and e.in_model
+                and not _is_one_of_several(e.name, used_at_times)
+            ]
             if (
                 counts.get(known.name, 0) < _FEWEST_STEPS
                 or not unused
@@ -81,7 +90,8 @@ class UnusedParameter(Rule):
                 self.finding(
                     message=(
                         f"{listed(e.name for e in unused)} got no gradient from any backward of "
-                        f"the run, although {known.name} holds them{why}"
+                        f"the run, although {known.name} holds "
+                        f"{'them' if len(unused) > 1 else 'it'}{why}"
                     ),
                     fix="use them in forward, or take them out of the model",
                     params=tuple(e.name for e in unused),
@@ -96,3 +106,26 @@ class UnusedParameter(Rule):
                 )
             )
         return findings
+
+
+def _used_at_times(run: Recording) -> set[str]:
+    """Parameters that had a gradient at some steps of their optimizer, and none at others."""
+    grads = run.frame("grads")
+    has_gradient = grads["status"].isin(["fresh", "accumulated", "assigned"])
+    share = has_gradient.groupby(grads["param"]).mean()
+    return set(share.index[(share > 0) & (share < 1)])
+
+
+def _is_one_of_several(name: str, used_at_times: set[str]) -> bool:
+    """Whether a parameter lies in one of several of a list, others of which are used at times."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if not part.isdigit():
+            continue
+        start, end = parts[:place], parts[place + 1 :]
+        for other in used_at_times:
+            its = other.split(".")
+            alike = its[:place] == start and its[place + 1 :] == end
+            if alike and its[place].isdigit():
+                return True
+    return False

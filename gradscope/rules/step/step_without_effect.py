@@ -59,7 +59,10 @@ class StepWithoutEffect(Rule):
         """Return one finding per optimizer without effect."""
         groups, updates = run.frame("groups"), run.frame("updates")
         findings = []
+        searching = {known.name for known in run.optimizers if known.kind == "LBFGS"}
         for optimizer, own in stepped(run).groupby("optimizer", sort=False):
+            if optimizer in searching:
+                continue  # it stops by itself where the gradient is small enough
             rates = groups.loc[groups["optimizer"] == optimizer].groupby("step")["lr"].max()
             recorded = own.loc[own["update_norm"].notna() & own["step"].isin(rates.index)]
             able = recorded.loc[
