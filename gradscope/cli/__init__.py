@@ -16,6 +16,7 @@ from gradscope.cli import (
     explain,
     export,
     graph,
+    report,
     rule,
     run,
     summary,
@@ -23,7 +24,7 @@ from gradscope.cli import (
 )
 from gradscope.errors import GradscopeError
 
-VERBS = (run, check, summary, table, graph, explain, diff, export, rule, demo, doctor)
+VERBS = (run, check, summary, table, graph, explain, report, diff, export, rule, demo, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -75,7 +75,16 @@ def _checks() -> Iterator[Check]:
     version = ".".join(map(str, sys.version_info[:3]))
     yield Check("Python", "ok", f"{version}, {sys.executable}")
     yield from _torch()
-    for name in ("numpy", "pandas", "pyarrow", "safetensors", "rich", "jinja2", "graphviz"):
+    for name in (
+        "numpy",
+        "pandas",
+        "pyarrow",
+        "safetensors",
+        "rich",
+        "jinja2",
+        "bokeh",
+        "graphviz",
+    ):
         yield _package(name)
     yield from _renderers()
     for name, purpose in _OPTIONAL.items():
@@ -86,7 +95,6 @@ def _checks() -> Iterator[Check]:
 
 
 _OPTIONAL = {
-    "bokeh": "the charts of the report",
     "IPython": "the magics of notebooks",
     "tensorboard": "gradscope export --to tensorboard",
 }

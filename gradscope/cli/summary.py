@@ -43,6 +43,9 @@ def execute(arguments: argparse.Namespace) -> int:
     told = findings.at_least(least)
     if told:
         suggested.append((command("rule", told[0].code), f"what {told[0].name} means"))
+    suggested.append(
+        (command("report", arguments.run, "-o", "run.html"), "all of it as a page, with charts")
+    )
     suggested.append((command("table", arguments.run, "steps"), "one row a step"))
     if len(run.params) and len(run.updates):
         param = str(run.updates["param"].iloc[-1])

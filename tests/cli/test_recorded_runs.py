@@ -78,6 +78,7 @@ def test_the_summary_is_the_screen_and_says_what_else_there_is(path: Path, say: 
     assert said.out.startswith(str(gradscope.open(path)))
     for suggestion in (
         "gradscope rule GS201",
+        f"gradscope report {path} -o run.html",
         f"gradscope table {path} steps",
         f"gradscope explain {path} 2.bias",
         f"gradscope graph {path} -o graph.svg",
@@ -333,6 +334,25 @@ def test_json_of_a_graph_is_read_back(path: Path, say: Any, tmp_path: Path) -> N
     assert read.fingerprint() == gradscope.open(path).graph().fingerprint()
 
 
+# -- report -----------------------------------------------------------------------------------
+
+
+def test_the_report_is_the_runs_own(path: Path, say: Any, tmp_path: Path) -> None:
+    said = say("report", path, "-o", "run.html")
+    assert (said.status, said.out) == (0, "")
+    assert re.match(r"wrote run\.html: \d\.\d MB", said.err)
+    page = (tmp_path / "run.html").read_text("utf-8")
+    assert "missing-zero-grad" in page
+    assert (tmp_path / "run.html").as_uri() in said.err
+    (tmp_path / "run.html").write_text("mine")
+    said = say("report", path, "-o", "run.html")
+    assert said.status == 2
+    assert "overwrite it with --force" in said.err
+    assert (tmp_path / "run.html").read_text() == "mine"
+    assert say("report", path, "-o", "run.html", "--force").status == 0
+    assert say("report", path).err.startswith("wrote report.html: ")
+
+
 # -- explain ----------------------------------------------------------------------------------
 
 
@@ -438,6 +458,7 @@ COMMANDS = (
     ("graph",),
     ("explain", "2.bias"),
     ("export", "--to", "csv"),
+    ("report",),
 )
 
 
