@@ -22,6 +22,7 @@ from gradscope.cli import (
     summary,
     table,
 )
+from gradscope.cli.output import tell
 from gradscope.errors import GradscopeError
 
 VERBS = (run, check, summary, table, graph, explain, report, diff, export, rule, demo, doctor)
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = parsed.execute(parsed)
         sys.stdout.flush()
     except GradscopeError as error:
-        print(f"gradscope: {error}", file=sys.stderr)
+        tell(f"gradscope: {error}")
         return 2
     except BrokenPipeError:  # whoever read our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python flushes at its end

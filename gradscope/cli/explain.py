@@ -7,7 +7,7 @@ import json
 import re
 import sys
 
-from gradscope.cli.output import READABLE_WIDTH, command, tell, width_of
+from gradscope.cli.output import READABLE_WIDTH, command, say, tell, width_of
 from gradscope.cli.recorded import add_run, opened, tell_notes
 from gradscope.errors import UsageError
 
@@ -56,7 +56,7 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.format == "json":
         print(json.dumps(explanation.to_dict(), indent=1))
         return 0
-    print(explanation.to_text(width_of(sys.stdout) or READABLE_WIDTH))
+    say(explanation.to_text(width_of(sys.stdout) or READABLE_WIDTH))
     if index is None:
         params = run.params.set_index("param")
         first = ",".join(

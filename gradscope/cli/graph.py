@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradscope.cli.output import READABLE_WIDTH, checked_output, command, tell, width_of
+from gradscope.cli.output import READABLE_WIDTH, checked_output, command, say, tell, width_of
 from gradscope.cli.recorded import add_output, add_run, opened, tell_notes
 from gradscope.errors import UsageError
 
@@ -58,7 +58,7 @@ def execute(arguments: argparse.Namespace) -> int:
     graph = run.graph(arguments.step)
     tell_notes(run, len(run.about.get("notes") or ()))
     if path is None:
-        print(graph.to_text(width=width_of(sys.stdout) or READABLE_WIDTH))
+        say(graph.to_text(width=width_of(sys.stdout) or READABLE_WIDTH))
         tell(f"next: {command('graph', arguments.run, '-o', 'graph.html')} draws it to explore")
         return 0
     _write(graph, path)

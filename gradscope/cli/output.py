@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
+import re
 import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Final
 
 from gradscope.errors import OutputExistsError, UsageError
 
@@ -35,22 +35,48 @@ def show(shown: RenderableType, file: IO[str] | None = None) -> None:
         file: where to; standard output by default.
     """
     from rich.console import Console
+    from rich.segment import Segment, Segments
 
     file = sys.stdout if file is None else file
-    width = width_of(file) or READABLE_WIDTH
-    console = Console(file=file, width=width, highlight=False)
+    console = Console(file=file, width=width_of(file) or READABLE_WIDTH, highlight=False)
+    segments = [
+        Segment(harmless(text, file), style, control)
+        for text, style, control in console.render(shown)
+    ]
     if console.is_terminal:
-        console.print(shown)
+        console.print(Segments(segments), end="")
         return
-    plain = io.StringIO()
-    Console(file=plain, width=width, color_system=None, highlight=False).print(shown)
-    file.write("".join(f"{line.rstrip()}\n" for line in plain.getvalue().splitlines()))
+    plain = "".join(text for text, _, control in segments if not control)
+    file.write("\n".join(line.rstrip() for line in plain.split("\n")))
+
+
+def say(text: str) -> None:
+    """Print plain text to standard output."""
+    print(harmless(text, sys.stdout))
 
 
 def tell(text: str) -> None:
     """Print a line about what was done to standard error, where it disturbs no data."""
     sys.stdout.flush()
-    print(text, file=sys.stderr)
+    print(harmless(text, sys.stderr), file=sys.stderr)
+
+
+# Control characters but the end of a line, what turns the direction of writing, halves of pairs.
+_HARMFUL: Final = re.compile(
+    r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def harmless(text: str, file: IO[str]) -> str:
+    """Return a text that steers no terminal, whatever names of the program are in it.
+
+    Args:
+        text: to be printed.
+        file: where to; characters that it cannot write are spelled out.
+    """
+    text = _HARMFUL.sub(lambda found: repr(found[0])[1:-1], text)
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def command(*words: str | os.PathLike[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from gradscope.cli.output import READABLE_WIDTH, command, show, width_of
+from gradscope.cli.output import READABLE_WIDTH, command, say, show, width_of
 from gradscope.cli.recorded import add_run, opened
 from gradscope.config import SEVERITIES
 
@@ -61,5 +61,5 @@ def execute(arguments: argparse.Namespace) -> int:
     # A command is never broken, so that it can be copied.
     beside = width + max(len(what) for _, what in suggested) + 4 <= room
     for line, what in suggested:
-        print(f"  {line:<{width}}  {what}" if beside else f"  {line}")
+        say(f"  {line:<{width}}  {what}" if beside else f"  {line}")
     return 0

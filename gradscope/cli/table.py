@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
-from gradscope.cli.output import checked_output, command, tell, width_of
+from gradscope.cli.output import checked_output, command, harmless, tell, width_of
 from gradscope.cli.recorded import add_output, add_run, opened, tell_notes
 from gradscope.errors import UsageError
 
@@ -148,7 +148,8 @@ def _write_text(
         table = Table(table.name, table.row, tuple(by_name[name] for name in columns))
     n_hidden = chosen.n_given - len(first) - len(last)
     width = None if arguments.output else width_of(file)
-    file.write(table_text(table, [*first, *last], n_hidden, width) + "\n")
+    text = table_text(table, [*first, *last], n_hidden, width)
+    file.write(harmless(text, file) + "\n")
 
 
 def _schema(run: Run, table: str, columns: list[str] | None) -> pa.Schema:

@@ -9,6 +9,7 @@ import linecache
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gradscope.errors import GradscopeError, UsageError
@@ -16,6 +17,7 @@ from gradscope.errors import GradscopeError, UsageError
 if TYPE_CHECKING:
     from gradscope.scope import Scope
     from gradscope.session.session import Session
+    from gradscope.session.step_limit import StepLimit
 
 
 def load_ipython_extension(shell: Any) -> None:
@@ -62,28 +64,31 @@ class _Magics:
         if switched_off():
             return run()
         try:
-            session, scope = _watch(_options(line), _optimizers(tree, self._shell.user_ns))
+            watch = _watch(_options(line), _optimizers(tree, self._shell.user_ns))
         except GradscopeError as error:
             _refuse(str(error))
-        self._last = scope
+        self._last = watch.scope
         try:
             value = run()
         except BaseException as error:
-            self._finish(session, scope, error)
+            self._finish(watch, error)
             raise
-        self._finish(session, scope)
+        self._finish(watch)
         return value
 
-    def _finish(self, session: Session, scope: Scope, error: BaseException | None = None) -> None:
+    def _finish(self, watch: _Watch, error: BaseException | None = None) -> None:
         from IPython.display import display
 
         from gradscope.session.ending import note_ending, raised_at
 
+        session = watch.session
+        if watch.limit is not None:
+            watch.limit.stop()
         if error is not None:
             note_ending(session, error)
         session.stop()
         session.finish_saving("finished" if error is None else type(error).__name__)
-        display(scope)  # type: ignore[no-untyped-call]
+        display(watch.scope)  # type: ignore[no-untyped-call]
         if error is None:
             return
         from gradscope.views.exception_explanation import explain_exception
@@ -141,7 +146,14 @@ def _optimizers(tree: ast.Module, names: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _watch(options: argparse.Namespace, optimizers: dict[str, Any]) -> tuple[Session, Scope]:
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    session: Session
+    scope: Scope
+    limit: StepLimit | None
+
+
+def _watch(options: argparse.Namespace, optimizers: dict[str, Any]) -> _Watch:
     """Begin to watch whatever trains, and these optimizers."""
     from gradscope.config import WatchOptions, as_directory, project_config
     from gradscope.rules.criteria import criteria
@@ -165,11 +177,13 @@ def _watch(options: argparse.Namespace, optimizers: dict[str, Any]) -> tuple[Ses
     if output is not None:
         session.save_to(output, judged_by.as_plain())
     session.start()
+    limit = None
     if options.steps is not None:
         from gradscope.session.step_limit import StepLimit
 
-        StepLimit(session, options.steps).start()
-    return session, Scope(session, judged_by)
+        limit = StepLimit(session, options.steps)
+        limit.start()
+    return _Watch(session, Scope(session, judged_by), limit)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -282,6 +282,15 @@ def test_names_that_would_steer_the_terminal_are_shown_harmless(tmp_path: Path, 
     with gradscope.watch(net, sgd, save=tmp_path / "run"):
         net.get_parameter(name).sum().backward()
         sgd.step()
+    for verb in (
+        ["summary"],
+        ["graph"],
+        ["explain", gradscope.open(tmp_path / "run").params["param"][0]],
+    ):
+        said = say(verb[0], tmp_path / "run", *verb[1:])
+        assert said.status == 0
+        assert all(char.isprintable() or char == "\n" for char in said.out + said.err)
+        assert "\\x1b[31m" in said.out or verb[0] != "explain"
     said = say("table", tmp_path / "run", "params", "--columns", "param")
     (line,) = said.out.splitlines()[1:]
     assert line.isprintable()
@@ -591,6 +600,18 @@ def test_whoever_reads_a_few_lines_only_sees_no_error(path: Path) -> None:
     )
     assert done.stdout.startswith("step,param,")
     assert done.stderr == ""
+
+
+def test_what_the_output_cannot_write_is_spelled_out(path: Path) -> None:
+    for verb in (["summary"], ["explain", "2.bias"], ["table", "params"], ["graph"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "gradscope", verb[0], path, *verb[1:]],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.isascii()
 
 
 @pytest.mark.parametrize("columns", ["60", "80", "120", ""])
