@@ -104,6 +104,8 @@ def checked_output(path: str, *, force: bool) -> Path:
         raise UsageError(f"--output {path!r}: is no path of a file")
     if output.is_dir():
         raise UsageError(f"--output {path}: is a folder; name a file")
+    if output.exists() and not output.is_file():
+        raise UsageError(f"--output {path}: is a device or a pipe; name a file")
     if not folder.is_dir():
         raise UsageError(f"--output {path}: there is no folder {folder}")
     if output.exists() and not force:

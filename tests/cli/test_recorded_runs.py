@@ -25,6 +25,7 @@ from torch.nn import functional as F
 import gradscope
 from gradscope.cli import main
 from gradscope.run.schema import TABLES
+from gradscope.views import table_files
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -256,6 +257,27 @@ def test_the_ending_says_what_is_written_and_nothing_is_overwritten(
     assert say("table", path, "steps", "-o", output, "--force").status == 0
     assert output.read_bytes() == written
     assert [each.name for each in tmp_path.iterdir()] == [output.name]
+
+
+def test_what_a_link_leads_to_is_written(path: Path, say: Any, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "steps.csv").symlink_to(tmp_path / "elsewhere" / "real.csv")
+    assert say("table", path, "steps", "-o", "steps.csv").status == 0
+    assert (tmp_path / "steps.csv").is_symlink()
+    assert (tmp_path / "elsewhere" / "real.csv").read_bytes().startswith(b"step,")
+
+
+def test_a_full_disk_is_told(
+    path: Path, say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(table_files.WRITERS, "csv", full)
+    said = say("table", path, "steps", "-o", "steps.csv")
+    assert said.status == 2
+    assert "steps.csv: cannot be written: [Errno 28] No space left on device" in said.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_infinity_and_nan_in_every_format(tmp_path: Path, say: Any) -> None:
@@ -490,6 +512,7 @@ def test_a_run_that_is_none_is_named(say: Any, tmp_path: Path, command: tuple[st
         (("table", "steps", "--where", "lost > 1"), "steps has no column 'lost'"),
         (("table", "steps", "-o", "no/such/file.csv"), "there is no folder no/such"),
         (("table", "steps", "-o", "."), "is a folder"),
+        (("table", "steps", "-o", "/dev/null", "--force"), "is a device or a pipe"),
         (("graph", "--step", "3"), "the graph of step 3 was not captured; captured: [0, 7]"),
         (("graph", "-o", "g.jpeg"), "use one of .svg"),
         (("graph", "-o", "g"), "use one of .svg"),
