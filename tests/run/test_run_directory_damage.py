@@ -42,7 +42,7 @@ def everything_of(path: Path) -> gradscope.Run:
     """Open a run and ask it everything; only gradscope's own errors may come."""
     run = gradscope.open(path)
     assert run.tables.keys()
-    repr(run.findings), repr(run), run._repr_html_(), run.latest, run.overhead, run.notes
+    repr(run), run.latest, run.overhead, run.notes
     for name in run.tables:
         asked(lambda name=name: run.table(name))
         asked(lambda name=name: run.dataset(name).count_rows())
@@ -106,9 +106,8 @@ def test_torn_files_are_named_and_skipped(healthy: Path, tmp_path: Path) -> None
                 assert len(run.steps) == 12
 
 
-@pytest.mark.parametrize("n", [1, pytest.param(6, marks=pytest.mark.slow)])
-def test_flipped_bits_crash_nothing(healthy: Path, tmp_path: Path, n: int) -> None:
-    for copy, file, chance in copies(healthy, tmp_path, n):
+def test_flipped_bits_crash_nothing(healthy: Path, tmp_path: Path) -> None:
+    for copy, file, chance in copies(healthy, tmp_path, 1):
         content = bytearray(file.read_bytes())
         for _ in range(chance.choice([1, 1, 4, 40])):
             content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
