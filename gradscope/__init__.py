@@ -70,8 +70,11 @@ _HOMES = {
     "check_setup": "gradscope.checking",
     "diff": "gradscope.comparing",
     "graph": "gradscope.capturing",
+    # What IPython calls for %load_ext gradscope.
+    "load_ipython_extension": "gradscope.integrations.notebook",
     "make_dot": "gradscope.dot",
     "open": "gradscope.opening",
+    "unload_ipython_extension": "gradscope.integrations.notebook",
     "watch": "gradscope.scope",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import os
 
     import pandas as pd
+    import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.dataset as ds
 
@@ -69,15 +70,16 @@ class Run(RecordedRun):
         self,
         table: str,
         columns: Sequence[str] | None = None,
-        where: pc.Expression | Sequence[Any] | None = None,
+        where: str | pc.Expression | Sequence[Any] | None = None,
     ) -> pd.DataFrame:
         """Return rows of a table, reading no more of the files than is asked for.
 
         Args:
             table: its name, as in ``"grads"``.
             columns: these only; all by default.
-            where: which rows: ``[("param", "==", "head.weight"), ("step", ">=", 100)]``, as
-                ``filters`` in ``pandas.read_parquet``, or an expression of ``pyarrow.compute``.
+            where: which rows: ``"param like 'h.0.%' and step >= 100"``, as in SQL;
+                ``[("param", "==", "head.weight"), ("step", ">=", 100)]``, as ``filters`` in
+                ``pandas.read_parquet``; or an expression of ``pyarrow.compute``.
 
         Returns:
             All rows that match, also those that memory does not hold. Texts are categories, which
@@ -86,23 +88,57 @@ class Run(RecordedRun):
         Raises:
             UsageError: if there is no such table or column, or ``where`` cannot be understood.
         """
+        names, filtered = self._asked(table, columns, where)
+        return as_frame(self._recording.matching(table, names, filtered), table)
+
+    def parts(
+        self,
+        table: str,
+        columns: Sequence[str] | None = None,
+        where: str | pc.Expression | Sequence[Any] | None = None,
+    ) -> Iterator[pa.Table]:
+        """Give what :meth:`table` would return piece by piece, for what does not fit into memory.
+
+        Args:
+            table: its name.
+            columns: these only; all by default.
+            where: which rows.
+
+        Returns:
+            Tables of Arrow's of some megabytes each, in the order in which the rows came.
+
+        Raises:
+            UsageError: as :meth:`table`.
+        """
+        names, filtered = self._asked(table, columns, where)
+        return self._recording.parts_matching(table, names, filtered)
+
+    def _asked(
+        self, table: str, columns: Sequence[str] | None, where: Any
+    ) -> tuple[list[str] | None, Any]:
+        """The columns, and the rows as an expression, both checked."""
         import pyarrow as pa
         import pyarrow.dataset as ds
         import pyarrow.parquet as pq
+
+        from gradscope.run.directory.condition import condition
+        from gradscope.run.directory.parts import arrow_schema
 
         known = [column.name for column in TABLES[_checked(table)].columns]
         for name in columns or ():
             if name not in known:
                 raise UsageError(f"{table} has no column {name!r}; there are: {', '.join(known)}")
         names = None if columns is None else list(columns)
-        schema = self.dataset(table).schema
+        if isinstance(where, str):
+            return names, condition(where, TABLES[table])
+        schema = arrow_schema(TABLES[table])
         try:
             if where is not None and not hasattr(where, "to_substrait"):
                 where = pq.filters_to_expression(list(where))
             ds.dataset(schema.empty_table()).to_table(columns=names, filter=where)
         except (pa.ArrowException, TypeError, ValueError, IndexError) as error:
             raise UsageError(f"where={where!r} of {table}: {error}"[:500]) from error
-        return _as_frame(self._recording.matching(table, names, where), table)
+        return names, where
 
     def _versions(self) -> dict[str, str]:
         names = {"python": "Python", "torch": "torch", "device": "device", "git_commit": "commit"}
@@ -161,8 +197,8 @@ def _criteria_of(facts: dict[str, Any]) -> tuple[Any, list[str]]:
         ]
 
 
-def _as_frame(rows: Any, table: str) -> pd.DataFrame:
-    """Rows as the tables of a scope have them, but for texts, which are categories."""
+def as_frame(rows: pa.Table, table: str) -> pd.DataFrame:
+    """Return rows as the tables of a scope have them, but for texts, which are categories."""
     import numpy as np
     import pandas as pd
     import pyarrow as pa

@@ -153,6 +153,12 @@ class RecordedRun:
         """
         return self._recording.latest()
 
+    @property
+    def captured_steps(self) -> list[int]:
+        """The steps whose autograd graph was captured, for :meth:`graph`."""
+        self._settle()
+        return sorted(self._recording.graphs)
+
     def graph(self, step: int | None = None) -> AutogradGraph:
         """Return the autograd graph behind the loss of a captured step.
 

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from gradscope._version import __version__
-from gradscope.cli import check, demo, diff, rule, run
+from gradscope.cli import (
+    check,
+    demo,
+    diff,
+    doctor,
+    explain,
+    export,
+    graph,
+    report,
+    rule,
+    run,
+    summary,
+    table,
+)
 from gradscope.errors import GradscopeError
 
-VERBS = (run, check, diff, demo, rule)
+VERBS = (run, check, summary, table, graph, explain, report, diff, export, rule, demo, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         status: int = parsed.execute(parsed)
+        sys.stdout.flush()
     except GradscopeError as error:
         print(f"gradscope: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python flushes at its end
+        return 0
     return status

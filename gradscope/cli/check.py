@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from gradscope.cli.output import show
 from gradscope.cli.watched import Watched, add_options, document, guarded, leave, run_watched
 from gradscope.config import SEVERITIES
 
@@ -81,11 +82,9 @@ def _print(watched: Watched, arguments: argparse.Namespace, out: TextIO) -> None
         # A command has to begin its line, and the program may have left one unfinished.
         out.write("\n" + annotation_lines(shown) if shown else "")
     else:
-        from rich.console import Console
-
         from gradscope.views.terminal import screen
 
-        Console(file=out).print(screen(recording, findings, shows))
+        show(screen(recording, findings, shows), out)
     out.flush()
 
 

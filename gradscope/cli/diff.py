@@ -7,6 +7,8 @@ import json
 import math
 import sys
 
+from gradscope.cli.output import show
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the verb."""
@@ -44,9 +46,7 @@ def execute(arguments: argparse.Namespace) -> int:
         json.dump(found.to_dict(), sys.stdout, indent=1)
         sys.stdout.write("\n")
     else:
-        from rich.console import Console
-
-        Console(highlight=False).print(found)
+        show(found)
     return int(bool(found))
 
 

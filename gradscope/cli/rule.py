@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from gradscope.cli.output import show
+
 if TYPE_CHECKING:
     from gradscope.rules import Rule
 
@@ -35,11 +37,10 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.rule is None or arguments.all:
         _print_list()
         return 0
-    from rich.console import Console
     from rich.markdown import Markdown
 
     rule = find_rule(arguments.rule)
-    Console(soft_wrap=False).print(Markdown(rule.documentation() + _thresholds(rule)))
+    show(Markdown(rule.documentation() + _thresholds(rule)))
     return 0
 
 

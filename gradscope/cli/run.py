@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from gradscope.cli.output import command, show, tell
 from gradscope.cli.watched import Watched, add_options, guarded, leave, run_watched
 
 
@@ -31,20 +32,17 @@ def execute(arguments: argparse.Namespace) -> int:
     watched = run_watched(arguments)
     guarded(lambda: _print_screen(watched, arguments.show))
     if watched.saved_to is not None:
-        print(
-            f"recorded to {watched.saved_to}: gradscope.open({str(watched.saved_to)!r})",
-            file=sys.stderr,
-        )
+        tell(f"recorded to {watched.saved_to}: gradscope.open({str(watched.saved_to)!r})")
+        tell(f"next: {command('summary', watched.saved_to)}")
     return leave(watched, watched.ended.status)
 
 
 def _print_screen(watched: Watched, shows: str) -> None:
     if watched.recording is None or watched.findings is None:
         return
-    from rich.console import Console
-
     from gradscope.rules import Severity
     from gradscope.views.terminal import screen
 
     sys.stdout.flush()
-    Console(stderr=True).print(screen(watched.recording, watched.findings, Severity[shows.upper()]))
+    shown = screen(watched.recording, watched.findings, Severity[shows.upper()])
+    show(shown, sys.stderr)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradscope.cli.output import width_of
 from gradscope.cli.program import (
     Ended,
     Program,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from gradscope.rules.finding import Findings
     from gradscope.run.recording import Recording
     from gradscope.session.session import Session
-    from gradscope.taps.user_frame import Location
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +108,18 @@ def run_watched(arguments: argparse.Namespace) -> Watched:
     if arguments.findings:
         _refuse_to_overwrite(arguments.findings, force=arguments.force)
 
+    from gradscope.run.directory.layout import make_room
+
     output = as_directory("--output", getattr(arguments, "output", None))
     if output is not None:
-        _make_room(output, force=arguments.force)
+        make_room("--output", output, force=arguments.force)
+    from gradscope.session.ending import note_ending
+
     session, process = _start(arguments.steps, output, config), os.getpid()
     try:
         ended = program.run()
-        if ended.error is not None and session.running:
-            session.event("ended", _in_words(ended.error), _where(ended.error))
+        if ended.error is not None:
+            note_ending(session, ended.error)
     finally:
         was_running = session.running
         session.stop()
@@ -191,26 +195,6 @@ def _program(arguments: argparse.Namespace) -> Program:
     return script_program(arguments.script, arguments.args)
 
 
-def _make_room(output: Path, *, force: bool) -> None:
-    """See that a run can be written to a directory, before the program runs.
-
-    Raises:
-        UsageError, OutputExistsError: if something lies there.
-    """
-    from gradscope.run.directory.layout import RUN, remove_run
-
-    if not output.exists() or not any(output.iterdir()):
-        return
-    if not (output / RUN).exists():
-        raise UsageError(f"--output {output}: holds something else than a run; name another one")
-    if not force:
-        raise OutputExistsError(
-            f"--output {output}: holds a run already; overwrite it with --force, or name another "
-            "directory"
-        )
-    remove_run(output)
-
-
 def _start(n_steps: int | None, output: Path | None, config: ProjectConfig) -> Session:
     from gradscope.session.session import Session
 
@@ -228,39 +212,17 @@ def _start(n_steps: int | None, output: Path | None, config: ProjectConfig) -> S
         )
     session.start()
     if n_steps is not None:
-        from gradscope.cli.step_limit import StepLimit
+        from gradscope.session.step_limit import StepLimit
 
         StepLimit(session, n_steps).start()
     return session
 
 
-def _in_words(error: BaseException) -> str:
-    """The class of an exception and the first line of what it says."""
-    try:
-        first = str(error).partition("\n")[0]
-    except Exception:  # an exception of the program's that cannot be printed
-        first = ""
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
-def _where(error: BaseException) -> Location | None:
-    """The innermost line of the program behind an exception."""
-    from gradscope.taps.user_frame import Location, user_frame
-
-    found = None
-    part = error.__traceback__
-    while part is not None:
-        if user_frame(part.tb_frame) is part.tb_frame:
-            code = part.tb_frame.f_code
-            found = Location(code.co_filename, part.tb_lineno, code.co_name)
-        part = part.tb_next
-    return found
-
-
 def _explain(recording: Recording, error: BaseException | None) -> None:
+    from gradscope.session.ending import raised_at
     from gradscope.views.exception_explanation import explain_exception
 
-    location = None if error is None else _where(error)
+    location = None if error is None else raised_at(error)
     explanation = explain_exception(
         recording,
         type(error).__name__,
@@ -269,7 +231,9 @@ def _explain(recording: Recording, error: BaseException | None) -> None:
         None if location is None else location.line,
     )
     if explanation is not None:
-        print(f"\n{explanation}\n", file=sys.stderr)
+        width = width_of(sys.stderr)
+        told = str(explanation) if width is None else explanation.to_text(width)
+        print(f"\n{told}\n", file=sys.stderr)
 
 
 def _refuse_to_overwrite(path: str, *, force: bool) -> None:
@@ -299,6 +263,7 @@ def _is_findings_file(path: str) -> bool:
 
 def document(watched: Watched) -> dict[str, Any]:
     """Return the findings file as plain data."""
+    from gradscope.session.ending import in_words
     from gradscope.views.findings_document import findings_document
 
     if watched.recording is None or watched.findings is None:
@@ -308,7 +273,7 @@ def document(watched: Watched) -> dict[str, Any]:
         watched.recording,
         watched.findings,
         status=watched.ended.status,
-        exception=None if error is None else _in_words(error),
+        exception=None if error is None else in_words(error),
     )
 
 

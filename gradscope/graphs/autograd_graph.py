@@ -42,7 +42,8 @@ _NOT_IN_TIME: Final = "coarser than asked for, because laying it out took too lo
 class AutogradGraph:
     """What one backward walked through: operations, parameters and how data flowed between them.
 
-    A notebook shows it as a picture. ``len()`` is the number of nodes.
+    A notebook shows it as a picture, or as a tree where Graphviz is missing. ``len()`` is the
+    number of nodes.
 
     Args:
         captured: the graph as plain arrays.
@@ -236,11 +237,15 @@ class AutogradGraph:
             self.captured, step=self.step, facts=self._facts(), likeness=likeness, theme=theme
         )
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows where it cannot show the picture."""
+        printer.text(repr(self) if cycle else self.to_text())
+
     def _repr_svg_(self) -> str | None:
         try:
             pictures = self._pictures("shape", None, MAX_NODES, None, "light")
             return self._lay_out("svg", pictures, TIME_LIMIT).decode()
-        except RenderError:  # a notebook then shows the repr
+        except RenderError:  # a notebook then shows the tree
             return None
 
     def _pictures(

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -54,22 +54,13 @@ def lay_out_all(
     ends = time.monotonic() + time_limit
     inputs = [dot.encode("utf-8", "backslashreplace") for dot in dots]
     refusals = []
-    if sys.executable and importlib.util.find_spec("pygraphviz") is not None:
-        # -P: the folder of the worker has modules of its own, which are not for import by name.
-        command = [sys.executable, "-P", str(_WORKER), file_format]
+    for name, engine in ENGINES.items():
         try:
-            pictures, said = unpacked(_run(command, packed(inputs), ends))
-            if len(pictures) == len(inputs):
-                return pictures
+            return engine(inputs, file_format, ends)
+        except _NotThereError:
+            continue
         except _RefusedError as refusal:
-            said = str(refusal)
-        refusals.append(f"pygraphviz: {said}")
-    if (program := shutil.which("dot")) is not None:
-        command = [program, "-Kdot", f"-T{file_format}"]
-        try:
-            return list(_one_by_one(command, inputs, ends))
-        except _RefusedError as refusal:
-            refusals.append(f"dot: {refusal}")
+            refusals.append(f"{name}: {refusal}")
     if refusals:
         raise RenderError(f"Graphviz could not draw the picture ({'; '.join(refusals)})")
     raise RenderError(
@@ -83,9 +74,44 @@ class _RefusedError(Exception):
     """This engine did not draw it, for the reason given."""
 
 
-def _one_by_one(command: list[str], inputs: list[bytes], ends: float) -> Iterator[bytes]:
-    for dot in inputs:
-        yield _run(command, dot, ends)
+class _NotThereError(_RefusedError):
+    """This engine is not installed."""
+
+
+def _by_library(inputs: list[bytes], file_format: str, ends: float) -> list[bytes]:
+    if not sys.executable or importlib.util.find_spec("pygraphviz") is None:
+        raise _NotThereError("not installed")
+    # -P: the folder of the worker has modules of its own, which are not for import by name.
+    command = [sys.executable, "-P", str(_WORKER), file_format]
+    pictures, said = unpacked(_run(command, packed(inputs), ends))
+    if len(pictures) != len(inputs):
+        raise _RefusedError(said)
+    return pictures
+
+
+def _by_program(inputs: list[bytes], file_format: str, ends: float) -> list[bytes]:
+    if (program := shutil.which("dot")) is None:
+        raise _NotThereError("not on the PATH")
+    command = [program, "-Kdot", f"-T{file_format}"]
+    return [_run(command, dot, ends) for dot in inputs]
+
+
+ENGINES: Final[dict[str, Callable[[list[bytes], str, float], list[bytes]]]] = {
+    "pygraphviz": _by_library,
+    "dot": _by_program,
+}
+"""What can lay out graphs, by name, the first choice first."""
+
+
+def failure_of(engine: str) -> str:
+    """Let an engine lay out a small graph; what it says if it cannot, empty if it can."""
+    try:
+        (picture,) = ENGINES[engine]([b"digraph { a -> b }"], "svg", time.monotonic() + TIME_LIMIT)
+    except RenderError as error:
+        return str(error)
+    except _RefusedError as refusal:
+        return str(refusal)
+    return "" if b"<svg" in picture else "it gave no picture"
 
 
 def _run(command: list[str], given: bytes, ends: float) -> bytes:

@@ -16,7 +16,7 @@ from gradscope.run.recording import Recording
 if TYPE_CHECKING:
     import pandas as pd
 
-_WIDTH = 96
+_WIDTH = 80
 
 _MOST_ATTEMPTS = 3
 """How many of the last attempts are shown: several optimizers take turns, and three is a GAN's."""
@@ -36,12 +36,16 @@ class ExceptionExplanation:
     order: tuple[tuple[str, str], ...]
     fix: str
 
-    def __str__(self) -> str:
-        lines = ["gradscope: what led to this", *_wrapped(self.cause, "  ")]
-        width = max((len(name) for name, _ in self.order), default=0)
+    def to_text(self, width: int = _WIDTH) -> str:
+        """Return it as text, in lines of at most ``width`` characters."""
+        lines = ["gradscope: what led to this", *_wrapped(self.cause, "  ", width)]
+        names = max((len(name) for name, _ in self.order), default=0)
         for name, happened in self.order:
-            lines += _wrapped(happened, f"    {name:<{width}}  ")
-        return "\n".join([*lines, *_wrapped(self.fix, "  fix: ")])
+            lines += _wrapped(happened, f"    {name:<{names}}  ", width)
+        return "\n".join([*lines, *_wrapped(self.fix, "  fix: ", width)])
+
+    def __str__(self) -> str:
+        return self.to_text()
 
 
 def explain_exception(
@@ -382,10 +386,10 @@ def _some(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _wrapped(text: str, before: str) -> list[str]:
+def _wrapped(text: str, before: str, width: int) -> list[str]:
     return textwrap.wrap(
         text,
-        _WIDTH,
+        max(width, len(before) + 20),
         initial_indent=before,
         subsequent_indent=" " * len(before),
         break_long_words=False,

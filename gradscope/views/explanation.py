@@ -320,10 +320,14 @@ class Explanation:
 
         return latex(self)
 
-    def __str__(self) -> str:
+    def to_text(self, width: int = 100) -> str:
+        """Return it as text for a monospaced font, in lines of at most ``width`` characters."""
         from gradscope.views.explanation_text import text
 
-        return text(self)
+        return text(self, width)
+
+    def __str__(self) -> str:
+        return self.to_text()
 
     __repr__ = __str__
 

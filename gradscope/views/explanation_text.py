@@ -1,4 +1,4 @@
-"""One weight's step as text, at most 100 columns wide."""
+"""One weight's step as text, as wide as there is room."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from gradscope.formulas.notation import number
 from gradscope.views.explanation import Explanation, Given, Line
 
-_WIDTH = 100
+_LEAST_WIDTH = 50
+"""A formula cannot be broken into much less."""
 
 # As many digits as tell any two float32 numbers apart.
 TELLING_APART = 9
@@ -18,10 +19,19 @@ _INDENT = 2
 _MAY_BREAK = re.compile(r" (?=[+−/@] )|(?<=,) ")
 
 
-def text(e: Explanation) -> str:
-    """Return the explanation for a monospaced font."""
-    body = (_given(e), _rule(e.lines), _stored(e)) if e.lines else (_measured(e),)
-    parts = [_head(e), *body, *("\n".join(_wrapped(remark)) for remark in e.remarks)]
+def text(e: Explanation, width: int = 100) -> str:
+    """Return the explanation for a monospaced font.
+
+    Args:
+        e: the explanation.
+        width: how many characters a line may have.
+    """
+    width = max(width, _LEAST_WIDTH)
+    body = (
+        (_given(e, width), _rule(e.lines, width), _stored(e, width)) if e.lines else (_measured(e),)
+    )
+    remarks = ("\n".join(_wrapped(remark, width)) for remark in e.remarks)
+    parts = [_head(e, width), *body, *remarks]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -36,17 +46,18 @@ def setting(given: Given) -> str:
     return f"{given.symbol} = {value_of(given.value)}" + (f" ({given.name})" if named else "")
 
 
-def _head(e: Explanation) -> str:
+def _head(e: Explanation, width: int) -> str:
     title = f"{e.optimizer_kind}, step {e.step} of {e.where}"
     aside = " · ".join(e.context)
-    gap = " " * max(_WIDTH - len(title) - len(aside), 4)
-    return "\n".join([title + gap + aside, *_wrapped(e.source)])
+    gap = width - len(title) - len(aside)
+    heads = [title + " " * gap + aside] if gap >= 4 else [title, *_wrapped(aside, width)]
+    return "\n".join([*heads, *_wrapped(e.source, width)])
 
 
-def _given(e: Explanation) -> str:
+def _given(e: Explanation, width: int) -> str:
     rows = [(each.symbol, each.what, value_of(each.value)) for each in e.used if each.what]
     settings = [*(setting(each) for each in e.used if not each.what), *e.options]
-    return "\n".join([*_columns(rows), *_wrapped(" · ".join(settings), "  ")])
+    return "\n".join([*_columns(rows), *_wrapped(" · ".join(settings), width, "  ")])
 
 
 def _measured(e: Explanation) -> str:
@@ -56,10 +67,10 @@ def _measured(e: Explanation) -> str:
     return "\n".join(_columns(rows))
 
 
-def _rule(lines: tuple[Line, ...]) -> str:
+def _rule(lines: tuple[Line, ...], width: int) -> str:
     symbols = max(len(line.symbol) for line in lines)
     values = [value_of(line.value) for line in lines]
-    room = _WIDTH - symbols - len("   = ")
+    room = width - symbols - len("   = ")
     before_value = room - max(map(len, values)) - len(" = ")
     broken = [
         list(_rows(line, value, room, before_value))
@@ -82,9 +93,13 @@ def _rows(line: Line, value: str, room: int, before_value: int) -> Iterator[tupl
     sides = list(dict.fromkeys(sides)) or [""]
     for side in sides:
         # Only the last one shares its row with the value.
-        first, *others = _broken(side, before_value if side is sides[-1] else room)
+        is_last = side is sides[-1]
+        first, *others = _broken(side, before_value if is_last else room)
         yield "=" if side else " ", first
         yield from ((" ", " " * _INDENT + part) for part in others)
+        taken = len(others[-1]) + _INDENT if others else len(first)
+        if is_last and taken > before_value:
+            yield " ", ""  # what cannot be broken has left no room for the value
 
 
 def _broken(side: str, room: int) -> Iterator[str]:
@@ -103,12 +118,15 @@ def _broken(side: str, room: int) -> Iterator[str]:
     yield side
 
 
-def _stored(e: Explanation) -> str:
+def _stored(e: Explanation, width: int) -> str:
     rows = [
         (line.symbol, line.key, value_of(line.stored, TELLING_APART), off(line))
         for line in e.compared
     ]
-    return "\n".join([f"  after the step, as stored in {e.dtype}", *_columns(rows, "    ")])
+    lines = list(_columns(rows, "    "))
+    if max(map(len, lines), default=0) > width:  # the symbols have been explained above
+        lines = list(_columns([(symbol, *rest) for symbol, _, *rest in rows], "    "))
+    return "\n".join([f"  after the step, as stored in {e.dtype}", *lines])
 
 
 def off(line: Line) -> str:
@@ -128,5 +146,5 @@ def _columns(rows: Sequence[tuple[str, ...]], indent: str = "  ") -> Iterator[st
         yield (indent + "  ".join(cells)).rstrip()
 
 
-def _wrapped(prose: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(prose, _WIDTH, initial_indent=indent, subsequent_indent=indent)
+def _wrapped(prose: str, width: int, indent: str = "") -> list[str]:
+    return textwrap.wrap(prose, width, initial_indent=indent, subsequent_indent=indent)

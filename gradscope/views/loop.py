@@ -139,7 +139,7 @@ def _hidden(n: int) -> str:
     if not n:
         return ""
     notes = "1 note is" if n == 1 else f"{n} notes are"
-    return f"{notes} not shown: gradscope run --show info, or scope.findings"
+    return f"{notes} not shown: --show info on the command line, or scope.findings"
 
 
 def _parameters(run: Recording) -> list[str]:
@@ -201,13 +201,13 @@ def _zero_grad(steps: pd.DataFrame) -> list[str]:
     for how, rows in later.groupby("zeroed"):
         by = sorted(set(rows["zeroed_by"]) - {""})
         facts.append(
-            f"used gradients {words[str(how)]} at {_of(len(rows), len(later))} later steps"
+            f"used gradients {words[str(how)]} at {_of(len(rows), len(later), 'later step')}"
             + (f", by {', '.join(_spelled_by(name) for name in by)}" if by else "")
         )
     for of, rows in _per_optimizer(steps):
         usual = rows["order"].mode()[0]
         at = int((rows["order"] == usual).sum())
-        facts.append(f"{of}order at {_of(at, len(rows))} steps: {usual}")
+        facts.append(f"{of}order at {_of(at, len(rows), 'step')}: {usual}")
     return facts
 
 
@@ -218,7 +218,7 @@ def _backward(run: Recording, steps: pd.DataFrame, backwards: pd.DataFrame) -> l
     facts = []
     raised = calls.loc[calls["error"] != ""]
     if len(raised):
-        facts.append(f"raised {raised['error'].iloc[0]} at {_of(len(raised), len(calls))} calls")
+        facts.append(f"raised {raised['error'].iloc[0]} at {_of(len(raised), len(calls), 'call')}")
     if steps.empty:
         return [*facts, f"{_counted(len(calls), 'call')}, but no step followed"]
     counts = {name: int(steps[f"n_{name}"].sum()) for name in STATUSES}
@@ -264,7 +264,8 @@ def _step(run: Recording, steps: pd.DataFrame) -> list[str]:
         if len(recorded):
             ratio = recorded["update_norm"] / recorded["weight_norm"]
             facts.append(
-                f"{of}update / weight {_course(ratio)} ({len(recorded)} steps recorded in full)"
+                f"{of}update / weight {_course(ratio)} "
+                f"({_counted(len(recorded), 'step')} recorded in full)"
             )
     return facts
 
@@ -274,7 +275,7 @@ def _loss(steps: pd.DataFrame) -> list[str]:
     for of, rows in _per_optimizer(steps.loc[steps["n_backward"] > 0]):
         known = rows.loc[rows["loss"].notna()]
         if known.empty:
-            facts.append(f"{of}NaN or no scalar at {_of(len(rows), len(rows))} steps")
+            facts.append(f"{of}NaN or no scalar at {_of(len(rows), len(rows), 'step')}")
             continue
         losses = known["loss"].to_numpy()
         lowest = int(losses.argmin())
@@ -285,7 +286,7 @@ def _loss(steps: pd.DataFrame) -> list[str]:
         )
         infinite = len(rows) - int(np.isfinite(rows["loss"].to_numpy()).sum())
         if infinite:
-            facts.append(f"{of}not finite at {_of(infinite, len(rows))} steps")
+            facts.append(f"{of}not finite at {_of(infinite, len(rows), 'step')}")
     return facts or ["none seen"]
 
 
@@ -333,8 +334,10 @@ def _counted(n: int, thing: str) -> str:
     return f"{n:,} {thing}{'' if n == 1 else 's'}"
 
 
-def _of(some: int, everything: int) -> str:
-    return f"all {everything:,}" if 1 < some == everything else f"{some:,} of {everything:,}"
+def _of(some: int, everything: int, thing: str) -> str:
+    if some == everything:
+        return f"the only {thing}" if some == 1 else f"all {everything:,} {thing}s"
+    return f"{some:,} of {everything:,} {thing}s"
 
 
 def _usual(counts: pd.Series[int], thing: str) -> str:
@@ -349,7 +352,7 @@ def _share(flags: pd.Series[bool], yes: str, no: str) -> str:
         return yes
     if not flags.any():
         return no
-    return f"{yes} at {_of(int(flags.sum()), len(flags))} steps"
+    return f"{yes} at {_of(int(flags.sum()), len(flags), 'step')}"
 
 
 def _listed(names: list[str], most: int = 3) -> str:

@@ -145,12 +145,13 @@ class ParameterSummary:
         """
         return {"param": self.param, "step": self.step, **for_json(self.rows)}
 
-    def __str__(self) -> str:
+    def to_text(self, width: int = _WIDTH) -> str:
+        """Return it as text, in lines of at most ``width`` characters, without the hint."""
         labels = max((len(label) for label, _ in self.facts), default=0)
         lines = (
             textwrap.fill(
                 fact,
-                _WIDTH,
+                max(width, labels + 24),
                 initial_indent=f"  {label:<{labels}}  ",
                 subsequent_indent=" " * (labels + 4),
                 break_long_words=False,
@@ -158,7 +159,10 @@ class ParameterSummary:
             )
             for label, fact in self.facts
         )
-        return "\n".join([self.title, "", *lines, "", self.hint])
+        return "\n".join([self.title, "", *lines])
+
+    def __str__(self) -> str:
+        return f"{self.to_text()}\n\n{self.hint}"
 
     __repr__ = __str__
 

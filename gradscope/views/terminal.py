@@ -96,13 +96,14 @@ def _evidence(finding: Finding) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
+    facts = list(finding.evidence.items())[:_MOST_EVIDENCE]
+    labels = [Text(str(name).replace("_", " "), style="dim") for name, _ in facts]
     table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
+    # Without a least width, a long value takes the room of the labels in a narrow window.
+    table.add_column(no_wrap=True, min_width=max(label.cell_len for label in labels))
     table.add_column(no_wrap=True, overflow="ellipsis")
-    for name, value in list(finding.evidence.items())[:_MOST_EVIDENCE]:
-        table.add_row(
-            Text(str(name).replace("_", " "), style="dim"), Text(_fact(value), style="dim")
-        )
+    for label, (_, value) in zip(labels, facts, strict=True):
+        table.add_row(label, Text(_fact(value), style="dim"))
     return table
 
 

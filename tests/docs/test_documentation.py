@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import gradscope
+from gradscope.cli import VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,6 +31,19 @@ def test_every_link_inside_the_repository_leads_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text("utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_verb_and_option_is_documented() -> None:
+    page = (ROOT / "docs" / "command-line.md").read_text("utf-8")
+    verbs = argparse.ArgumentParser().add_subparsers()
+    for verb in VERBS:
+        verb.add_parser(verbs)
+    for name, parser in verbs.choices.items():
+        assert f"gradscope {name}" in page
+        for action in parser._actions:
+            for option in action.option_strings:
+                if option.startswith("--") and option != "--help" and name != "demo":
+                    assert option in page or option == "--output", f"{name} {option}"
 
 
 def test_every_warning_slug_is_documented() -> None:

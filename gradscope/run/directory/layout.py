@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from gradscope.errors import RunDirectoryError
+from gradscope.errors import OutputExistsError, RunDirectoryError, UsageError
 from gradscope.run.schema import TABLES
 
 FORMAT: Final = "gradscope run"
@@ -134,7 +134,7 @@ def read_run(path: Path) -> dict[str, Any]:
             a newer format than this gradscope reads.
     """
     if not path.exists():
-        raise RunDirectoryError(f"there is no {path}")
+        raise RunDirectoryError(f"there is no directory {path}")
     if not path.is_dir():
         raise RunDirectoryError(f"{path} is a file; a run is a directory with a {RUN} in it")
     try:
@@ -157,6 +157,30 @@ def read_run(path: Path) -> dict[str, Any]:
             f"{version} of the format, and this one reads version {VERSION}: update gradscope"
         )
     return run
+
+
+def make_room(name: str, path: Path, *, force: bool) -> None:
+    """See that a new run can be written to a directory.
+
+    Args:
+        name: of the option that says which.
+        path: the directory.
+        force: whether a run that is there is removed.
+
+    Raises:
+        UsageError: if something else than a run lies there.
+        OutputExistsError: if a run does, and ``force`` is not set.
+    """
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not (path / RUN).exists():
+        raise UsageError(f"{name} {path}: holds something else than a run; name another one")
+    if not force:
+        raise OutputExistsError(
+            f"{name} {path}: holds a run already; overwrite it with --force, or name another "
+            "directory"
+        )
+    remove_run(path)
 
 
 def remove_run(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,18 +109,32 @@ class StoredRecording(Recording):
         try:
             return dataset.to_table(columns=columns, filter=where)
         except (OSError, pa.ArrowException):
-            read: list[pa.Table] = [
-                ds.dataset(dataset.schema.empty_table()).to_table(columns=columns)
-            ]
-        for path, _ in self._parts_of(table):
-            part = ds.dataset(str(path), schema=dataset.schema, format="parquet")
-            rows = read_or_note(
-                lambda path, part=part: part.to_table(columns=columns, filter=where),
-                path,
-                self.notes,
-            )
-            read += [] if rows is None else [rows]
-        return pa.concat_tables(read)
+            none = ds.dataset(dataset.schema.empty_table()).to_table(columns=columns)
+            return pa.concat_tables([none, *self.parts_matching(table, columns, where)])
+
+    def parts_matching(
+        self, table: str, columns: list[str] | None, where: Any
+    ) -> Iterator[pa.Table]:
+        """Give the rows that match part by part, in order; what is damaged is noted."""
+        import pyarrow.dataset as ds
+
+        from gradscope.run.directory.parts import arrow_schema, names_version, read_part, renamed
+
+        schema = arrow_schema(TABLES[table])
+        for path, part in self._parts_of(table):
+            new_names = self.history.changed_since(names_version(part)) if table != "models" else {}
+
+            def read(path: Path, part: Any = part, new_names: Any = new_names) -> pa.Table:
+                if new_names:
+                    rows = renamed(read_part(part, TABLES[table]), new_names).cast(schema)
+                    found = ds.dataset(rows)
+                else:
+                    found = ds.dataset(str(path), schema=schema, format="parquet")
+                return found.to_table(columns=columns, filter=where)
+
+            rows = read_or_note(read, path, self.notes)
+            if rows is not None:
+                yield rows
 
     def _parts_of(self, table: str) -> list[Any]:
         """(path, part) of every part of a table that can be opened; the others are noted."""

@@ -1,0 +1,33 @@
+"""How a watched program ended, in words and by its place."""
+
+from __future__ import annotations
+
+from gradscope.session.session import Session
+from gradscope.taps.user_frame import Location, user_frame
+
+
+def note_ending(session: Session, error: BaseException) -> None:
+    """Put the exception that ended a program into the recording of a session that still runs."""
+    if session.running:
+        session.event("ended", in_words(error), raised_at(error))
+
+
+def in_words(error: BaseException) -> str:
+    """Return the class of an exception and the first line of what it says."""
+    try:
+        first = str(error).partition("\n")[0]
+    except Exception:  # an exception of the program's that cannot be printed
+        first = ""
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def raised_at(error: BaseException) -> Location | None:
+    """Return the innermost line of the program behind an exception."""
+    found = None
+    part = error.__traceback__
+    while part is not None:
+        if user_frame(part.tb_frame) is part.tb_frame:
+            code = part.tb_frame.f_code
+            found = Location(code.co_filename, part.tb_lineno, code.co_name)
+        part = part.tb_next
+    return found
