@@ -222,3 +222,21 @@ def test_hostile_names_are_kept_as_they_are(tmp_path: Path) -> None:
     assert all(path.is_relative_to(tmp_path / "run") for path in outside)
     names = {path.name for path in (tmp_path / "run").rglob("*")}
     assert all(len(name) < 60 and name.isascii() for name in names)
+
+
+def test_a_run_of_an_earlier_version_lacks_columns(healthy: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    copy = tmp_path / "run"
+    shutil.copytree(healthy, copy)
+    for part in (copy / "steps").glob("*.parquet"):
+        pq.write_table(pq.read_table(part).drop_columns(["written_between"]), part)
+    run = everything_of(copy)
+    assert run.steps["written_between"].isna().all()
+    assert run.table("steps")["written_between"].isna().all()
+    expected = gradscope.open(healthy)
+    assert run.steps.drop(columns="written_between").equals(
+        expected.steps.drop(columns="written_between")
+    )
+    assert not [note for note in run.notes if "steps" in note]
+    assert [f.code for f in run.findings] == [f.code for f in expected.findings]
