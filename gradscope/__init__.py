@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from gradscope.dot import make_dot
     from gradscope.errors import FindingsError, GradscopeError, GradscopeWarning
     from gradscope.graphs.autograd_graph import AutogradGraph
-    from gradscope.opening import Run, open
+    from gradscope.opening import Run
+    from gradscope.opening import open as open
     from gradscope.rules.finding import Finding, Findings, Severity
     from gradscope.rules.rule import Rule
     from gradscope.scope import Scope, watch
@@ -49,9 +50,9 @@ __all__ = [
     "diff",
     "graph",
     "make_dot",
-    "open",
     "watch",
 ]
+# And gradscope.open, which a star import would put in the place of Python's own.
 
 _HOMES = {
     "AutogradGraph": "gradscope.graphs.autograd_graph",
@@ -90,4 +91,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, "open"})

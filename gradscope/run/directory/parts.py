@@ -21,6 +21,9 @@ ROWS_PER_GROUP = 1 << 20
 _NAMES = b"gradscope.names"
 """Which version of the parameters' names a part is written in; see ``people.py``."""
 
+_TABLE = b"gradscope.table"
+"""Of which table a part is."""
+
 _TEXTS = (Kind.TEXT, Kind.PARAM, Kind.OPTIMIZER)
 _REALS = (Kind.REAL, Kind.SINGLE)
 _TYPES: dict[Kind, Any] = {
@@ -81,21 +84,29 @@ def named(
                 spelled = spelled.take(pa.array(used))
             coded = pa.DictionaryArray.from_arrays(numbers.astype(np.int32), spelled)
             rows = rows.set_column(place, column.name, coded)
-    return rows.replace_schema_metadata({_NAMES: str(version).encode()})
+    return marked(table, rows, version)
+
+
+def marked(table: Table, rows: pa.Table, version: int) -> pa.Table:
+    """Return rows that say of which table they are, and in which version of the names."""
+    return rows.replace_schema_metadata(
+        {_NAMES: str(version).encode(), _TABLE: table.name.encode()}
+    )
 
 
 def write_part(path: Path, table: Table, rows: pa.Table) -> None:
     """Write rows with names as a part that is there as a whole or not at all."""
     hidden = hidden_name(path)
     rows = rows.unify_dictionaries()
+    kinds = {c.name: c.kind for c in table.columns if c.name in rows.column_names}
     pq.write_table(
         rows,
         hidden,
         row_group_size=ROWS_PER_GROUP,
         compression="zstd",
         compression_level=1,
-        use_dictionary=[c.name for c in table.columns if c.kind not in (*_REALS, Kind.FLAG)],
-        use_byte_stream_split=[c.name for c in table.columns if c.kind in _REALS],
+        use_dictionary=[n for n, kind in kinds.items() if kind not in (*_REALS, Kind.FLAG)],
+        use_byte_stream_split=[n for n, kind in kinds.items() if kind in _REALS],
         write_page_checksum=True,
     )
     os.replace(hidden, path)
@@ -103,6 +114,8 @@ def write_part(path: Path, table: Table, rows: pa.Table) -> None:
 
 def open_part(path: Path, table: Table) -> pq.ParquetFile:
     """Return a part, its columns checked.
+
+    Columns that later versions have added may be missing.
 
     Raises:
         OSError, pyarrow.ArrowException, ValueError: if it is torn or something else.
@@ -114,12 +127,13 @@ def open_part(path: Path, table: Table) -> pq.ParquetFile:
         memory_map=False,
     )
     schema = part.schema_arrow
+    name = (schema.metadata or {}).get(_TABLE, b"").decode(errors="replace")
+    if name != table.name:
+        raise ValueError(f"it is no part of {table.name}" + (f", but of {name[:50]}" * bool(name)))
     for column in table.columns:
         place = schema.get_field_index(column.name)
         wanted = _TYPES[column.kind]
-        if place < 0:
-            raise ValueError(f"it has no column {column.name}")
-        if schema.field(place).type != wanted:
+        if place >= 0 and schema.field(place).type != wanted:
             raise ValueError(
                 f"its column {column.name} is {schema.field(place).type}, not {wanted}"
             )
@@ -134,8 +148,16 @@ def names_version(part: pq.ParquetFile) -> int:
 
 
 def read_part(part: pq.ParquetFile, table: Table) -> pa.Table:
-    """Return the rows of a part, all columns of the table in its order."""
+    """Return the rows of a part, the columns that it has in the order of the table."""
     return part.read(columns=[column.name for column in table.columns]).combine_chunks()
+
+
+def as_in(schema: pa.Schema, rows: pa.Table) -> pa.Table:
+    """Return rows with all columns of a schema; those that they have not hold nothing."""
+    for field in schema:
+        if field.name not in rows.column_names:
+            rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
+    return rows.select(schema.names).cast(schema)
 
 
 def renamed(rows: pa.Table, new_names: Mapping[str, str]) -> pa.Table:
@@ -160,7 +182,7 @@ def append_rows(
 
     Args:
         columns: where they go.
-        rows: all columns of the table.
+        rows: some columns of the table; the others get their empty values.
         params: numbers by name; an unknown one has none.
         optimizers: likewise.
         wanted: bool[n], which rows; None for all.
@@ -170,6 +192,8 @@ def append_rows(
     """
     values: dict[str, Any] = {}
     for column in columns.table.columns:
+        if column.name not in rows.column_names:
+            continue
         array = _whole(rows.column(column.name))
         if column.kind is Kind.OPTIONAL_COUNT:
             array = array.fill_null(MISSING)

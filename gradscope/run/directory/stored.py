@@ -84,7 +84,13 @@ class StoredRecording(Recording):
         """Return all rows of a table as a dataset that is read piece by piece."""
         import pyarrow.dataset as ds
 
-        from gradscope.run.directory.parts import arrow_schema, names_version, read_part, renamed
+        from gradscope.run.directory.parts import (
+            arrow_schema,
+            as_in,
+            names_version,
+            read_part,
+            renamed,
+        )
 
         paths, others = [], []
         for path, part in self._parts_of(table):
@@ -97,7 +103,7 @@ class StoredRecording(Recording):
         found = ds.dataset(paths, schema=schema, format="parquet") if paths else None
         if not others:
             return found if found is not None else ds.dataset(schema.empty_table())
-        renamed_rows = ds.dataset([rows.cast(schema) for rows in others])
+        renamed_rows = ds.dataset([as_in(schema, rows) for rows in others])
         return renamed_rows if found is None else ds.dataset([found, renamed_rows])
 
     def matching(self, table: str, columns: list[str] | None, where: Any) -> pa.Table:
@@ -118,7 +124,13 @@ class StoredRecording(Recording):
         """Give the rows that match part by part, in order; what is damaged is noted."""
         import pyarrow.dataset as ds
 
-        from gradscope.run.directory.parts import arrow_schema, names_version, read_part, renamed
+        from gradscope.run.directory.parts import (
+            arrow_schema,
+            as_in,
+            names_version,
+            read_part,
+            renamed,
+        )
 
         schema = arrow_schema(TABLES[table])
         for path, part in self._parts_of(table):
@@ -126,8 +138,8 @@ class StoredRecording(Recording):
 
             def read(path: Path, part: Any = part, new_names: Any = new_names) -> pa.Table:
                 if new_names:
-                    rows = renamed(read_part(part, TABLES[table]), new_names).cast(schema)
-                    found = ds.dataset(rows)
+                    rows = renamed(read_part(part, TABLES[table]), new_names)
+                    found = ds.dataset(as_in(schema, rows))
                 else:
                     found = ds.dataset(str(path), schema=schema, format="parquet")
                 return found.to_table(columns=columns, filter=where)

@@ -376,7 +376,13 @@ class DirectoryWriter:
 
     def _rename_in(self, name: str, number: int, version: int) -> None:
         """Give a finished part the names of today."""
-        from gradscope.run.directory.parts import open_part, read_part, renamed, write_part
+        from gradscope.run.directory.parts import (
+            marked,
+            open_part,
+            read_part,
+            renamed,
+            write_part,
+        )
 
         new_names = self._history.changed_since(version)
         if not new_names:
@@ -384,11 +390,7 @@ class DirectoryWriter:
         table = TABLES[name]
         path = self.path / name / layout.part_name(self._rank, number)
         rows = renamed(read_part(open_part(path, table), table), new_names)
-        write_part(
-            path,
-            table,
-            rows.replace_schema_metadata({"gradscope.names": str(self._history.latest)}),
-        )
+        write_part(path, table, marked(table, rows, self._history.latest))
         self._finished[name][number] = self._history.latest
 
     def _write_facts(self, ended: str | None) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradscope.rules import RULES, Finding, Findings, Severity
-from gradscope.rules.selection import NOT_SELECTED
+from gradscope.rules.finding import NOT_SELECTED
 from gradscope.rules.wording import shortened
 from gradscope.views.loop import LoopSummary
 from gradscope.views.report.forward_order import forward_order
