@@ -59,6 +59,7 @@ class WatchOptions:
             many of the latest recorded steps.
         graph: of which steps the autograd graph is captured.
         save: the run directory to which the recording is written meanwhile; None for none.
+        total_steps: how many steps there will be, of all optimizers together; None if unknown.
         on_error: ``record`` keeps an error of gradscope's own away from the training;
             ``raise`` lets it out, for gradscope's own tests.
     """
@@ -71,6 +72,7 @@ class WatchOptions:
     keep_steps: int | frozenset[int] = KEEP_STEPS
     graph: GraphSteps = "first"
     save: Path | None = None
+    total_steps: int | None = None
     on_error: OnError = "record"
 
     def __post_init__(self) -> None:
@@ -81,6 +83,9 @@ class WatchOptions:
             )
         if self.every is not None and not (type(self.every) is int and self.every >= 1):
             raise UsageError(f"every={self.every!r}: pass a whole number of steps, 1 or more")
+        total = self.total_steps
+        if total is not None and not (type(total) is int and total >= 1):
+            raise UsageError(f"total_steps={total!r}: pass a whole number of steps, 1 or more")
         for name, patterns in (
             ("params", self.include),
             ("exclude", self.exclude),

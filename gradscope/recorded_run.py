@@ -149,7 +149,9 @@ class RecordedRun:
         """Plain numbers of the last finished step, for any logger; empty before the first.
 
         Keys: ``step``, ``loss``, ``lr``, ``grad_norm``, ``step_ms``, ``observe_ms``, and
-        ``update_norm`` and ``weight_norm`` of the last recorded step.
+        ``update_norm`` and ``weight_norm`` of the last recorded step. Where ``watch(total_steps=)``
+        has said how many steps there will be, also ``progress``, from 0 to 1, and ``seconds_left``,
+        if they take as long as the last ones did.
         """
         return self._recording.latest()
 

@@ -240,6 +240,7 @@ def watch(
     thresholds: Mapping[str, Mapping[str, float]] | None = None,
     rules: Iterable[type[Rule]] = (),
     save: str | os.PathLike[str] | None = None,
+    total_steps: int | None = None,
     on_error: OnError = "record",
 ) -> Scope:
     """Watch a training loop from the inside.
@@ -284,6 +285,8 @@ def watch(
             seconds, for :func:`gradscope.open`; what it says survives the process, however that
             ends. One that holds a run of the same training (the same parameters and optimizers) is
             gone on with: steps count on, and an event ``seam`` stands where.
+        total_steps: how many steps there will be, of all optimizers together, if that is known:
+            then ``scope.latest``, the screen and ``gradscope summary`` tell how far the run is.
         on_error: ``"record"`` keeps an error of gradscope's own away from the training and tells
             it once as a warning; ``"raise"`` lets it out.
 
@@ -303,6 +306,7 @@ def watch(
         keep_steps=as_steps("keep_steps", keep_steps),
         graph=as_graph_steps(graph),
         save=as_directory("save", save),
+        total_steps=total_steps,
         on_error=on_error,
     )
     if switched_off():
@@ -322,6 +326,7 @@ def watch(
     for each_optimizer, name in zip(optimizers, names, strict=True):
         session.watch_optimizer(each_optimizer, name)
     _check_keep(session.recording, options)
+    session.recording.total_steps = total_steps
     if options.save is not None:
         session.save_to(options.save, judged_by.as_plain(), _run_at(options.save))
     return Scope(session, judged_by, checked_on_finding(on_finding))

@@ -45,6 +45,9 @@ _CHECKED_EVERY = 64
 _LONGEST_WAIT = 4096
 """A backward that no step has claimed after so many others counts as one that none will."""
 
+_MOST_TIMED = 50
+"""Of so many last steps the time is taken that the next ones are expected to take."""
+
 MOST_GRAPHS = 512
 """How many graphs are kept before every second one is forgotten."""
 
@@ -61,6 +64,7 @@ class Recording:
         observe_seconds: time spent by gradscope, by what it was spent on; each second once.
         observe_calls: how often, likewise.
         notes: what could not be observed, or failed, in plain words.
+        total_steps: how many steps there will be in all, where the program has said so.
         lock: held while rows are forgotten or something is kept, and while a copy of what is new
             is taken away, which happens in another thread.
         settled: by table how many rows will not change any more; replaced as a whole.
@@ -81,6 +85,7 @@ class Recording:
         self.observe_seconds: dict[str, float] = {}
         self.observe_calls: dict[str, int] = {}
         self.notes: list[str] = []
+        self.total_steps: int | None = None
         self.lock = threading.RLock()
         self.settled: dict[str, int] = {}
         self.thinning: Thinning | None = None
@@ -299,12 +304,24 @@ class Recording:
         groups = self.rows("groups")
         if groups.n_rows:
             last["lr"] = float(groups.array("lr")[-1])
+        if self.total_steps is not None:
+            last["progress"] = min(1.0, (last["step"] + 1) / self.total_steps)
+            last["seconds_left"] = self._seconds_left(int(last["step"]) + 1)
         for name in ("update_norm", "weight_norm"):
             known = steps.array(name)
             known = known[~np.isnan(known)]
             if len(known):
                 last[name] = float(known[-1])
         return last
+
+    def _seconds_left(self, n_ended: int) -> float:
+        """How long the steps that are still to come will take, if they take as long as the last."""
+        steps = self.rows("steps")
+        latest = slice(-_MOST_TIMED, None)
+        # Each row's time is since the last step of the same optimizer.
+        n_taking_turns = len(np.unique(steps.array("optimizer")[latest]))
+        seconds = float(np.median(steps.array("step_ms")[latest])) / 1e3 / n_taking_turns
+        return max(0, (self.total_steps or 0) - n_ended) * seconds
 
     def made_now(self, table: str) -> Columns:
         """Return the rows of ``params`` or ``models`` as of now."""

@@ -115,7 +115,10 @@ def _title(run: Recording, steps: pd.DataFrame) -> str:
     models = ", ".join(_named(model.name, model.kind) for model in run.models)
     optimizers = ", ".join(_named(each.name, each.kind) for each in run.optimizers)
     who = " · ".join(part for part in (models, optimizers) if part) or "nothing watched"
-    return f"{who} · {_counted(len(steps), 'step')} in {_duration(run.seconds)}"
+    number = _counted(len(steps), "step")
+    if run.total_steps is not None and len(steps) < run.total_steps:
+        number = f"{len(steps):,} of {run.total_steps:,} steps"
+    return f"{who} · {number} in {_duration(run.seconds)}"
 
 
 def _verdict(findings: Findings, steps: pd.DataFrame, ended: str) -> str:

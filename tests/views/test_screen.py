@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import xml.dom.minidom
+from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import gradscope
+from gradscope.errors import UsageError
 from gradscope.rules import RULES
 from gradscope.run.entries import ParameterEntry
 from gradscope.run.recording import Recording
@@ -125,3 +128,34 @@ def test_several_optimizers_are_told_apart() -> None:
     text = str(scope)
     assert "opt_a: 3 stepped; lr 0.1" in text
     assert "opt_b: 3 stepped; lr 0.2" in text
+
+
+def test_how_far_a_run_is_where_its_length_is_known(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scope = gradscope.watch(
+        model, optimizer, total_steps=1_200, save=tmp_path / "run", on_error="raise"
+    )
+    with scope:
+        for _ in range(12):
+            optimizer.zero_grad()
+            model(torch.randn(4, 3)).sum().backward()
+            optimizer.step()
+        assert scope.latest["progress"] == 0.01
+        middle = float(scope.steps["step_ms"].median())
+        assert scope.latest["seconds_left"] == pytest.approx(1_188 * middle / 1e3)
+    assert "12 of 1,200 steps" in repr(scope)
+    assert "12 of 1,200 steps" in repr(gradscope.open(tmp_path / "run"))
+    plain = gradscope.watch(model, optimizer, on_error="raise")
+    with plain:
+        optimizer.step()
+    assert "progress" not in plain.latest
+    assert "1 step in" in repr(plain)
+
+
+@pytest.mark.parametrize("total", [0, -3, 1.5, "many", True])
+def test_a_number_of_steps_that_is_none(total: object) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(UsageError, match="total_steps="):
+        gradscope.watch(model, optimizer, total_steps=total)  # type: ignore[arg-type]

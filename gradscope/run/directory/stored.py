@@ -218,6 +218,8 @@ class StoredRecording(Recording):
     def _read_facts(self) -> None:
         facts = self.facts
         self._n_steps = facts["steps"] if type(facts.get("steps")) is int else 0
+        total = facts.get("total_steps")
+        self.total_steps = total if type(total) is int and total >= 1 else None
         # A kill in the midst of a flush leaves some tables with steps that others lack; run.json
         # is written last.
         has_ended = facts.get("how_it_ended") is not None

@@ -403,6 +403,7 @@ class DirectoryWriter:
             "ended": None if ended is None else now(),
             "how_it_ended": ended,
             "steps": self._n_steps,
+            "total_steps": recording.total_steps,
             "seconds": self._elapsed(),
             "observe_seconds": dict(recording.observe_seconds),
             "observe_calls": dict(recording.observe_calls),
