@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
-from gradscope.cli.output import show
+from gradscope.cli.output import show, tell
 from gradscope.cli.watched import Watched, add_options, document, guarded, leave, run_watched
 from gradscope.config import SEVERITIES
 
@@ -49,7 +49,10 @@ def execute(arguments: argparse.Namespace) -> int:
         watched = run_watched(arguments)
         if watched.findings is not None:
             guarded(lambda: _print(watched, arguments, out))
-    return leave(watched, _status(watched, arguments))
+    status = _status(watched, arguments)
+    if watched.findings is not None and watched.findings.warnings and status == 0:
+        tell("warnings do not make this check fail; with --fail-on warning they do")
+    return leave(watched, status)
 
 
 def _status(watched: Watched, arguments: argparse.Namespace) -> int:

@@ -43,7 +43,8 @@ def execute(arguments: argparse.Namespace) -> int:
     _check(folder, force=arguments.force)
     n_notes = len(run.about.get("notes") or ())
     # The folder appears under its name when it is complete.
-    unfinished = folder.with_name(f".{folder.name}.writing")
+    whole = folder.absolute()  # "." has no name
+    unfinished = whole.with_name(f".{whole.name}.writing")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir()

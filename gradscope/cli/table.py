@@ -7,6 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from gradscope.cli.output import checked_output, command, harmless, tell, width_of
@@ -59,14 +60,14 @@ def execute(arguments: argparse.Namespace) -> int:
         UsageError: if there is no such table, column or format, or the condition is wrong.
         OutputExistsError: if the file is there already.
     """
-    as_what = arguments.format or _format_of(arguments.output)
     columns = _names(arguments.columns)
     run = opened(arguments)
     parts = run.parts(arguments.table, columns, arguments.where)
     output = arguments.output
     if output is not None:
         checked_output(output, force=arguments.force)
-    elif as_what == "parquet" and sys.stdout.isatty():
+    as_what = arguments.format or _format_of(output)
+    if output is None and as_what == "parquet" and sys.stdout.isatty():
         raise UsageError("parquet is not for a terminal: name a file with -o, or use a pipe")
     n_notes = len(run.about.get("notes") or ())
     chosen = _Chosen(parts, arguments.head, arguments.tail)
@@ -81,7 +82,7 @@ def execute(arguments: argparse.Namespace) -> int:
     if output is not None:
         n = chosen.n_given
         tell(f"wrote {output}: {n:,} row{'s' * (n != 1)} of {arguments.table}")
-    _tell_next(arguments, as_what)
+    _tell_next(arguments, as_what, chosen.n_given)
     return 0
 
 
@@ -159,8 +160,8 @@ def _schema(run: Run, table: str, columns: list[str] | None) -> pa.Schema:
     return schema if columns is None else pa.schema([schema.field(name) for name in columns])
 
 
-def _tell_next(arguments: argparse.Namespace, as_what: str) -> None:
-    if arguments.output is not None or as_what != "text":
+def _tell_next(arguments: argparse.Namespace, as_what: str, n_rows: int) -> None:
+    if arguments.output is not None or as_what != "text" or not n_rows:
         return
     words = ["table", arguments.run, arguments.table]
     if arguments.where is not None:
@@ -169,8 +170,15 @@ def _tell_next(arguments: argparse.Namespace, as_what: str) -> None:
 
 
 def _format_of(output: str | None) -> str:
-    ending = "" if output is None else output.rpartition(".")[2].lower()
-    return ending if ending in _FORMATS else "text"
+    if output is None:
+        return "text"
+    ending = Path(output).suffix.lower().lstrip(".").replace("txt", "text")
+    if ending not in _FORMATS:
+        raise UsageError(
+            f"--output {output}: its ending says as what, .txt, .csv, .json or .parquet; or say it "
+            "with --format"
+        )
+    return ending
 
 
 def _names(given: str | None) -> list[str] | None:

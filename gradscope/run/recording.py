@@ -64,6 +64,7 @@ class Recording:
         observe_seconds: time spent by gradscope, by what it was spent on; each second once.
         observe_calls: how often, likewise.
         notes: what could not be observed, or failed, in plain words.
+        is_unfinished: whether it is read from a directory without an end.
         total_steps: how many steps there will be in all, where the program has said so.
         lock: held while rows are forgotten or something is kept, and while a copy of what is new
             is taken away, which happens in another thread.
@@ -85,6 +86,7 @@ class Recording:
         self.observe_seconds: dict[str, float] = {}
         self.observe_calls: dict[str, int] = {}
         self.notes: list[str] = []
+        self.is_unfinished = False
         self.total_steps: int | None = None
         self.lock = threading.RLock()
         self.settled: dict[str, int] = {}

@@ -38,6 +38,10 @@ _MOST_LOOKS = 8
 """How many steps are recorded because the weights were written before them."""
 
 
+_MOST_GONE = 2
+"""Of how many optimizers that are gone the copies around the last step are kept."""
+
+
 class _Follower:
     """What is kept for one optimizer."""
 
@@ -107,6 +111,7 @@ class Attempts:
         self._costs = costs
         self._options = options
         self._followers: dict[int, _Follower] = {}
+        self._gone: list[_Follower] = []
         self.graphs: dict[int, CapturedGraph] = {}
         self.n_ended = 0
         self.on_read: Callable[[float, float], None] = lambda grad_norm, loss: None
@@ -134,7 +139,9 @@ class Attempts:
         """Numbers of the optimizers followed that are still there."""
         gone = [n for n in self._followers if self._census.optimizer(n) is None]
         for number in gone:
-            del self._followers[number]
+            follower = self._followers.pop(number)
+            if follower.copied_step is not None:  # a program's optimizer often ends before it does
+                self._gone = [*self._gone, follower][-_MOST_GONE:]
         return list(self._followers)
 
     @property
@@ -209,7 +216,7 @@ class Attempts:
             position: of the weight in the flattened parameter, a complex number being two.
             index: of the weight in the parameter.
         """
-        for follower in self._followers.values():
+        for follower in (*self._followers.values(), *self._gone):
             if follower.copied_step == step:
                 return follower.observer.weight(param, position, index)
         return None
@@ -218,7 +225,7 @@ class Attempts:
         """Return whole tensors around the last recorded step of each optimizer, by that step."""
         return {
             follower.copied_step: follower.observer.last_copies()
-            for follower in self._followers.values()
+            for follower in (*self._gone, *self._followers.values())
             if follower.copied_step is not None
         }
 

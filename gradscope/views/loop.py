@@ -68,6 +68,9 @@ _LINE_OF_FAMILY = {"1": "parameters", "2": "zero_grad", "3": "forward", "4": "ba
                    "5": "step", "6": "loss"}  # fmt: skip
 
 
+_UNFINISHED = " so far: the run has not ended, or was killed"
+
+
 def summarize(
     run: Recording, findings: Findings | None = None, shows: Severity = Severity.WARNING
 ) -> LoopSummary:
@@ -92,7 +95,7 @@ def summarize(
     )
     return LoopSummary(
         title=_title(run, steps),
-        verdict=_verdict(findings, steps, ended),
+        verdict=_verdict(findings, steps, ended) + _UNFINISHED * run.is_unfinished,
         healthy=not any(finding.severity > 0 for finding in findings),
         findings=findings,
         lines=tuple(
@@ -118,6 +121,10 @@ def _title(run: Recording, steps: pd.DataFrame) -> str:
     number = _counted(len(steps), "step")
     if run.total_steps is not None and len(steps) < run.total_steps:
         number = f"{len(steps):,} of {run.total_steps:,} steps"
+    events = run.frame("events")
+    seams = events.loc[events["event"] == "seam", "step"]
+    if len(seams):
+        number += f", gone on with at step {', '.join(map(str, seams))},"
     return f"{who} · {number} in {_duration(run.seconds)}"
 
 
@@ -156,9 +163,10 @@ def _parameters(run: Recording) -> list[str]:
             f"({sum(p.numel for p in held):,} of {sum(p.numel for p in known):,} numbers) "
             f"in {_counted(optimizer.n_groups, 'group')}"
         )
-    missed = [p for p in registered if not p.holders and p.requires_grad]
+    lost = [p for p in run.parameters if not p.in_model and not p.holders]
+    missed = [p for p in (*registered, *lost) if not p.holders and p.requires_grad]
     frozen = [p for p in registered if not p.requires_grad]
-    strangers = [p for p in run.parameters if not p.in_model]
+    strangers = [p for p in run.parameters if not p.in_model and p.holders]
     if run.optimizers:
         facts.append(
             f"missed by every optimizer: {_listed([p.name for p in missed])}; "

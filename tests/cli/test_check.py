@@ -171,3 +171,20 @@ def test_switched_off_it_is_the_bare_program(tmp_path: Path) -> None:
     assert watched.stdout == bare.stdout
     assert bare.stdout.startswith("False ")
     assert (watched.stderr, watched.returncode) == (bare.stderr, bare.returncode)
+
+
+def test_warnings_that_do_not_fail_are_told_so(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        "import torch\n"
+        "net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))\n"
+        "opt = torch.optim.SGD(net[0].parameters(), lr=0.1)\n"
+        "for _ in range(8):\n"
+        "    opt.zero_grad()\n"
+        "    net(torch.randn(4, 6)).pow(2).mean().backward()\n"
+        "    opt.step()\n"
+    )
+    passed = gradscope(tmp_path, "check", "train.py")
+    assert passed.returncode == 0
+    assert "GS101" in passed.stdout
+    assert "--fail-on warning" in passed.stderr
+    assert gradscope(tmp_path, "check", "--fail-on", "warning", "train.py").returncode == 1

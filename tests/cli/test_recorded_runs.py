@@ -648,3 +648,48 @@ def test_the_summary_keeps_its_width_and_has_no_trailing_spaces(
     assert not any("\x1b" in line for line in lines)
     # Labels of evidence are whole.
     assert any("oldest gradient from step" in line for line in lines)
+
+
+# -- what a first user stumbled over ------------------------------------------------------------
+
+
+def test_any_weight_is_explained_where_the_optimizer_ended_before_the_watch(
+    tmp_path: Path, say: Any
+) -> None:
+    program = tmp_path / "train.py"
+    program.write_text(
+        "import torch\n"
+        "def main():\n"
+        "    net = torch.nn.Linear(30, 20)\n"
+        "    opt = torch.optim.AdamW(net.parameters())\n"
+        "    for _ in range(6):\n"
+        "        opt.zero_grad()\n"
+        "        net(torch.randn(4, 30)).pow(2).mean().backward()\n"
+        "        opt.step()\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-m", "gradscope", "run", "-o", "run", "train.py"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    for place in ("0,0", "3,7", "19,29"):
+        said = say("explain", "run", f"weight[{place}]")
+        assert said.status == 0, said.err
+        assert "rounding" in said.out
+
+
+def test_a_folder_by_its_dot(path: Path, say: Any) -> None:
+    assert say("export", path, "--to", "csv", "-o", ".").status == 0
+    assert Path("grads.csv").exists()
+
+
+def test_an_ending_that_says_nothing(path: Path, say: Any) -> None:
+    said = say("table", path, "grads", "-o", "x.xyz")
+    assert said.status == 2
+    assert "x.xyz" in said.err
+    assert not Path("x.xyz").exists()
+    assert say("table", path, "grads", "-o", "x.txt").status == 0
+
+
+def test_no_rows_are_not_offered_to_be_written(path: Path, say: Any) -> None:
+    said = say("table", path, "grads", "--where", "norm > 1e30")
+    assert "no rows" in said.out
+    assert "next" not in said.err

@@ -216,3 +216,26 @@ def test_an_expert_that_is_never_chosen_and_a_layer_that_is_never_called(chooses
     torch.manual_seed(0)
     model = Mixture(chooses=chooses)
     assert ("GS105" in train(model, sgd(model.parameters()))) is not chooses
+
+
+def test_the_screen_says_of_unregistered_layers_what_the_finding_says() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = [nn.Linear(6, 6)]
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.head(torch.tanh(self.layers[0](x)))
+            return result
+
+    model = Listed()
+    optimizer = sgd(model.parameters())
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(8):
+            optimizer.zero_grad()
+            F.cross_entropy(model(torch.randn(8, 6)), torch.zeros(8).long()).backward()
+            optimizer.step()
+    screen = repr(scope)
+    assert "missed by every optimizer: 2 (layers[0].weight, layers[0].bias)" in screen
+    assert "held, but in no watched model" not in screen

@@ -458,7 +458,7 @@ def test_a_killed_run_opens_up_to_its_last_flush(tmp_path: Path, seconds: float)
     assert set(run.grads["step"]) == set(steps)
     (note,) = run.notes
     assert "not ended, or was killed" in note
-    run.findings, repr(run)
+    assert "so far: the run has not ended, or was killed" in repr(run).splitlines()[1]
 
 
 def test_a_program_that_never_leaves_the_block_is_flushed_at_exit(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def test_steps_go_on_and_the_seam_is_marked(tmp_path: Path) -> None:
     assert second.backwards["step"].tolist() == list(range(21))
     (seam,) = second.events.query("event == 'seam'").to_dict("records")
     assert seam["step"] == 12
+    assert "gone on with at step 12" in repr(second).splitlines()[0]
     assert second.events["time"].is_monotonic_increasing
 
     run = gradscope.open(tmp_path / "run")

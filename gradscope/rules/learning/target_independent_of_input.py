@@ -58,7 +58,7 @@ class TargetIndependentOfInput(Rule):
 
     ## How it is found
 
-    The finding is raised when, over at least 50 steps, the median loss is within 4 % of ln C in
+    The finding is raised when, over at least 100 steps, the median loss is within 4 % of ln C in
     each half of the run, gradients are not zero, and the updates add up to more than 2 % of the
     weights. A loss that ends surely below ln C, by more than 1 %, tells of noise in the labels, and
     is silent; so is one that surely falls while the weights are still near to where they began, and

@@ -62,7 +62,8 @@ class StoredRecording(Recording):
         self.last = StoredLast(
             layout.steps_in(path / layout.LAST, self.notes, "safetensors"), self.notes
         )
-        if self.facts.get("how_it_ended") is None:
+        self.is_unfinished = self.facts.get("how_it_ended") is None
+        if self.is_unfinished:
             self.notes.append(
                 "the run has not ended, or was killed: this is what its last flush wrote, at "
                 f"{self.facts.get('flushed')}"

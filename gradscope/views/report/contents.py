@@ -88,7 +88,8 @@ def tiles(run: Recording, summary: LoopSummary) -> list[tuple[str, str, str]]:
         known = losses[np.isfinite(losses)]
         if len(known) and steps["optimizer"].nunique() == 1:
             tail = known[-max(1, min(10, len(known) // 10)) :]
-            found.append(("loss", f"{known[0]:.4g} → {tail.mean():.4g}", "first → last"))
+            last = "last" if len(tail) == 1 else f"mean of the last {len(tail)}"
+            found.append(("loss", f"{known[0]:.4g} → {tail.mean():.4g}", f"first → {last}"))
     registered = [entry for entry in run.parameters if entry.in_model] or run.parameters
     if registered:
         numbers = sum(entry.numel for entry in registered)
