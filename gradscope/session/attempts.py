@@ -144,6 +144,11 @@ class Attempts:
                 self._gone = [*self._gone, follower][-_MOST_GONE:]
         return list(self._followers)
 
+    def look_again(self) -> None:
+        """Begin to look, or begin again after a while in which anything may have happened."""
+        for follower in self._followers.values():
+            follower.observer.forget_versions()
+
     @property
     def someone_is_new(self) -> bool:
         """Whether one of the first optimizers, if there is any, has made no attempt yet."""

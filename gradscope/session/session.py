@@ -644,6 +644,7 @@ class Session:
         self._guarded("census", self._adopt_gradients)
         if self._broken:
             return
+        self._attempts.look_again()
         for tap in _TAPS:
             tap.add(self)
         if self._discovers:

@@ -135,6 +135,10 @@ class StepObserver:
         self._are_copied = False
         self._versions_left: list[int] | None = None
 
+    def forget_versions(self) -> None:
+        """Forget what the last step left: the program may have stepped while nobody watched."""
+        self._versions_left = None
+
     def written_between(self) -> float:
         """Return the share of parameters written in place since the last step ended.
 

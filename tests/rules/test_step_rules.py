@@ -241,3 +241,17 @@ def test_a_search_that_has_converged() -> None:
             optimizer.step(closure)
     assert (scope.steps["update_norm"] == 0).all()
     assert not [f.code for f in scope.findings if f.severity > 0]
+
+
+def test_steps_while_nobody_watched_are_not_writes() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scope = gradscope.watch(model, optimizer, on_error="raise")
+    for _ in range(3):
+        with scope:
+            for _ in range(2):
+                usual(model, optimizer)
+        usual(model, optimizer)
+    written = scope.steps["written_between"]
+    assert list(written.isna()) == [True, False] * 3
+    assert (written.dropna() == 0).all()
