@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,7 +169,9 @@ def open(path: str | os.PathLike[str]) -> Run:  # noqa: A001
 
 def _checked(table: str) -> str:
     if table not in TABLES:
-        raise UsageError(f"there is no table {table!r}; there are: {', '.join(TABLES)}")
+        close = difflib.get_close_matches(table, TABLES, n=1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        raise UsageError(f"there is no table {table!r}; {meant}there are: {', '.join(TABLES)}")
     return table
 
 

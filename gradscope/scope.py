@@ -41,6 +41,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+_SWITCHED_OFF = "gradscope is switched off by GRADSCOPE=0 in the environment: nothing was watched"
+
+
 class Scope(RecordedRun):
     """The live view of one training run: its tables, its findings, its graph.
 
@@ -188,6 +191,15 @@ class Scope(RecordedRun):
         return directory
 
     # -- what it knows besides --------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return _SWITCHED_OFF if self._session is None else super().__repr__()
+
+    def __rich__(self) -> Any:
+        return _SWITCHED_OFF if self._session is None else super().__rich__()
+
+    def _repr_html_(self) -> str:
+        return _SWITCHED_OFF if self._session is None else super()._repr_html_()
 
     def _versions(self) -> dict[str, str]:
         import platform

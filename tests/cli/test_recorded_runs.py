@@ -693,3 +693,9 @@ def test_no_rows_are_not_offered_to_be_written(path: Path, say: Any) -> None:
     said = say("table", path, "grads", "--where", "norm > 1e30")
     assert "no rows" in said.out
     assert "next" not in said.err
+
+
+def test_a_table_that_is_nearly_meant(path: Path, say: Any) -> None:
+    said = say("table", path, "grad")
+    assert said.status == 2
+    assert "did you mean grads?" in said.err
