@@ -644,7 +644,6 @@ class Session:
         self._guarded("census", self._adopt_gradients)
         if self._broken:
             return
-        self._attempts.look_again()
         for tap in _TAPS:
             tap.add(self)
         if self._discovers:
@@ -684,6 +683,7 @@ class Session:
 
     def _adopt_gradients(self) -> None:
         """Gradients that came while nobody watched are somebody's work all the same."""
+        self._attempts.look_again()
         self._tell_holdings()
         self._read_first_norms()
         look = self._all.look()
