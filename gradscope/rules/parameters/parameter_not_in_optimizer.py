@@ -191,7 +191,8 @@ class StaleOptimizerParameter(Rule):
                 e for e in lost if e.shape in shapes or (len(e.shape), *e.shape[1:]) in ranks
             ]
             modules = {e.module for e in replaced}
-            replaced = [e for e in lost if e in replaced or (e.module and e.module in modules)]
+            known = {id(e) for e in replaced}
+            replaced = [e for e in lost if id(e) in known or (e.module and e.module in modules)]
             if not stale or not replaced:
                 continue
             if any(e.in_model for e in stale) and not any(not e.in_model for e in stale):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TypeAlias
+
 from gradscope.rules.facts import listed, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
+
+_Around: TypeAlias = tuple[tuple[str, ...], tuple[str, ...]]
 
 _FEWEST_STEPS = 5
 """Experts, heads and skipped blocks get their gradients later than the first step."""
@@ -75,7 +80,7 @@ class UnusedParameter(Rule):
                 if e.requires_grad
                 and not e.reached
                 and e.in_model
-                and not _is_one_of_several(e.name, used_at_times)
+                and used_at_times.isdisjoint(_numbers_left_out(e.name))
             ]
             if (
                 counts.get(known.name, 0) < _FEWEST_STEPS
@@ -108,24 +113,21 @@ class UnusedParameter(Rule):
         return findings
 
 
-def _used_at_times(run: Recording) -> set[str]:
-    """Parameters that had a gradient at some steps of their optimizer, and none at others."""
+def _used_at_times(run: Recording) -> set[_Around]:
+    """Where in a list parameters lie that had a gradient at some steps only."""
     grads = run.frame("grads")
     has_gradient = grads["status"].isin(["fresh", "accumulated", "assigned"])
     share = has_gradient.groupby(grads["param"]).mean()
-    return set(share.index[(share > 0) & (share < 1)])
+    return {
+        around
+        for name in share.index[(share > 0) & (share < 1)]
+        for around in _numbers_left_out(str(name))
+    }
 
 
-def _is_one_of_several(name: str, used_at_times: set[str]) -> bool:
-    """Whether a parameter lies in one of several of a list, others of which are used at times."""
-    parts = name.split(".")
+def _numbers_left_out(name: str) -> Iterator[_Around]:
+    """What stands before and behind each number in a name: alike for all of one list."""
+    parts = tuple(name.split("."))
     for place, part in enumerate(parts):
-        if not part.isdigit():
-            continue
-        start, end = parts[:place], parts[place + 1 :]
-        for other in used_at_times:
-            its = other.split(".")
-            alike = its[:place] == start and its[place + 1 :] == end
-            if alike and its[place].isdigit():
-                return True
-    return False
+        if part.isdigit():
+            yield parts[:place], parts[place + 1 :]
