@@ -110,6 +110,19 @@ def summarize(
     )
 
 
+def evidence_text(value: object) -> str:
+    """Write a value of a finding's evidence out, as every view shows it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(evidence_text(each) for each in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {evidence_text(each)}" for name, each in value.items())
+    return str(value)
+
+
 def _codes(findings: Findings, line: str) -> tuple[str, ...]:
     return tuple(f.code for f in findings if _LINE_OF_FAMILY.get(f.code[2]) == line)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gradscope.rules import Finding, Findings, Severity
 from gradscope.rules.wording import shortened
 from gradscope.run.recording import Recording
-from gradscope.views.loop import LoopSummary, severity_mark, summarize
+from gradscope.views.loop import LoopSummary, evidence_text, severity_mark, summarize
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -103,18 +103,8 @@ def _evidence(finding: Finding) -> RenderableType:
     table.add_column(no_wrap=True, min_width=max(label.cell_len for label in labels))
     table.add_column(no_wrap=True, overflow="ellipsis")
     for label, (_, value) in zip(labels, facts, strict=True):
-        table.add_row(label, Text(_fact(value), style="dim"))
+        table.add_row(label, Text(evidence_text(value), style="dim"))
     return table
-
-
-def _fact(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(_fact(each) for each in value)
-    return str(value)
 
 
 def _lines(summary: LoopSummary) -> RenderableType:

@@ -11,7 +11,7 @@ import numpy as np
 from gradscope.rules import RULES, Finding, Findings, Severity
 from gradscope.rules.finding import NOT_SELECTED
 from gradscope.rules.wording import shortened
-from gradscope.views.loop import LoopSummary
+from gradscope.views.loop import LoopSummary, evidence_text
 from gradscope.views.report.forward_order import forward_order
 from gradscope.views.report.names import shown
 from gradscope.views.report.texts import coded_texts
@@ -37,7 +37,7 @@ def shown_findings(findings: Findings) -> dict[str, list[dict[str, Any]]]:
 
 def _finding(finding: Finding) -> dict[str, Any]:
     evidence = [
-        (shown(str(name).replace("_", " "), 60), shown(_fact(value), 300))
+        (shown(str(name).replace("_", " "), 60), shown(evidence_text(value), 300))
         for name, value in finding.evidence.items()
     ]
     return {
@@ -52,18 +52,6 @@ def _finding(finding: Finding) -> dict[str, Any]:
         "more_evidence": evidence[_MOST_EVIDENCE:],
         "symptoms": [shown(each, _LONGEST) for each in finding.symptoms],
     }
-
-
-def _fact(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(_fact(each) for each in value)
-    if isinstance(value, dict):
-        return ", ".join(f"{name}: {_fact(each)}" for name, each in value.items())
-    return str(value)
 
 
 def verdict_in_words(run: Recording, summary: LoopSummary, findings: Findings) -> str:
