@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -107,6 +107,18 @@ class Columns:
             KeyError: if ``values`` names a column that the table has not.
         """
         self._put(self.n_rows, self.n_rows + n, slice(self.n_rows, self.n_rows + n), values)
+
+    def extend_by_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows, each as for :meth:`append`, column by column."""
+        if not rows:
+            return
+        values: dict[str, list[Any]] = {}
+        for name in dict.fromkeys(name for row in rows for name in row):
+            kind = self._kinds.get(name)
+            empty = "" if kind is None or kind is Kind.TEXT else _EMPTY[kind]
+            given = [row.get(name) for row in rows]
+            values[name] = [empty if value is None else value for value in given]
+        self.extend(len(rows), values)
 
     def _put(self, start: int, stop: int, at: int | slice, values: Mapping[str, Any]) -> None:
         if stop > self._capacity:

@@ -191,8 +191,7 @@ class Looks:
 
         def account() -> None:
             for table, rows in look.rows().items():
-                for row in rows:
-                    self._recording.rows(table).append(row)
+                self._recording.rows(table).extend_by_rows(rows)
 
         self._in_order.do(account, *awaited)
         self.cost = self._costs.total - self._cost_before
