@@ -317,23 +317,11 @@ class Attempts:
         def account() -> None:
             began = time.perf_counter()
             self._costs.begin()
-            look, consumption = reading.look, follower.consumption
-            assert look is not None
-            if consumption is None:
-                look.squares = reading.squares()
-                consumption = self._ledger.describe(optimizer, look)
-            follower.consumption = None
-            if after is not None:
-                self._ledger.gradients.look_after_step(after)
-            elif reading.scaled:
-                # The fused kernel writes unscaled gradients back, and moves no version.
-                self._ledger.gradients.look_after_step(look)
-            skipped = outcome == "stepped" and reading.skips()
-            record = self._ledger.end_attempt(
-                optimizer, consumption, outcome="skipped" if skipped else outcome, now=now
-            )
-            self._write(record, reading, observed, first_node)
-            self._costs.end("tables")
+            try:
+                record = self._end_attempt(optimizer, reading, after, outcome, now)
+                self._write(record, reading, observed, first_node)
+            finally:
+                self._costs.end("tables")
             writing = time.perf_counter() - began
             follower.schedule.measured(
                 number,
@@ -343,6 +331,32 @@ class Attempts:
             )
 
         self._in_order.do(account, *reading.awaited())
+
+    def _end_attempt(
+        self,
+        optimizer: int,
+        reading: StepReading,
+        after: GradientLook | None,
+        outcome: str,
+        now: float,
+    ) -> StepRecord:
+        """Tell the ledger of the end of an attempt."""
+        follower = self._followers[optimizer]
+        look, consumption = reading.look, follower.consumption
+        assert look is not None
+        if consumption is None:
+            look.squares = reading.squares()
+            consumption = self._ledger.describe(optimizer, look)
+        follower.consumption = None
+        if after is not None:
+            self._ledger.gradients.look_after_step(after)
+        elif reading.scaled:
+            # The fused kernel writes unscaled gradients back, and moves no version.
+            self._ledger.gradients.look_after_step(look)
+        skipped = outcome == "stepped" and reading.skips()
+        return self._ledger.end_attempt(
+            optimizer, consumption, outcome="skipped" if skipped else outcome, now=now
+        )
 
     def _write(
         self, record: StepRecord, reading: StepReading, observed: float, first_node: int
@@ -369,7 +383,8 @@ class Attempts:
             run, step, optimizer, params, record.consumption, statistics, sums, unclipped
         )
         if record.attempt.taken:
-            self.on_read(grad_norm, record.attempt.loss)
+            # A norm that nobody could read is no sign of anything.
+            self.on_read(0.0 if sums is None else grad_norm, record.attempt.loss)
         weight_norm = update_norm = float("nan")
         anatomy = None if reading.anatomy is None else reading.anatomy.value()
         if anatomy is not None:
