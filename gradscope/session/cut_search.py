@@ -127,8 +127,8 @@ class CutSearch:
     def give_up(self) -> None:
         """Disarm now."""
         if self._finder is not None:
-            finder, self._finder = self._finder, None
-            finder.disarm()
+            self._finder.disarm()
+            self._finder = None
 
     @property
     def can_give_up(self) -> bool:

@@ -32,14 +32,20 @@ class StepLimit:
         self._n_steps = n_steps
         self._open: set[int] = set()  # by id: one whose step raised is in it until its next
         self._thread: int | None = None
+        self._is_over = False
 
     def start(self) -> None:
         """Begin to count."""
-        for tap in _TAPS:
-            tap.add(self)
+        try:
+            for tap in _TAPS:
+                tap.add(self)
+        except Exception as error:
+            self.failed("start", error)
+            self.stop()
 
     def stop(self) -> None:
         """Count no more."""
+        self._is_over = True
         for tap in _TAPS:
             tap.remove(self)
 
@@ -66,11 +72,13 @@ class StepLimit:
 
     def failed(self, where: str, error: Exception) -> None:
         """Watch to the end: the limit is a convenience."""
-        self.stop()
+        self._is_over = True
+        self._session.part_failed("step_limit", error)
 
     def _stop_if_done(self) -> None:
         if not self._session.running:
             self.stop()
+        if self._is_over:
             return
         done = self._session.recording.n_steps >= self._n_steps
         if not done or self._open or self._thread != threading.get_ident():
