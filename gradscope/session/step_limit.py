@@ -51,6 +51,9 @@ class StepLimit:
 
     def takes_call(self, module: Any) -> bool:
         """Stop if it is time; take the call, so that those inside of it cost nothing."""
+        if self._is_over:
+            self.stop()
+            return False
         self._stop_if_done()
         return True
 
@@ -59,7 +62,8 @@ class StepLimit:
 
     def zero_grad_called(self, owner: Any, location: Any) -> None:
         """Stop if it is time."""
-        self._stop_if_done()
+        if not self._is_over:
+            self._stop_if_done()
 
     def step_started(self, optimizer: Any, has_closure: bool) -> None:
         """Note that a step is under way."""
@@ -74,11 +78,12 @@ class StepLimit:
         """Watch to the end: the limit is a convenience."""
         self._is_over = True
         self._session.part_failed("step_limit", error)
+        if self._session.running or not optimizer_steps.inside_hook:
+            self.stop()  # while the session listens, too, no hook is removed by this
 
     def _stop_if_done(self) -> None:
         if not self._session.running:
             self.stop()
-        if self._is_over:
             return
         done = self._session.recording.n_steps >= self._n_steps
         if not done or self._open or self._thread != threading.get_ident():
