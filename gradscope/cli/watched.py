@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from gradscope.config import (
     project_config,
     switched_off,
 )
-from gradscope.errors import OutputExistsError, UsageError
+from gradscope.errors import GradscopeError, OutputExistsError, UsageError, text_of
 
 if TYPE_CHECKING:
     from gradscope.rules.finding import Findings
@@ -100,30 +101,36 @@ def run_watched(arguments: argparse.Namespace) -> Watched:
     """
     program = _program(arguments)
     if switched_off():
-        ended = program.run()
-        if ended.error is not None:
-            print_exception(ended.error)
-        return Watched(ended)
+        return Watched(_run_alone(program))
     config = _configured(arguments, program)
     if arguments.findings:
         _refuse_to_overwrite(arguments.findings, force=arguments.force)
 
     from gradscope.run.directory.layout import make_room
+    from gradscope.run.recording import Recording
 
     output = as_directory("--output", getattr(arguments, "output", None))
     if output is not None:
         make_room("--output", output, force=arguments.force)
     from gradscope.session.ending import note_ending
 
-    session, process = _start(arguments.steps, output, config), os.getpid()
+    process = os.getpid()
+    try:
+        session = _start(arguments.steps, output, config)
+    except GradscopeError:
+        raise
+    except Exception as error:
+        _tell_failed("watching", error)
+        return Watched(_run_alone(program), config.fail_on, Recording())  # seen, but not judged
     try:
         ended = program.run()
         if ended.error is not None:
-            note_ending(session, ended.error)
+            guarded(lambda: note_ending(session, ended.error))
     finally:
         was_running = session.running
-        session.stop()
-    session.finish_saving("finished" if ended.error is None else type(ended.error).__name__)
+        guarded(session.stop)
+    how = "finished" if ended.error is None else type(ended.error).__name__
+    guarded(lambda: session.finish_saving(how))
     if os.getpid() != process:  # a child of the program's own that came back up here
         if ended.error is not None:
             print_exception(ended.error)
@@ -139,6 +146,13 @@ def run_watched(arguments: argparse.Namespace) -> Watched:
     if arguments.findings and findings is not None:
         guarded(lambda: _write(arguments.findings, watched))
     return watched
+
+
+def _run_alone(program: Program) -> Ended:
+    ended = program.run()
+    if ended.error is not None:
+        print_exception(ended.error)
+    return ended
 
 
 def leave(watched: Watched, status: int) -> int:
@@ -288,8 +302,13 @@ def guarded(function: Any) -> Any:
     try:
         return function()
     except Exception as error:
-        print(f"gradscope: the verdict failed ({type(error).__name__}: {error})", file=sys.stderr)
+        _tell_failed("the verdict", error)
         return None
+
+
+def _tell_failed(what: str, error: Exception) -> None:
+    with suppress(Exception):  # standard error may be closed
+        print(f"gradscope: {what} failed ({text_of(error)})", file=sys.stderr)
 
 
 def _listed(given: list[str] | None) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
-from gradscope.taps.patch import Patch
+from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap, out_of_sight
 
 _CHOICE = ("_compiled_call_impl", "_call_impl")
@@ -45,14 +45,10 @@ class ModelCallTap(Tap):
 
     events = ("takes_call", "call_ended")
 
-    def install(self) -> None:
+    def install(self, undo: contextlib.ExitStack) -> None:
         """Replace ``nn.Module.__call__``."""
         self._here = _Here()
-        self._patch = Patch(nn.Module, "__call__", self._wrap)
-
-    def uninstall(self) -> None:
-        """Restore it."""
-        self._patch.restore()
+        replace(undo, nn.Module, "__call__", self._wrap)
 
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         here = self._here
