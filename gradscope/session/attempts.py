@@ -190,6 +190,10 @@ class Attempts:
             follower.observer.read_gradients(reading)
         reading.seconds += time.perf_counter() - began
 
+    def look_at_gradients(self, optimizer: int) -> GradientLook:
+        """Look at the gradients of an optimizer without reading any."""
+        return self._followers[optimizer].observer.look_at_gradients()
+
     def clipped(self, optimizer: int, gradients: list[torch.Tensor]) -> None:
         """Read the gradients that a clipping is about to change, at the first since the last step.
 

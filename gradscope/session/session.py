@@ -10,6 +10,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from gradscope.session.census import Census
 from gradscope.session.costs import Costs
 from gradscope.session.cut_search import CutSearch
 from gradscope.session.failures import Failures
+from gradscope.session.gradients import NO_GRADIENT, Integers
 from gradscope.session.graph_capture import GraphCapture
 from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger
@@ -101,6 +103,27 @@ def _exclusive(handle: Callable[..., None]) -> Callable[..., None]:
     return exclusive
 
 
+@dataclass(slots=True)
+class _Backward:
+    """A backward that is running.
+
+    Attributes:
+        call: as the engine was called; kept until it returns.
+        began: when, in seconds of the process clock.
+        last_node: autograd's sequence number at that moment.
+        captured: its graph, until a step takes it.
+        root_facts: for its row in ``backwards``.
+        used_inside: numbers of the parameters whose gradients a step inside of it has used.
+    """
+
+    call: BackwardCall
+    began: float
+    last_node: int
+    captured: CapturedGraph | None
+    root_facts: dict[str, Any]
+    used_inside: list[Integers] = field(default_factory=list)
+
+
 class Session:
     """Follows one training run from :meth:`start` to :meth:`stop`.
 
@@ -144,7 +167,7 @@ class Session:
         self._looks = Looks(self.recording, self._census, self._in_order, self._failures)
         self._graphs = GraphCapture(options.graph, self._census, self._failures, lines)
         self._call: tuple[float, int] = (0.0, 0)
-        self._backward: tuple[float, int, CapturedGraph | None, dict[str, Any]] | None = None
+        self._backward: _Backward | None = None
         self._scale: Late[Any] | None = None
         self._scaler_stepped = False
         self._in_scaler_step = False
@@ -446,7 +469,7 @@ class Session:
         if call.accumulates:
             self._look_for_results(call)
         root_facts |= self._looks.backward_started(call.roots, len(self._attempts.optimizers))
-        self._backward = (time.perf_counter(), _sequence_nr(), captured, root_facts)
+        self._backward = _Backward(call, time.perf_counter(), _sequence_nr(), captured, root_facts)
 
     @_timed
     @_exclusive
@@ -455,9 +478,10 @@ class Session:
         began = time.perf_counter()
         if self._broken or self._backward is None or not self._is_here():
             return
-        (started, last_node, captured, root_facts), self._backward = self._backward, None
-        value: Late[Any] = scalar_of(call.roots[0]) if len(call.roots) == 1 else Known(float("nan"))
-        row = _row(call, error) | root_facts
+        backward, self._backward = self._backward, None
+        captured = backward.captured
+        value = _root_value(call)
+        row = _row(call, error) | backward.root_facts
         if not call.accumulates:
             self._in_order.do(
                 lambda: self._record_backward(self._ledger.other_backward(), value, row), value
@@ -465,7 +489,8 @@ class Session:
             return
         look = self._all.look_at_identities()
         is_foreign = False
-        if not self._all.changed:
+        used_inside = np.concatenate([np.zeros(0, np.int64), *backward.used_inside])
+        if not self._all.changed and not len(used_inside):
             leaves: list[torch.Tensor] = []
             captured = self._graphs.capture(call.roots, leaves, whole=captured is not None)
             if all(root.grad_fn is None for root in call.roots):
@@ -486,15 +511,17 @@ class Session:
             number, wrote = self._ledger.backward_ended(
                 look,
                 root=float(value.value()),
-                last_node=last_node,
-                seconds=began - started,
+                last_node=backward.last_node,
+                seconds=began - backward.began,
                 is_foreign=is_foreign,
+                used_inside=bool(len(used_inside)),
             )
             if captured is not None:
                 self._attempts.graphs[number] = captured
-            row["n_reached"] = int(wrote.sum())
+            reached = np.union1d(params[wrote], used_inside)
+            row["n_reached"] = len(reached)
             self._record_backward(number, value, row)
-            self.recording.reached(params[wrote])
+            self.recording.reached(reached)
 
         self._in_order.do(account, value)
         self._attempts.backward_ended()
@@ -521,6 +548,8 @@ class Session:
         if self._census.refresh_groups(number):
             self._tell_holdings()
             self.event("parameters_changed", self.recording.optimizers[number].name)
+        if self._backward is not None and self._backward.call.accumulates:
+            self._account_inside_backward(number, self._backward)
         self._looks.step_started(number)
         if not has_closure:
             self._cuts.look_away()
@@ -613,6 +642,31 @@ class Session:
             self._cuts.arm()
         if is_due and not self._broken:
             self._cuts.tell(self._looks.begin(self._attempts.n_ended))
+
+    def _account_inside_backward(self, number: int, backward: _Backward) -> None:
+        """Let an optimizer that steps before a backward is over have its share of it.
+
+        What was written is cleared again by the time the backward ends.
+        """
+        look = self._attempts.look_at_gradients(number)
+        params = self._census.params_of(number)[look.token != NO_GRADIENT]
+        backward.used_inside.append(params)
+        captured, backward.captured = backward.captured, None
+        value = _root_value(backward.call)
+        seconds = time.perf_counter() - backward.began
+
+        def account() -> None:
+            running = self._ledger.backward_used_inside(
+                number,
+                look,
+                root=float(value.value()),
+                last_node=backward.last_node,
+                seconds=seconds,
+            )
+            if captured is not None:
+                self._attempts.graphs[running] = captured
+
+        self._in_order.do(account, value)
 
     def _is_here(self, *, binding: bool = False) -> bool:
         """Whether this is the thread that is watched.
@@ -759,6 +813,10 @@ class Session:
             function()
         except Exception as error:
             self.failed(part, error)
+
+
+def _root_value(call: BackwardCall) -> Late[Any]:
+    return scalar_of(call.roots[0]) if len(call.roots) == 1 else Known(float("nan"))
 
 
 def _row(call: BackwardCall, error: BaseException | None) -> dict[str, Any]:

@@ -210,6 +210,13 @@ class StepObserver:
                 "gradient_norms", self._gradients.sums_of_squares, gradients
             )
 
+    def look_at_gradients(self) -> GradientLook:
+        """Look at the gradients without reading any."""
+        self._prepare()
+        gradients = self._gradients.gradients(self._tensors())
+        token, version, _ = self._gradients.identities(gradients)
+        return GradientLook(self._at, token, version)
+
     def read_before_clipping(self, clipped: Sequence[torch.Tensor]) -> Late[Reals] | None:
         """Return float64[n], sums of squares of these gradients; NaN for all that are others."""
         self._prepare()
