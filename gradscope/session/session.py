@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ from gradscope.run.recording import Recording
 from gradscope.run.weight_step import WeightStep
 from gradscope.session.all_gradients import AllGradients
 from gradscope.session.attempts import Attempts
-from gradscope.session.census import Census
+from gradscope.session.census import Census, is_compiled
 from gradscope.session.costs import Costs
 from gradscope.session.cut_search import CutSearch
 from gradscope.session.failures import Failures
@@ -42,6 +44,7 @@ from gradscope.session.nonfinite_search import NonfiniteSearch
 from gradscope.session.saving import Saving
 from gradscope.session.source_names import assigned_name, called_name
 from gradscope.taps.clipping import clipping
+from gradscope.taps.compiled_code import compiled_code
 from gradscope.taps.engine import BackwardCall, engine, inside_backward, inside_transform
 from gradscope.taps.grad_scaler import grad_scaler
 from gradscope.taps.model_calls import model_calls
@@ -61,13 +64,19 @@ _TAPS: tuple[Tap, ...] = (
     clipping,
     grad_scaler,
     schedulers,
+    compiled_code,  # after the steps, which see the edges of a compiled step first
 )
 
 _MOST_GRAPHS_WAITING = 8
 """How many captured graphs wait for the step they belong to; a loop may never step."""
 
+_MOST_COMPILED_CALLS = 64
+"""Of how many calls of compiled code it is looked at whether they move weights."""
+
 _SHARE_OF_LOOKING_AROUND = 0.005
 """The share of time that may go into finding out whether the models have changed."""
+
+_COMPILER = str(Path(torch.__file__).parent / "_dynamo")
 
 _sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
@@ -173,6 +182,10 @@ class Session:
         self._in_scaler_step = False
         self._roots = Roots()
         self._first_backward: int | None = None  # where it came; -1 after the second
+        self._n_compiled_calls = 0
+        self._before_compiled_code: dict[int, Any] = {}
+        self._moved_unseen: set[int] = set()
+        self._told_compiled: weakref.WeakSet[Any] = weakref.WeakSet()
         self._broken = False
         self._saving: Saving | None = None
         self._began = 0.0
@@ -346,6 +359,9 @@ class Session:
             return False
         if not self._census.is_member(module) and not self._discover_model(module):
             return False
+        if is_compiled(module) and module not in self._told_compiled:
+            self._told_compiled.add(module)
+            self._tell_compiled_parts(module)
         is_new = self._attempts.someone_is_new
         self._look_closer(module, someone_is_new=is_new)
         if self._broken:  # arming, too, may be what fails; what is put up now would stay
@@ -590,6 +606,34 @@ class Session:
             self._look_around()
         self._tell_saving_failed()
 
+    @_timed
+    def compiled_code_entered(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Say that a function is compiled, and look whether it will have moved weights."""
+        if self._n_compiled_calls < _MOST_COMPILED_CALLS and not self._broken and self._is_here():
+            self._n_compiled_calls += 1
+            self._tell_compiled(function)
+            self._before_compiled_code = self._attempts.versions()
+
+    @_timed
+    def compiled_code_left(self, succeeded: bool, result: Any) -> None:
+        """Say so if it has, and no step was seen."""
+        before, self._before_compiled_code = self._before_compiled_code, {}
+        if not before or self._broken or not self._is_here():
+            return
+        now = self._attempts.versions()
+        for number, (n_attempts, versions) in before.items():
+            if number in self._moved_unseen or number not in now:
+                continue
+            if now[number][0] == n_attempts and now[number][1] != versions:
+                self._moved_unseen.add(number)
+                name = self.recording.optimizers[number].name
+                self.event(
+                    "unobserved",
+                    f"compiled code moves the weights of {name}: these updates are not seen; those "
+                    f"of torch.compile({name}.step) are",
+                    optimizer=number,
+                )
+
     @_exclusive
     def optimizer_created(self, optimizer: torch.optim.Optimizer) -> None:
         """Take in an optimizer that the program has just made."""
@@ -616,6 +660,20 @@ class Session:
         if error is not None:
             self._failures.silence("run_directory", "saving-failed", error)
 
+    def _tell_compiled_parts(self, module: nn.Module) -> None:
+        for path, kind in self._census.note_compiled(module):
+            part = f"part {path} ({kind})" if path else kind
+            self.event("unobserved", f"{part} is compiled: its inside is not seen")
+
+    def _tell_compiled(self, function: Any) -> None:
+        # Methods are those of modules and optimizers, which are told of elsewhere.
+        if not isinstance(function, FunctionType) or function in self._told_compiled:
+            return
+        self._told_compiled.add(function)
+        if function.__code__.co_filename.startswith(_COMPILER):  # a wrapper around a module
+            return
+        self.event("unobserved", f"{function.__qualname__} is compiled: its inside is not seen")
+
     def _look_for_results(self, call: BackwardCall) -> None:
         """See at the second backward whether weights were computed once, before the loop."""
         if self._first_backward is None:
@@ -636,8 +694,10 @@ class Session:
         is_due = is_step and self._looks.is_due(self._attempts.n_ended)
         if not (is_search or is_due):
             return
+        if module is not None and not is_compiled(module):
+            self._tell_compiled_parts(module)
         if not self._cuts.is_armed:
-            if module is not None and not self._cuts.may_arm(module):
+            if module is not None and is_compiled(module):
                 return
             self._cuts.arm()
         if is_due and not self._broken:

@@ -145,12 +145,16 @@ class StepObserver:
         A few are looked at, and no tensor is read. NaN before the first step, and for a parameter
         that counts no versions.
         """
-        self._prepare()
-        now = self._versions()
+        now = self.versions()
         before = self._versions_left
         if not now or before is None:
             return math.nan
         return sum(a != b for a, b in zip(before, now, strict=True)) / len(now)
+
+    def versions(self) -> list[int] | None:
+        """Return the versions of a few parameters; None where one counts none."""
+        self._prepare()
+        return self._versions()
 
     def begin(self, *, recorded: bool, scale: Late[Any] | None, keeps: bool = False) -> StepReading:
         """Read what there is before the update, the gradients left out.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.amp.grad_scaler import GradScaler
+from torch.compiler import is_dynamo_compiling
 
 from gradscope.taps.patch import Patch
 from gradscope.taps.tap import Tap
@@ -50,7 +51,7 @@ class GradScalerTap(Tap):
         @functools.wraps(original)
         def scale(scaler: Any, outputs: Any) -> Any:
             result = original(scaler, outputs)
-            if self.listeners and scaler.is_enabled():
+            if self.listeners and not is_dynamo_compiling() and scaler.is_enabled():
                 self.emit("loss_scaled", scaler, result)
             return result
 
@@ -59,6 +60,8 @@ class GradScalerTap(Tap):
     def _wrap_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def step(scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            if is_dynamo_compiling():  # a constant to the compiler, which so sees nothing of us
+                return original(scaler, optimizer, *args, **kwargs)
             self.emit("scaler_step_started", scaler, optimizer)
             self._stepping.now = True
             try:
@@ -74,7 +77,11 @@ class GradScalerTap(Tap):
         @functools.wraps(original)
         def unscale_(scaler: Any, optimizer: Any) -> Any:
             result = original(scaler, optimizer)
-            if self.listeners and not getattr(self._stepping, "now", False):
+            if (
+                self.listeners
+                and not is_dynamo_compiling()
+                and not getattr(self._stepping, "now", False)
+            ):
                 self.emit("gradients_unscaled", scaler, optimizer, user_location())
             return result
 
@@ -84,7 +91,7 @@ class GradScalerTap(Tap):
         @functools.wraps(original)
         def update(scaler: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(scaler, *args, **kwargs)
-            if self.listeners:
+            if self.listeners and not is_dynamo_compiling():
                 self.emit("scale_updated", scaler, user_location())
             return result
 

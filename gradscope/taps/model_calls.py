@@ -7,7 +7,6 @@ put on the model itself, where they travel with its pickles and copies and can t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 from collections.abc import Callable
@@ -60,7 +59,6 @@ class ModelCallTap(Tap):
                     except Exception as error:
                         listener.failed("call_ended", error)
 
-        _keep_from_compiling(__call__)
         return __call__
 
     def _takers(self, module: nn.Module, inside: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -74,21 +72,6 @@ class ModelCallTap(Tap):
             except Exception as error:
                 listener.failed("takes_call", error)
         return tuple(takers)
-
-
-def _keep_from_compiling(function: Callable[..., Any]) -> None:
-    """Let the compiler pass over a function's frame, as it does over those of torch.nn itself.
-
-    Without this, a module compiled in place (``module.compile()``) would have our frame compiled
-    for each of its children (torch 2.13). Private; without it nothing but that is lost.
-    """
-    with contextlib.suppress(ImportError, AttributeError, TypeError):
-        from torch._C._dynamo import eval_frame
-
-        strategy = eval_frame._FrameExecStrategy(
-            eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
-        )
-        eval_frame.set_code_exec_strategy(function.__code__, strategy)
 
 
 model_calls = ModelCallTap()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from gradscope.taps.uncompiled import passed_over
+
 
 class Patch:
     """One replaced attribute of a module or class.
@@ -19,7 +21,7 @@ class Patch:
         # Taken from __dict__, so that restoring puts back the very object a class held,
         # and not a function bound or inherited on the way.
         self.original = vars(owner)[name]
-        self.replacement = wrap(self.original)
+        self.replacement = passed_over(wrap(self.original))
         setattr(owner, name, self.replacement)
 
     @property

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from torch.compiler import is_dynamo_compiling
 from torch.optim import lr_scheduler
 
 from gradscope.taps.patch import Patch
@@ -42,6 +43,8 @@ class SchedulerTap(Tap):
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+            if is_dynamo_compiling():  # a constant to the compiler, which so sees nothing of us
+                return original(scheduler, *args, **kwargs)
             nested = getattr(self._stepping, "now", False)
             self._stepping.now = True
             try:

@@ -11,6 +11,8 @@ from torch._C import DisableTorchFunction as _DisableTorchFunction
 from torch._C import _len_torch_dispatch_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
+from gradscope.taps.uncompiled import uncompiled
+
 
 class Listener(Protocol):
     """Whoever listens to taps: a method for each event it wants, and a place for its errors."""
@@ -19,6 +21,7 @@ class Listener(Protocol):
         """Take note that handling the event ``where`` raised ``error``; must not raise."""
 
 
+@uncompiled
 def out_of_sight(handle: Callable[..., Any], *arguments: Any) -> Any:
     """Call a listener such that what it does with tensors is not seen by the program's own modes.
 
@@ -70,6 +73,7 @@ class Tap:
             if not rest:
                 self.uninstall()
 
+    @uncompiled
     def emit(self, event: str, *arguments: Any) -> None:
         """Tell every listener; what one raises is its own affair and goes to its ``failed``."""
         for listener in self.listeners:

@@ -6,6 +6,7 @@ for single, armed steps, and whoever arms it suspends it where bits could change
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.overrides import (
     _push_mode,
 )
 
+from gradscope.taps.compiled_code import compiled_code
 from gradscope.taps.tap import Tap
 
 _sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
@@ -52,6 +54,8 @@ class TorchFunctionTap(Tap):
     The mode is slipped in *below* the modes a program has entered itself. Those are left in the
     order in which they were entered, each by taking whatever is on top: a mode on top of the
     program's would be removed in its place, at a ``with torch.device(...)`` for instance.
+
+    Inside of compiled code there is no mode: see :mod:`gradscope.taps.compiled_code`.
     """
 
     events = ("torch_function_called",)
@@ -64,11 +68,33 @@ class TorchFunctionTap(Tap):
     def install(self) -> None:
         """Slip the mode in below the others."""
         self.suspended = 0
+        self._thread = threading.get_ident()
+        self._is_inside_compiled_code = False
         self._insert()
+        compiled_code.add(self)
 
     def uninstall(self) -> None:
         """Take the mode out from wherever it lies."""
+        compiled_code.remove(self)
+        self._is_inside_compiled_code = False
         self._take_out()
+
+    def failed(self, where: str, error: Exception) -> None:
+        """Pass an error of ours on to whoever listens."""
+        for listener in self.listeners:
+            listener.failed(where, error)
+
+    def compiled_code_entered(self, function: Any, args: Any, kwargs: Any) -> None:
+        """See no calls, unless the compiled code runs inside of a call, where none are seen."""
+        if threading.get_ident() == self._thread and self.can_be_removed:
+            self._is_inside_compiled_code = True
+            self.suspend()
+
+    def compiled_code_left(self, succeeded: bool, result: Any) -> None:
+        """See calls again."""
+        if threading.get_ident() == self._thread and self._is_inside_compiled_code:
+            self._is_inside_compiled_code = False
+            self.resume()
 
     def suspend(self) -> None:
         """Take the mode out for a while; calls nest."""

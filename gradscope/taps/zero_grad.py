@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from gradscope.taps.patch import Patch
 from gradscope.taps.tap import Tap
@@ -37,7 +38,7 @@ class ZeroGradTap(Tap):
         @functools.wraps(original)
         def zero_grad(owner: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(owner, *args, **kwargs)
-            if self.listeners:
+            if self.listeners and not is_dynamo_compiling():
                 self.emit("zero_grad_called", owner, user_location())
             return result
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import gradscope
+from gradscope.rules.finding import Severity
 from gradscope.scope import Scope
 
 N_STEPS = 6
@@ -61,7 +62,7 @@ def test_each_step_has_the_backward_that_it_was_in(
     assert steps["order"].str.endswith("forward, backward, step").all()
     assert scope.params["reached"].all()
     assert (scope.backwards["n_reached"] == 4).all()
-    assert [f.code for f in scope.findings if f.severity.value != "info"] == []
+    assert [f.code for f in scope.findings if f.severity is not Severity.INFO] == []
 
 
 def test_the_graph_of_the_first_backward_is_kept() -> None:
