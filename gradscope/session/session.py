@@ -363,10 +363,11 @@ class Session:
             self._told_compiled.add(module)
             self._tell_compiled_parts(module)
         is_new = self._attempts.someone_is_new
-        self._look_closer(module, someone_is_new=is_new)
-        if self._broken:  # arming, too, may be what fails; what is put up now would stay
-            return False
-        self._graphs.call_started(module, self._attempts.n_ended, someone_is_new=is_new)
+        if not compiled_code.is_inside:  # what is put up there would be compiled in
+            self._look_closer(module, someone_is_new=is_new)
+            if self._broken:  # arming, too, may be what fails; what is put up now would stay
+                return False
+            self._graphs.call_started(module, self._attempts.n_ended, someone_is_new=is_new)
         self._call = (time.perf_counter(), _sequence_nr())
         return True
 
@@ -597,7 +598,7 @@ class Session:
             self._looks.end()
         if self._looks.now is None:
             self._cuts.step_ended()
-        if self._discovers and not self.recording.models:
+        if self._discovers and not self.recording.models and not compiled_code.is_inside:
             # Tensors without a module: there is no call with which a step begins.
             self._look_closer(None, someone_is_new=False)
         if self._graphs.has_notes:

@@ -59,6 +59,11 @@ class CompiledCodeTap(Tap):
         self._patches = []
 
     @property
+    def is_inside(self) -> bool:
+        """Whether this thread is running compiled code, or what lies between its graphs."""
+        return getattr(self._here, "outermost", None) is not None
+
+    @property
     def sees_edges(self) -> bool:
         """Whether code that was compiled so far cannot be run without being noticed."""
         return any(patch.name == _SWITCH and patch.in_place for patch in self._patches)

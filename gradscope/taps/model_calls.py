@@ -17,6 +17,7 @@ from torch.compiler import is_dynamo_compiling
 
 from gradscope.taps.patch import Patch
 from gradscope.taps.tap import Tap, out_of_sight
+from gradscope.taps.uncompiled import uncompiled
 
 
 class ModelCallTap(Tap):
@@ -61,6 +62,7 @@ class ModelCallTap(Tap):
 
         return __call__
 
+    @uncompiled
     def _takers(self, module: nn.Module, inside: tuple[Any, ...]) -> tuple[Any, ...]:
         takers = []
         for listener in self.listeners:
