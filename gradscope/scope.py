@@ -179,7 +179,11 @@ class Scope(RecordedRun):
         directory = as_directory("path", path)
         if directory is None:
             raise UsageError("path=None: pass the path of a directory, as in 'runs/exp1'")
-        if directory.exists() and any(directory.iterdir()):
+        from gradscope.run.directory.layout import is_free
+        from gradscope.session.ranks import place_now
+
+        place = place_now()
+        if not is_free(directory, place.rank, place.world_size):
             raise UsageError(f"path={str(path)!r}: something lies there already; name another one")
         self._settle()
         if self._session is not None:
@@ -340,24 +344,43 @@ def watch(
     _check_keep(session.recording, options)
     session.recording.total_steps = total_steps
     if options.save is not None:
-        session.save_to(options.save, judged_by.as_plain(), _run_at(options.save))
+        stored, waits = _run_at(options.save)
+        session.save_to(options.save, judged_by.as_plain(), stored, waits=waits)
     return Scope(session, judged_by, checked_on_finding(on_finding))
 
 
-def _run_at(path: Path) -> Any:
-    """The run that lies in a directory, to be gone on with; None if it is empty.
+def _run_at(path: Path) -> tuple[Any, bool]:
+    """The run that lies in a directory, to be gone on with, and whether to wait with writing.
+
+    None for the run if there is none, or none of this rank's.
 
     Raises:
         UsageError: if something else lies there.
     """
-    if not path.exists() or not any(path.iterdir()):
-        return None
+    from gradscope.run.directory.layout import is_free, ranks_in
     from gradscope.run.directory.stored import StoredRecording
+    from gradscope.session.ranks import is_known_later, place_now
+    from gradscope.session.saving import begins_beside
 
+    place, is_known = place_now(), not is_known_later()
+    if is_free(path, place.rank, place.world_size):
+        return None, not is_known
     try:
-        return StoredRecording(path)
+        rank = place.rank if place.rank in ranks_in(path) else None
+        stored = StoredRecording(path, rank)
     except RunDirectoryError as error:
         raise UsageError(f"save={str(path)!r}: {error}; name another directory") from error
+    if is_known:
+        return stored, False
+    if begins_beside(stored.facts):
+        return None, True
+    if stored.world_size > 1:
+        raise UsageError(
+            f"save={str(path)!r} holds a run of {stored.world_size} ranks, and it is not known yet "
+            "which of them this process is: call watch() after init_process_group(), or name "
+            "another directory"
+        )
+    return stored, False
 
 
 def _check_keep(recording: Recording, options: WatchOptions) -> None:

@@ -73,6 +73,7 @@ class Recording:
         tracked_before: of the steps before this one, tracked weights of some were forgotten.
         most_row_bytes: what the rows may take before some are forgotten.
         before_thinning: called before rows are forgotten.
+        rank_in_group, world_size: which of how many processes that train together this one is.
     """
 
     def __init__(self) -> None:
@@ -94,6 +95,8 @@ class Recording:
         self.most_row_bytes = MOST_ROW_BYTES
         self.before_thinning: Callable[[], None] = lambda: None
         self.tracked_before = 0
+        self.rank_in_group, self.world_size = 0, 1
+        self._ranks: dict[int, Recording] = {}
         self._memory: tuple[Any, dict[str, Any]] | None = None
         self._n_steps = 0
         self._n_reached = 0
@@ -104,6 +107,17 @@ class Recording:
         }
         self._frames: dict[str, tuple[Any, pd.DataFrame]] = {}
         _recordings.add(self)
+
+    @property
+    def ranks(self) -> dict[int, Recording]:
+        """This recording, and those of the other processes of its run, by rank."""
+        return self._ranks or {0: self}
+
+    def add_rank(self, rank: int, other: Recording) -> None:
+        """Take in the recording of another process of the run."""
+        if not self._ranks:
+            self._ranks = {getattr(self, "rank", 0): self}
+        self._ranks[rank] = other
 
     def rows(self, table: str) -> Columns:
         """Return the stored rows of a table, to append to or to read as arrays."""

@@ -69,6 +69,19 @@ C, O, R, S, F, T, P, Z = (  # noqa: E741
     Kind.OPTIMIZER,
 )
 
+RANK = Column(
+    "rank",
+    C,
+    "the rank of the process, of those that trained together; the first column of every table of a "
+    "run that several processes have written, and of no other",
+)
+
+
+def with_rank(table: Table) -> Table:
+    """Return a table as it is where several processes have written it."""
+    return Table(table.name, table.row, (RANK, *table.columns))
+
+
 _STEP = ("step", C, "the step, counted from 0 over all watched optimizers")
 _PARAM = ("param", P, "the parameter, as `model.named_parameters()` names it")
 _OPTIMIZER = ("optimizer", Z, "the optimizer, as the program names it")

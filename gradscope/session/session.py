@@ -37,6 +37,7 @@ from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger
 from gradscope.session.looks import Looks
 from gradscope.session.nonfinite_search import NonfiniteSearch
+from gradscope.session.ranks import Place, place_now
 from gradscope.session.saving import Saving
 from gradscope.session.source_names import assigned_name, called_name
 from gradscope.taps.clipping import clipping
@@ -152,6 +153,7 @@ class Session:
         self._first_backward: int | None = None  # where it came; -1 after the second
         self._broken = False
         self._saving: Saving | None = None
+        self._place: Place | None = None
         self._began = 0.0
         self._next_look = 0.0
         self._started_in = 0
@@ -177,18 +179,21 @@ class Session:
             )
         self._tell_holdings()
 
-    def save_to(self, path: Path, criteria: dict[str, Any], stored: Any = None) -> None:
+    def save_to(
+        self, path: Path, criteria: dict[str, Any], stored: Any = None, *, waits: bool = False
+    ) -> None:
         """Write the recording to a directory, from the start on; to be called before that.
 
         Args:
             path: the directory.
             criteria: by what the run is judged, as plain data.
             stored: the run that lies there, to be gone on with; None if there is none.
+            waits: whether nothing is written before something trains.
 
         Raises:
             UsageError: if the run that lies there is of another training.
         """
-        saving = Saving(path, self.recording, lambda: self.elapsed, self.last_copies)
+        saving = Saving(path, self.recording, lambda: self.elapsed, self.last_copies, waits=waits)
         saving.criteria = criteria
         if stored is not None:
             made = saving.take_up(stored)
@@ -199,6 +204,11 @@ class Session:
             self._attempts.go_on(stored.n_steps)
             self.event("seam", f"goes on after {stored.n_steps} steps that were recorded before")
         self._saving = saving
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether a backward or a step was seen."""
+        return bool(self.recording.rows("backwards").n_rows or self.recording.n_steps)
 
     @property
     def is_saved(self) -> bool:
@@ -221,10 +231,13 @@ class Session:
             self.running = True
             self._listen()
             if self._saving is not None:
-                try:
-                    self._saving.start()
-                except OSError as error:
-                    self._failures.silence("run_directory", "saving-failed", error)
+                self._begin_saving(self._saving.start)
+
+    def _begin_saving(self, begin: Callable[[], None]) -> None:
+        try:
+            begin()
+        except OSError as error:
+            self._failures.silence("run_directory", "saving-failed", error)
 
     def stop(self) -> None:
         """Listen no more, and close what is still open."""
@@ -428,6 +441,8 @@ class Session:
         """Look at the gradients as a backward finds them, and at the graph it walks."""
         if self._broken or not self._is_here(binding=True):
             return
+        if self._place is None:
+            self._something_trains()
         captured = None
         if call.accumulates:
             self._tell_holdings()
@@ -509,6 +524,8 @@ class Session:
             return
         if not self._is_here(binding=True):
             return
+        if self._place is None:
+            self._something_trains()
         number = self._census.number_of_optimizer(optimizer)
         if number is None and self._discovers:
             self.optimizer_created(optimizer)
@@ -581,6 +598,14 @@ class Session:
         self._looks.module_created(module, location)
 
     # -- inside -----------------------------------------------------------------------------
+
+    def _something_trains(self) -> None:
+        """Take note of which rank this is: who trains with others has met them by now."""
+        self._place = place_now()
+        place, recording = self._place, self.recording
+        recording.rank_in_group, recording.world_size = place.rank, place.world_size
+        if self._saving is not None:
+            self._begin_saving(self._saving.something_trains)
 
     def _tell_saving_failed(self) -> None:
         error = None if self._saving is None else self._saving.failure
