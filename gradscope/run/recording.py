@@ -384,6 +384,8 @@ class Recording:
                     "copy_of": ""
                     if parameter.copy_of is None
                     else self.parameters[parameter.copy_of].name,
+                    "replicas": ", ".join(map(str, parameter.replicas)),
+                    "placements": parameter.placements,
                 }
             )
         return columns

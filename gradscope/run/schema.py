@@ -125,6 +125,18 @@ PARAMS = Table(
             "the parameter of another kind of module that began with the very same values: an "
             "output layer and an embedding",
         ),
+        (
+            "replicas",
+            T,
+            "the ranks that hold replicas of it, as `DistributedDataParallel` says, comma "
+            "separated; empty where none says so",
+        ),
+        (
+            "placements",
+            T,
+            "of a DTensor how it is spread over ranks, as in `Shard(dim=0) of 4`; then all numbers "
+            "about it are of this rank's part. Empty for any other",
+        ),
     ),
 )
 
@@ -415,6 +427,34 @@ UPDATES = Table(
     ),
 )
 
+CHECKSUMS = Table(
+    "checksums",
+    "parameter, and step at whose beginning ranks are compared: an optimizer's first and those "
+    "after 1, 2, 4, 8 … of its attempts; only where several processes train together",
+    _columns(
+        _STEP,
+        _PARAM,
+        _OPTIMIZER,
+        (
+            "attempt",
+            C,
+            "the attempt of this optimizer, counted from 0 since the watch began: what ranks have "
+            "in common",
+        ),
+        (
+            "weight",
+            O,
+            "a number made of the weight before the step, the same on two ranks if the weight is, "
+            "to the last bit; missing where this rank holds but a part of it",
+        ),
+        (
+            "gradient",
+            O,
+            "likewise of the gradient that the step reads; 0 for zeros, missing for none",
+        ),
+    ),
+)
+
 BACKWARDS = Table(
     "backwards",
     "call of backward or autograd.grad",
@@ -636,6 +676,7 @@ TABLES: dict[str, Table] = {
         STATE,
         MOMENTS,
         UPDATES,
+        CHECKSUMS,
         BACKWARDS,
         CALLS,
         ACTIVATIONS,

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from gradscope.config import WatchOptions
+from gradscope.instruments.checksums import Checksums
 from gradscope.instruments.late import Late
 from gradscope.run.captured_graph import CapturedGraph
+from gradscope.run.columns import MISSING
 from gradscope.run.kept_tensors import MOST_BYTES
 from gradscope.run.recording import Recording
 from gradscope.run.weight_step import WeightStep
@@ -40,6 +43,18 @@ _MOST_LOOKS = 8
 
 _MOST_GONE = 2
 """Of how many optimizers that are gone the copies around the last step are kept."""
+
+
+def _is_compared(attempt: int) -> bool:
+    """Whether ranks are compared at an attempt: all of them at the same ones, whatever time is.
+
+    At 0, 1, 2, 4, 8 …: early, where ranks part, and rarely in a long run.
+    """
+    return attempt & (attempt - 1) == 0
+
+
+def _or_missing(checksums: Any) -> Any:
+    return np.where(checksums < 0, MISSING, checksums)
 
 
 class _Follower:
@@ -90,6 +105,7 @@ class Attempts:
             is over.
         n_ended: how many attempts have ended, of all optimizers together. The rows of the latest
             may not have been written yet.
+        compares_ranks: whether checksums are taken, by which ranks are compared.
         on_read: told the norm of the gradients and the loss of each step, once they are known.
     """
 
@@ -114,6 +130,8 @@ class Attempts:
         self._gone: list[_Follower] = []
         self.graphs: dict[int, CapturedGraph] = {}
         self.n_ended = 0
+        self.compares_ranks = False
+        self._checksums = Checksums()
         self.on_read: Callable[[float, float], None] = lambda grad_norm, loss: None
         self._n_new = 0
         if isinstance(options.keep_steps, int):
@@ -189,6 +207,32 @@ class Attempts:
         if not has_closure:
             follower.observer.read_gradients(reading)
         reading.seconds += time.perf_counter() - began
+        if self.compares_ranks and not has_closure and _is_compared(follower.n_attempts):
+            self._failures.run("checksums", self._take_checksums, optimizer, follower.n_attempts)
+
+    def _take_checksums(self, optimizer: int, attempt: int) -> None:
+        """Read what weights and gradients are, to compare them with those of other ranks."""
+        params, step = self._census.params_of(optimizer), self.n_ended
+        tensors = [reference() for reference in self._census.references(params.tolist())]
+        weights = self._checksums.read(tensors)
+        gradients = self._checksums.read(
+            [None if t is None or not t.is_leaf else t.grad for t in tensors]
+        )
+
+        def account() -> None:
+            self._recording.rows("checksums").extend(
+                len(params),
+                {
+                    "step": step,
+                    "param": params,
+                    "optimizer": optimizer,
+                    "attempt": attempt,
+                    "weight": _or_missing(weights.value()),
+                    "gradient": _or_missing(gradients.value()),
+                },
+            )
+
+        self._in_order.do(account, weights, gradients)
 
     def clipped(self, optimizer: int, gradients: list[torch.Tensor]) -> None:
         """Read the gradients that a clipping is about to change, at the first since the last step.

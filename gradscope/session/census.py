@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from gradscope.instruments.call_log import paths_of
+from gradscope.instruments.replicas import placements_of, replicated_by_wrappers
 from gradscope.instruments.weight_facts import are_copies
 from gradscope.run.captured_graph import Registered
 from gradscope.run.columns import storable
@@ -360,6 +361,12 @@ class Census:
             self._optimizers[number].signature = ()
             self.refresh_groups(number)
 
+    def find_replicas(self) -> None:
+        """Note which parameters are replicas of those of other ranks."""
+        ranks = replicated_by_wrappers()
+        for number, parameter in self.alive():
+            self._recording.parameters[number].replicas = ranks.get(id(parameter), ())
+
     def _find_copies(self) -> None:
         """Note embeddings whose very values another kind of module began with."""
         entries = self._recording.parameters
@@ -483,6 +490,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 def _describe(parameter: torch.Tensor, entry: ParameterEntry) -> None:
     entry.dtype = str(parameter.dtype).removeprefix("torch.")
     entry.device = str(parameter.device)
+    entry.placements = placements_of(parameter)
     entry.requires_grad = parameter.requires_grad
     if not isinstance(parameter, UninitializedParameter):
         entry.shape = tuple(parameter.shape)

@@ -236,21 +236,31 @@ def save_now(
     elapsed: float,
     criteria: dict[str, Any],
     copies: dict[int, dict[int, Any]],
+    number: int | None = None,
 ) -> None:
     """Write everything that memory holds to a directory.
+
+    Args:
+        path: the directory.
+        recording: what is written.
+        elapsed: for how many seconds the program has been watched.
+        criteria: by what the run is judged, as plain data.
+        copies: whole tensors around the last steps, by step.
+        number: under which it is written; None for the rank of this process.
 
     Raises:
         OSError: if it cannot be written.
     """
     place = place_now()
+    number = place.rank if number is None else number
     facts = {**facts_of_process(place), "criteria": criteria, "earlier_starts": []}
     writer = DirectoryWriter(
         path,
         recording,
         facts,
         lambda: elapsed,
-        rank=place.rank,
-        says_rank=place.world_size > 1,
+        rank=number,
+        says_rank=place.world_size > 1 or number > 0,
         writes_all=True,
     )
     writer.write_all(last_files(copies))

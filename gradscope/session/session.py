@@ -213,13 +213,21 @@ class Session:
     @property
     def is_saved(self) -> bool:
         """Whether the recording is in its directory, as far as was written."""
-        return self._saving is not None and not self._saving.has_failed
+        saving = self._saving
+        return saving is not None and not saving.has_failed and not saving.waits
 
-    def finish_saving(self, ended: str) -> None:
-        """Write what is left, once nothing more comes."""
+    def finish_saving(self, ended: str, *, even_if_idle: bool = False) -> None:
+        """Write what is left, once nothing more comes.
+
+        Args:
+            ended: how the run ended, in a few words.
+            even_if_idle: whether that is written too in which nothing has trained.
+        """
         if self._saving is not None:
             saving = self._saving
             try:
+                if even_if_idle:
+                    saving.something_trains()
                 saving.stop(ended)
             except Exception as error:
                 self._failures.silence("run_directory", "saving-failed", error)
@@ -604,6 +612,9 @@ class Session:
         self._place = place_now()
         place, recording = self._place, self.recording
         recording.rank_in_group, recording.world_size = place.rank, place.world_size
+        if place.world_size > 1:
+            self._attempts.compares_ranks = True
+            self._failures.run("replicas", self._census.find_replicas)
         if self._saving is not None:
             self._begin_saving(self._saving.something_trains)
 

@@ -84,7 +84,7 @@ def claim(path: Path, wanted: int, first_other: int) -> int:
             (home / RUN).touch(exist_ok=False)
         except FileExistsError:
             continue
-        return number
+        return int(number)
     raise OSError(f"{path}: there are {MOST_RANKS} processes already")
 
 

@@ -168,7 +168,7 @@ def ranked(rows: pa.Table, rank: int) -> pa.Table:
 
 def has_rank(part: pq.ParquetFile) -> bool:
     """Whether a part says of which rank its rows are."""
-    return part.schema_arrow.get_field_index(RANK.name) >= 0
+    return bool(part.schema_arrow.get_field_index(RANK.name) >= 0)
 
 
 def as_in(schema: pa.Schema, rows: pa.Table) -> pa.Table:
