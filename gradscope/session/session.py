@@ -49,7 +49,14 @@ from gradscope.taps.optimizer_creation import optimizer_creation
 from gradscope.taps.optimizer_steps import optimizer_steps
 from gradscope.taps.schedulers import schedulers
 from gradscope.taps.tap import Tap
-from gradscope.taps.user_frame import Location, columns_of, making_frame, user_frame, user_location
+from gradscope.taps.user_frame import (
+    Location,
+    columns_of,
+    inside_method_of,
+    making_frame,
+    user_frame,
+    user_location,
+)
 from gradscope.taps.zero_grad import zero_grad
 
 _TAPS: tuple[Tap, ...] = (
@@ -592,6 +599,8 @@ class Session:
         # One made by another thread than the watched one is taken in when the watched one steps it.
         if self._thread not in (None, threading.get_ident()):
             return
+        if inside_method_of(torch.optim.Optimizer, "torch.distributed.", optimizer):
+            return  # the part of ZeroRedundancyOptimizer that steps this rank's share
         frame = making_frame(optimizer)
         self.watch_optimizer(optimizer, assigned_name(frame) or "optimizer")
         self.event(

@@ -46,8 +46,9 @@ class RankWithoutGradient(Rule):
 
     code = "GS803"
     name = "rank-without-gradient"
-    severity = Severity.WARNING
+    severity = Severity.ERROR
     tables = ("grads", "steps", "checksums")
+    symptom_of = ("GS301", "GS303", "GS304")
     compares_ranks = True
 
     def check(self, run: Recording) -> list[Finding]:
