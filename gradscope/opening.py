@@ -151,6 +151,28 @@ class Run(RecordedRun):
         """
         return tuple(self._recording.ranks)
 
+    def global_norms(self, table: str = "grads") -> pd.DataFrame:
+        """Return norms of whole parameters where ranks hold parts of them (FSDP2, DTensor).
+
+        In the tables each rank's rows are about its part; here the squares of all parts are added
+        up. A parameter that every rank holds as a whole keeps its norm.
+
+        Args:
+            table: ``"grads"`` or ``"updates"``.
+
+        Returns:
+            A row per parameter and step at which all ranks that hold it have recorded it: ``step``,
+            ``param`` and the norms of that table.
+
+        Raises:
+            UsageError: for another table.
+        """
+        from gradscope.run.global_norms import NORMS, global_norms
+
+        if table not in NORMS:
+            raise UsageError(f"there are no norms in {table!r}: pass 'grads' or 'updates'")
+        return global_norms(self._recording, table)
+
     def declared(self, table: str) -> Table:
         """Return a table's columns as they are in this run.
 

@@ -31,16 +31,3 @@ def _add(wrapper: Any, found: dict[int, tuple[int, ...]]) -> None:
     if is_plain:
         ranks = tuple(torch.distributed.get_process_group_ranks(wrapper.process_group))
         found.update((id(p), ranks) for p in wrapper._module_parameters if p.requires_grad)
-
-
-def placements_of(tensor: torch.Tensor) -> str:
-    """Return how a tensor is spread over ranks, as in ``Shard(dim=0) of 4``; nothing if it is not.
-
-    One word for each dimension of the mesh of ranks, and how many ranks that has.
-    """
-    placements, mesh = getattr(tensor, "placements", None), getattr(tensor, "device_mesh", None)
-    if placements is None or mesh is None:
-        return ""
-    return ", ".join(
-        f"{placement} of {size}" for placement, size in zip(placements, mesh.shape, strict=False)
-    )

@@ -274,12 +274,13 @@ class Recording:
         """Return facts of some parameters that do not change, remembered for the same array.
 
         Returns:
-            float64[n], how many numbers each holds, and float64[n], the unit roundoff of its dtype,
-            NaN where there is none.
+            float64[n], how many numbers of each this process holds, and float64[n], the unit
+            roundoff of its dtype, NaN where there is none.
         """
         if self._facts is None or self._facts[0] is not params:
             entries = [self.parameters[param] for param in params.tolist()]
-            numels = np.array([entry.numel for entry in entries], np.float64)
+            held = [e.numel if e.n_local is None else e.n_local for e in entries]
+            numels = np.array(held, np.float64)
             roundoffs = np.array([_UNIT_ROUNDOFF.get(entry.dtype, np.nan) for entry in entries])
             self._facts = (params, numels, roundoffs)
         return self._facts[1:]

@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from gradscope.instruments.call_log import paths_of
-from gradscope.instruments.replicas import placements_of, replicated_by_wrappers
+from gradscope.instruments.local import local, placements_of
+from gradscope.instruments.replicas import replicated_by_wrappers
 from gradscope.instruments.weight_facts import are_copies
 from gradscope.run.captured_graph import Registered
 from gradscope.run.columns import storable
@@ -491,6 +492,7 @@ def _describe(parameter: torch.Tensor, entry: ParameterEntry) -> None:
     entry.dtype = str(parameter.dtype).removeprefix("torch.")
     entry.device = str(parameter.device)
     entry.placements = placements_of(parameter)
+    entry.n_local = local(parameter).numel() if entry.placements else None
     entry.requires_grad = parameter.requires_grad
     if not isinstance(parameter, UninitializedParameter):
         entry.shape = tuple(parameter.shape)
