@@ -48,8 +48,9 @@ class WatchOptions:
     """The options of one watch, checked once at its beginning.
 
     Attributes:
-        budget: the share of the step time that observing may take, 0.03 for three percent.
-            It spaces the recorded steps; what is seen at every step is not subject to it.
+        budget: the share of the step time that watching may take, 0.01 for one percent. It spaces
+            the recorded steps and closer looks; a quarter of it is theirs even where what is seen
+            at every step takes more.
         every: record every n-th step in full, whatever it costs; None lets the budget decide.
         include: patterns (as in ``fnmatch``) of parameter names to watch; empty for all.
         exclude: patterns of parameter names to leave out.
@@ -64,7 +65,7 @@ class WatchOptions:
             ``raise`` lets it out, for gradscope's own tests.
     """
 
-    budget: float = 0.03
+    budget: float = 0.01
     every: int | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

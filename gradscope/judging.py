@@ -119,6 +119,7 @@ class Teller:
         raise error
 
     def _judge(self, *, is_end: bool, may_raise: bool) -> None:
+        self._session.settle(wait=is_end)
         found = self._criteria.judge(self._session.recording).at_least(Severity.WARNING)
         new = [
             finding

@@ -243,7 +243,7 @@ def watch(
     optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
     *,
     every: int | None = None,
-    budget: float = 0.03,
+    budget: float = 0.01,
     params: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     keep: str | Iterable[str] = (),
@@ -271,8 +271,10 @@ def watch(
         model: the model, or several: ``[d, g]``.
         optimizer: the optimizer, or several: ``[opt_d, opt_g]``.
         every: record every n-th step in full, whatever it costs. By default the first three
-            steps are, and then as many as the budget allows.
-        budget: the share of the step time that recording in full may take.
+            steps are, those whose number is a power of two, and as many more as the budget allows.
+        budget: the share of the step time that watching may take. It spaces what is chosen (steps
+            recorded in full, closer looks); that gets a quarter of it at least, even where what is
+            seen at every step takes more.
         params: patterns (as in ``fnmatch``) of the parameter names to watch; all by default.
         exclude: patterns of parameter names to leave out.
         keep: patterns of the parameters of which gradient, weight and state are kept whole, as

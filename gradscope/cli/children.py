@@ -87,7 +87,7 @@ class Children:
     def leave_alone(self) -> None:
         """Leave the session of the process that this one was forked from."""
         with contextlib.suppress(Exception):
-            self._session.pause()
+            self._session.abandon()
 
     @property
     def written(self) -> Path | None:

@@ -17,6 +17,20 @@ Gradients = Sequence[torch.Tensor | None]
 _NO_GRADIENT = id(None)
 
 
+class _Remembered:
+    """The array of the last list of numbers, which is mostly that of the next one too."""
+
+    def __init__(self) -> None:
+        self._numbers: list[int] = []
+        self._array = np.zeros(0, np.int64)
+
+    def array(self, numbers: list[int]) -> Integers:
+        """Return int64[n], not to be changed."""
+        if numbers != self._numbers:
+            self._numbers, self._array = numbers, np.array(numbers, np.int64)
+        return self._array
+
+
 class GradientReader:
     """Looks at the gradients of a fixed list of parameters.
 
@@ -30,6 +44,7 @@ class GradientReader:
     def __init__(self, parameters: Gradients) -> None:
         self._statistics = StatisticsReader(parameters)
         self._nothing = np.zeros(len(parameters), np.int64)
+        self._tokens, self._versions = _Remembered(), _Remembered()
         # Asking a tensor that is no leaf for its .grad makes torch warn.
         self._are_leaves = all(p is None or p.is_leaf for p in parameters)
 
@@ -53,16 +68,15 @@ class GradientReader:
         if absent == len(tokens):
             nothing = self._nothing[: len(tokens)]
             return nothing, nothing, False
-        token = np.array(tokens, np.int64)
         if not absent:
             try:
                 versions = [gradient._version for gradient in gradients]  # type: ignore[union-attr]
-                return token, np.array(versions, np.int64), True
+                return self._tokens.array(tokens), self._versions.array(versions), True
             except RuntimeError:  # a tensor made in inference mode counts no versions
                 pass
-        token[token == _NO_GRADIENT] = 0
         versions = [0 if g is None or g.is_inference() else g._version for g in gradients]
-        return token, np.array(versions, np.int64), True
+        tokens = [0 if token == _NO_GRADIENT else token for token in tokens]
+        return self._tokens.array(tokens), self._versions.array(versions), True
 
     def sums_of_squares(self, gradients: Gradients) -> Late[Reals]:
         """Return float64[n], NaN where there is no gradient."""

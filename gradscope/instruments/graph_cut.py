@@ -116,6 +116,11 @@ class GraphCutFinder:
         """Whether :meth:`disarm` would leave nothing behind: not in the middle of a call."""
         return self._torch_functions.can_be_removed
 
+    @property
+    def seconds(self) -> float:
+        """What following calls of torch functions has taken so far."""
+        return self._torch_functions.seconds
+
     def tell(self, listener: Listener) -> None:
         """Let somebody else listen to the calls, as long as they are followed."""
         self._also.append(listener)

@@ -71,8 +71,11 @@ class _Follower:
         self.open: StepReading | None = None
         self.consumption: Consumption | None = None
         self.before_clipping: Late[Reals] | None = None
-        # What watching had cost in all when its last attempt was accounted for.
+        # When its last attempt ended, and what watching had cost until then: in all, and by what
+        # was chosen.
+        self.ended = time.perf_counter()
         self.cost_before = 0.0
+        self.chosen_before = 0.0
         # autograd's sequence number at the end of its last attempt: where this step's nodes begin.
         self.first_node = _sequence_nr()
         # The step whose copies are still there.
@@ -106,7 +109,8 @@ class Attempts:
         n_ended: how many attempts have ended, of all optimizers together. The rows of the latest
             may not have been written yet.
         compares_ranks: whether checksums are taken, by which ranks are compared.
-        on_read: told the norm of the gradients and the loss of each step, once they are known.
+        on_end: asked at the end of each attempt whom to tell the norm of its gradients and its
+            loss, once they are known.
     """
 
     def __init__(
@@ -132,7 +136,8 @@ class Attempts:
         self.n_ended = 0
         self.compares_ranks = False
         self._checksums = Checksums()
-        self.on_read: Callable[[float, float], None] = lambda grad_norm, loss: None
+        self._chosen = 0.0
+        self.on_end: Callable[[], Callable[[float, float], None]] = lambda: lambda norm, loss: None
         self._n_new = 0
         if isinstance(options.keep_steps, int):
             recording.kept.n_last = options.keep_steps
@@ -171,6 +176,13 @@ class Attempts:
     def someone_is_new(self) -> bool:
         """Whether one of the first optimizers, if there is any, has made no attempt yet."""
         return self._n_new > 0 or not self._followers
+
+    def spend(self, seconds: float, *, is_free: bool) -> None:
+        """Take note of what a closer look took, which the budget has to pay unless it is free."""
+        self._chosen += seconds
+        if not is_free:
+            for follower in self._followers.values():
+                follower.schedule.spend(seconds / len(self._followers))
 
     def is_open(self, optimizer: int) -> bool:
         """Whether a step of an optimizer has begun and not ended."""
@@ -357,9 +369,9 @@ class Attempts:
         observed = self._costs.total - follower.cost_before
         follower.cost_before += observed
         first_node, follower.first_node = follower.first_node, _sequence_nr()
+        tell = self.on_end()
 
         def account() -> None:
-            began = time.perf_counter()
             self._costs.begin()
             look, consumption = reading.look, follower.consumption
             assert look is not None
@@ -376,21 +388,33 @@ class Attempts:
             record = self._ledger.end_attempt(
                 optimizer, consumption, outcome="skipped" if skipped else outcome, now=now
             )
-            self._write(record, reading, observed, first_node)
+            norm_and_loss = self._write(record, reading, observed, first_node)
+            if record.attempt.taken:
+                tell(*norm_and_loss)
             self._costs.end("tables")
-            writing = time.perf_counter() - began
-            follower.schedule.measured(
-                number,
-                recorded=reading.recorded,
-                cost=reading.seconds + writing,
-                step_time=max(record.seconds - observed, 1e-9),
-            )
 
         self._in_order.do(account, *reading.awaited())
+        # The buffers that a recorded step was read into are those of the next one.
+        writing = time.perf_counter()
+        self._in_order.step_ended(is_urgent=reading.recorded or not reading.is_finite())
+        cost = 0.0
+        if reading.recorded:
+            cost = reading.seconds + time.perf_counter() - writing
+        usual = observed - (self._chosen - follower.chosen_before)
+        follower.schedule.ended(
+            number,
+            training=max(now - follower.ended - observed, 0.0),
+            watching=max(usual, 0.0),
+            cost=cost,
+            share=1 / len(self._followers),
+        )
+        self._chosen += cost
+        follower.chosen_before, follower.ended = self._chosen, now
 
     def _write(
         self, record: StepRecord, reading: StepReading, observed: float, first_node: int
-    ) -> None:
+    ) -> tuple[float, float]:
+        """Write the rows of an attempt; returns the norm of its gradients, and its loss."""
         run, step, optimizer = self._recording, record.step, record.optimizer
         if record.outcome == "skipped":
             # A fused step that found infinite gradients did nothing that could be taken apart.
@@ -412,8 +436,6 @@ class Attempts:
         grad_norm, grad_norm_before_clipping = recorder.record_gradients(
             run, step, optimizer, params, record.consumption, statistics, sums, unclipped
         )
-        if record.attempt.taken:
-            self.on_read(grad_norm, record.attempt.loss)
         weight_norm = update_norm = float("nan")
         anatomy = None if reading.anatomy is None else reading.anatomy.value()
         if anatomy is not None:
@@ -449,6 +471,7 @@ class Attempts:
             if number in self.graphs:
                 run.keep_graph(step, replace(self.graphs.pop(number), began=first_node))
         run.step_ended(self._ledger.first_open_backward())
+        return grad_norm, record.attempt.loss
 
     def _keep(self, step: int, reading: StepReading) -> None:
         """Keep the tensors that the program asked for."""

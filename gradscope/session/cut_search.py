@@ -35,6 +35,12 @@ class CutSearch:
         self._suspicious = False
         self._is_over = False
         self._looks_away = False
+        self._seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """What following calls of torch functions has taken so far."""
+        return self._seconds + (0.0 if self._finder is None else self._finder.seconds)
 
     @property
     def is_armed(self) -> bool:
@@ -128,6 +134,7 @@ class CutSearch:
         """Disarm now."""
         if self._finder is not None:
             finder, self._finder = self._finder, None
+            self._seconds += finder.seconds
             finder.disarm()
 
     @property

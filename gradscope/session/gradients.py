@@ -69,6 +69,19 @@ class Consumption:
     edited_after_use: Flags
     used_by_another: Flags
 
+    @classmethod
+    def of_fresh(cls, edited: Flags, used_by_another: Flags) -> Consumption:
+        """What a step reads that finds one new write in every gradient, and nothing older."""
+        n = len(edited)
+        return cls(
+            status=np.full(n, FRESH),
+            n_writes=np.ones(n, np.int64),
+            carried_from=np.full(n, -1),
+            edited=edited,
+            edited_after_use=np.zeros(n, np.bool_),
+            used_by_another=used_by_another,
+        )
+
     @property
     def holds_something(self) -> bool:
         """Whether any gradient is there and not just zeroed."""
@@ -237,6 +250,12 @@ class GradientHistory:
         used = self._used[optimizer][at]
         used_by_any = self._integers["used"][at]
         gone = look.token == NO_GRADIENT
+        if (
+            not gone.any()
+            and (written - cleared == 1).all()
+            and (np.maximum(used, assigned) <= cleared).all()
+        ):  # the usual case: one backward since they were cleared, and nothing else
+            return Consumption.of_fresh(edited == written, used_by_any == written)
         held = ~gone & (written > cleared)
         carried = held & (used > cleared)
         n_writes = np.where(held, written - np.maximum(used, cleared), 0)

@@ -44,6 +44,7 @@ from gradscope.taps.clipping import clipping
 from gradscope.taps.engine import BackwardCall, engine, inside_backward, inside_transform
 from gradscope.taps.grad_scaler import grad_scaler
 from gradscope.taps.model_calls import model_calls
+from gradscope.taps.module_calls import module_calls
 from gradscope.taps.module_creation import module_creation
 from gradscope.taps.optimizer_creation import optimizer_creation
 from gradscope.taps.optimizer_steps import optimizer_steps
@@ -148,9 +149,17 @@ class Session:
         lines = SourceLines()
         self._cuts = CutSearch(self._failures, self.event, lines)
         self._nonfinite = NonfiniteSearch(self.recording, self._failures, self.event)
-        self._attempts.on_read = self._nonfinite.step_read
-        self._looks = Looks(self.recording, self._census, self._in_order, self._failures)
+        self._attempts.on_end = self._nonfinite.step_ended
+        self._looks = Looks(
+            self.recording,
+            self._census,
+            self._in_order,
+            self._failures,
+            self._costs,
+            options.budget,
+        )
         self._graphs = GraphCapture(options.graph, self._census, self._failures, lines)
+        self._followed = 0.0
         self._call: tuple[float, int] = (0.0, 0)
         self._backward: tuple[float, int, CapturedGraph | None, dict[str, Any]] | None = None
         self._scale: Late[Any] | None = None
@@ -264,6 +273,19 @@ class Session:
             if not self._broken:
                 self._guarded("ledger", self._close)
 
+    def abandon(self) -> None:
+        """Listen no more, in a process that was forked from the one that is watched.
+
+        Nothing is accounted for: another thread may have held any lock when this one was copied.
+        """
+        self.running = False
+        self._saving = None
+        self._looks.give_up()
+        self._guarded("graph_cut", self._cuts.give_up)
+        self._guarded("module_calls", self._graphs.give_up)
+        for tap in (*_TAPS, optimizer_creation, module_creation):
+            tap.remove(self)
+
     def pause(self) -> None:
         """Listen no more for a while."""
         if self.running and not self.paused:
@@ -276,9 +298,13 @@ class Session:
             self.paused = False
             self._listen()
 
-    def settle(self) -> None:
-        """Wait for values that are still under way, and account for everything seen so far."""
-        self._guarded("ledger", lambda: self._in_order.settle(wait=True))
+    def settle(self, *, wait: bool = True) -> None:
+        """Account for what was seen so far.
+
+        Args:
+            wait: whether to wait for values that are still under way, so that this is everything.
+        """
+        self._guarded("ledger", lambda: self._in_order.settle(wait=wait))
 
     @property
     def elapsed(self) -> float:
@@ -581,8 +607,10 @@ class Session:
         self._cuts.look_back()
         recorded = self._attempts.end(number)
         if self._looks.step_ended(number, self._attempts.optimizers):
-            self._looks.end()
+            self._count_followed()
+            self._end_look()
         if self._looks.now is None:
+            self._count_followed()
             self._cuts.step_ended()
         if self._discovers and not self.recording.models:
             # Tensors without a module: there is no call with which a step begins.
@@ -659,6 +687,17 @@ class Session:
         if is_due and not self._broken:
             self._cuts.tell(self._looks.begin(self._attempts.n_ended))
 
+    def _end_look(self) -> None:
+        self._looks.end()
+        self._attempts.spend(self._looks.cost, is_free=self._looks.is_free)
+
+    def _count_followed(self) -> None:
+        """Count what following every call has taken: it lies between all other parts."""
+        followed = module_calls.seconds + self._cuts.seconds
+        if followed > self._followed:
+            self._costs.add("followed_calls", followed - self._followed)
+            self._followed = followed
+
     def _is_here(self, *, binding: bool = False) -> bool:
         """Whether this is the thread that is watched.
 
@@ -686,6 +725,7 @@ class Session:
         self._began = time.perf_counter()
         self._started_in = threading.get_ident()
         self._thread = None if self._discovers else self._started_in
+        self._followed = module_calls.seconds + self._cuts.seconds
         self._guarded("census", self._adopt_gradients)
         if self._broken:
             return
@@ -749,6 +789,7 @@ class Session:
         if self.running:
             self._read_first_norms()
         self._all.prepare()
+        self._in_order.expect(len(self._all.params))
         now = time.perf_counter()
         holdings = {n: self._census.params_of(n) for n in self._attempts.optimizers}
         everybody = self._all.params

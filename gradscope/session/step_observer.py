@@ -92,6 +92,14 @@ class StepReading:
             return sums
         return None if self.sums_of_squares is None else self.sums_of_squares.value()
 
+    def is_finite(self) -> bool:
+        """Whether every gradient is finite, or that is not known yet."""
+        squares = self.sums_of_squares
+        if self.look is None or squares is None or not squares.ready():
+            return True
+        n_finite = np.count_nonzero(np.isfinite(squares.value()))
+        return bool(n_finite == np.count_nonzero(self.look.token))
+
     def skips(self) -> bool:
         """Whether a fused optimizer found infinite gradients under a scaler and does nothing."""
         return self.found_inf is not None and float(self.found_inf.value()) != 0

@@ -20,6 +20,18 @@ from gradscope.taps.patch import Patch
 from gradscope.taps.tap import Tap, out_of_sight
 
 
+class _Here(threading.local):
+    """What is running in a thread.
+
+    Attributes:
+        inside: the listeners that have taken a call that is running.
+        taken_by: the tap's listeners when all of them had taken one.
+    """
+
+    inside: tuple[Any, ...] = ()
+    taken_by: tuple[Any, ...] | None = None
+
+
 class ModelCallTap(Tap):
     """Asks ``takes_call(module)``, and of what was taken emits ``call_ended(module)``.
 
@@ -31,7 +43,7 @@ class ModelCallTap(Tap):
 
     def install(self) -> None:
         """Replace ``nn.Module.__call__``."""
-        self._here = threading.local()
+        self._here = _Here()
         self._patch = Patch(nn.Module, "__call__", self._wrap)
 
     def uninstall(self) -> None:
@@ -39,21 +51,26 @@ class ModelCallTap(Tap):
         self._patch.restore()
 
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        here = self._here
+
         @functools.wraps(original)
         def __call__(module: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-            if is_dynamo_compiling():  # a constant to the compiler, which so sees nothing of us
+            # The first is a constant to the compiler, which so sees nothing of us. The second is
+            # so for all modules further in.
+            if is_dynamo_compiling() or here.taken_by is self.listeners:
                 return original(module, *args, **kwargs)
-            inside = getattr(self._here, "inside", ())
-            if len(inside) == len(self.listeners):
-                return original(module, *args, **kwargs)
+            inside = here.inside
             takers = self._takers(module, inside)
             if not takers:
                 return original(module, *args, **kwargs)
-            self._here.inside = (*inside, *takers)
+            before = here.taken_by
+            here.inside = (*inside, *takers)
+            if len(here.inside) == len(self.listeners):
+                here.taken_by = self.listeners
             try:
                 return original(module, *args, **kwargs)
             finally:
-                self._here.inside = inside
+                here.inside, here.taken_by = inside, before
                 for listener in takers:
                     try:
                         out_of_sight(listener.call_ended, module)

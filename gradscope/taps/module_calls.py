@@ -7,6 +7,7 @@ neither (torch 2.13).
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from torch import nn
@@ -23,9 +24,16 @@ class ModuleCallTap(Tap):
     """Emits ``module_started(module, args)`` and ``module_ended(module, result)``.
 
     The latter also comes after a call that raised, with None for a result.
+
+    Attributes:
+        seconds: what telling of calls has taken so far.
     """
 
     events = ("module_started", "module_ended")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
 
     def install(self) -> None:
         """Register the two global hooks."""
@@ -41,11 +49,15 @@ class ModuleCallTap(Tap):
 
     def _before(self, module: nn.Module, args: Any) -> None:
         if not is_dynamo_compiling():  # a constant to the compiler, which so sees nothing of us
+            began = time.perf_counter()
             self.emit("module_started", module, args)
+            self.seconds += time.perf_counter() - began
 
     def _after(self, module: nn.Module, args: Any, result: Any) -> None:
         if not is_dynamo_compiling():
+            began = time.perf_counter()
             self.emit("module_ended", module, result)
+            self.seconds += time.perf_counter() - began
 
 
 module_calls = ModuleCallTap()

@@ -6,6 +6,7 @@ for single, armed steps, and whoever arms it suspends it where bits could change
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,9 @@ class _CallMode(TorchFunctionMode):
         kwargs = kwargs or {}
         first_node = _sequence_nr()
         result = func(*args, **kwargs)
+        began = time.perf_counter()
         self.tap.emit("torch_function_called", func, args, kwargs, result, first_node)
+        self.tap.seconds += time.perf_counter() - began
         return result
 
 
@@ -52,6 +55,9 @@ class TorchFunctionTap(Tap):
     The mode is slipped in *below* the modes a program has entered itself. Those are left in the
     order in which they were entered, each by taking whatever is on top: a mode on top of the
     program's would be removed in its place, at a ``with torch.device(...)`` for instance.
+
+    Attributes:
+        seconds: what telling of calls has taken so far.
     """
 
     events = ("torch_function_called",)
@@ -60,6 +66,7 @@ class TorchFunctionTap(Tap):
         super().__init__()
         self._mode = _CallMode(self)
         self.suspended = 0
+        self.seconds = 0.0
 
     def install(self) -> None:
         """Slip the mode in below the others."""
