@@ -1,7 +1,10 @@
 """Processes that a watched program starts by ``multiprocessing``: each is watched for itself.
 
-A process is handed over to whatever starts it as an object with a method ``_bootstrap``, which is
-called in the new process, be it forked, spawned or forked from a server. A wrapper around that
+``os.fork()`` by itself is followed too: the hook that torch and others use after a fork begins the
+watch, and ``os._exit``, with which such a child mostly ends, is replaced in it.
+
+Else a process is handed over to whatever starts it as an object with a method ``_bootstrap``, which
+is called in the new process, be it forked, spawned or forked from a server. A wrapper around that
 object begins the watch there and ends it. What a process sees it writes to a run directory, the
 program's own (``-o``) or one for the time being, and only if something trains in it.
 """
@@ -9,6 +12,7 @@ program's own (``-o``) or one for the time being, and only if something trains i
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import multiprocessing.context
 import os
@@ -54,14 +58,19 @@ class Children:
     Args:
         watching: how; without a path one is made for the time being.
         session: of this process; a child that is forked leaves it alone.
+
+    Attributes:
+        watching: likewise.
+        session: likewise.
     """
 
     def __init__(self, watching: Watching, session: Session) -> None:
         self.watching = watching
-        self._session = session
+        self.session = session
         self._patches: list[Patch] = []
         self._pid = os.getpid()
         self._has_started = False
+        self._is_handing_over = False
 
     def start(self) -> None:
         """Begin to take part when processes are started."""
@@ -72,9 +81,26 @@ class Children:
 
     def stop(self) -> None:
         """Take part no more."""
+        global _current
         for patch in self._patches:
             patch.restore()
         self._patches = []
+        if _current is self:
+            _current = None
+
+    def before_fork(self) -> None:
+        """Have a place to which a process can write that is about to be forked."""
+        if not self._is_handing_over:
+            with contextlib.suppress(OSError):
+                self._told()
+
+    def after_fork(self) -> None:
+        """Begin to watch a process that was forked, and nobody hands anything over to."""
+        if self._is_handing_over or self.watching.path is None:
+            return
+        session = _guarded(lambda: _begin(self.watching))
+        if session is not None:
+            _end_before_exit(session)
 
     def wait(self) -> None:
         """Wait for the processes for which Python would wait at its end."""
@@ -87,7 +113,7 @@ class Children:
     def leave_alone(self) -> None:
         """Leave the session of the process that this one was forked from."""
         with contextlib.suppress(Exception):
-            self._session.abandon()
+            self.session.abandon()
 
     @property
     def written(self) -> Path | None:
@@ -101,15 +127,21 @@ class Children:
         start: Callable[[Any], Any] = original.__func__
 
         def popen(process: Any) -> Any:
-            if _target_of(process).startswith(_UNTRAINED):
-                return start(process)
+            self._is_handing_over = True
             try:
-                watching = self._told()
-            except OSError:  # there is no room for what it would write
-                return start(process)
-            return start(_Child(process, watching))
+                return start(self._watched(process))
+            finally:
+                self._is_handing_over = False
 
         return staticmethod(popen)
+
+    def _watched(self, process: Any) -> Any:
+        if _target_of(process).startswith(_UNTRAINED):
+            return process
+        try:
+            return _Child(process, self._told())
+        except OSError:  # there is no room for what it would write
+            return process
 
     def _told(self) -> Watching:
         if self.watching.path is None:
@@ -151,7 +183,24 @@ def watch_children(watching: Watching, session: Session) -> Children:
     global _current
     _current = Children(watching, session)
     _current.start()
+    _follow_forks()
     return _current
+
+
+@functools.cache
+def _follow_forks() -> None:
+    # What is registered stays; without somebody who watches it does nothing.
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=lambda: None if _current is None else _current.before_fork(),
+            after_in_child=lambda: None if _current is None else _current.after_fork(),
+        )
+
+
+def end_of_child(ended: str) -> None:
+    """Write what a child of the program's own has seen, which has come to the program's end."""
+    if _current is not None:
+        _end(_current.session, ended)
 
 
 def _begin(watching: Watching) -> Session:
@@ -167,6 +216,17 @@ def _begin(watching: Watching) -> Session:
     )
     watch_children(watching, session)
     return session
+
+
+def _end_before_exit(session: Session) -> None:
+    def wrap(original: Callable[[int], Any]) -> Callable[[int], Any]:
+        def _exit(status: int) -> Any:
+            _guarded(lambda: _end(session, f"exit status {status}" if status else "finished"))
+            return original(status)
+
+        return _exit
+
+    Patch(os, "_exit", wrap)
 
 
 def _end(session: Session, ended: str) -> None:

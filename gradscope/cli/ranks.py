@@ -85,12 +85,11 @@ def together(
     from gradscope.session.saving import save_now
 
     path = children.written
-    if place.world_size > 1 and shared is not None:
-        await_others(shared, _MOST_SECONDS if ended == "finished" else _AFTER_A_FAILURE)
-        if path is None:
-            path = shared if layout.ranks_in(shared) else None
-    if path is None:
+    if path is None and place.world_size > 1 and shared is not None and layout.ranks_in(shared):
+        path = shared
+    if path is None or (path == shared and session.has_trained and _is_alone(path)):
         return None
+    await_others(path, _MOST_SECONDS if ended == "finished" else _AFTER_A_FAILURE)
     if shared is None and session.has_trained:
         number = layout.claim(path, 0, 1)
         criteria = children.watching.criteria
@@ -101,8 +100,12 @@ def together(
     return found
 
 
+def _is_alone(path: Path) -> bool:
+    return len(layout.ranks_in(path)) < 2
+
+
 def await_others(path: Path, most_seconds: float) -> None:
-    """Wait until all ranks that write to a folder have ended."""
+    """Wait until all ranks that write to a folder have ended, or are gone."""
     until = time.monotonic() + most_seconds
     while time.monotonic() < until:
         if all(_has_ended(path, rank) for rank in layout.ranks_in(path)):
@@ -111,9 +114,11 @@ def await_others(path: Path, most_seconds: float) -> None:
 
 
 def _has_ended(path: Path, rank: int) -> bool:
+    from gradscope.session.saving import is_gone
+
     try:
         facts = layout.read_json(layout.home_of(path, rank) / layout.RUN)
-        return facts.get("how_it_ended") is not None
+        return facts.get("how_it_ended") is not None or is_gone(facts)
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -107,7 +107,7 @@ def run_watched(arguments: argparse.Namespace) -> Watched:
         _refuse_to_overwrite(arguments.findings, force=arguments.force)
 
     from gradscope.cli import ranks
-    from gradscope.cli.children import Watching, watch_children
+    from gradscope.cli.children import Watching, end_of_child, watch_children
     from gradscope.cli.watching import begin_session
     from gradscope.session.ending import note_ending
 
@@ -133,7 +133,7 @@ def run_watched(arguments: argparse.Namespace) -> Watched:
         children.stop()
     how = "finished" if ended.error is None else type(ended.error).__name__
     if os.getpid() != process:  # a child of the program's own that came back up here
-        session.finish_saving(how)
+        guarded(lambda: end_of_child(how))
         if ended.error is not None:
             print_exception(ended.error)
         return Watched(ended)
@@ -141,7 +141,10 @@ def run_watched(arguments: argparse.Namespace) -> Watched:
         print_exception(ended.error)
         if was_running:
             guarded(lambda: _explain(session.recording, ended.error))
-    children.wait()
+    try:
+        children.wait()
+    except KeyboardInterrupt as error:
+        ended, how = Ended(130, error), "KeyboardInterrupt"
     session.finish_saving(how, even_if_idle=children.written is None and place.rank == 0)
     if place.rank > 0:  # the first speaks for all
         return Watched(ended)

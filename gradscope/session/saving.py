@@ -385,6 +385,12 @@ def begins_beside(facts: dict[str, Any]) -> bool:
     )
 
 
+def is_gone(facts: dict[str, Any]) -> bool:
+    """Whether the process that has written a run was one of this machine and lives no more."""
+    pid = facts.get("pid")
+    return facts.get("host") == socket.gethostname() and type(pid) is int and not _lives(pid)
+
+
 def _lives(pid: int) -> bool:
     if os.name == "nt":
         return False  # there, to ask would end it

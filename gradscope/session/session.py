@@ -652,6 +652,12 @@ class Session:
         if place.world_size > 1:
             self._attempts.compares_ranks = True
             self._failures.run("replicas", self._census.find_replicas)
+            spread = sorted({e.placements for e in recording.parameters if "Shard" in e.placements})
+            if spread:
+                recording.notes.append(
+                    f"parameters are spread over ranks ({'; '.join(spread[:3])}): norms are those "
+                    "of this rank's part, which run.global_norms() of an opened run adds up"
+                )
         if self._saving is not None:
             self._begin_saving(self._saving.something_trains)
 
