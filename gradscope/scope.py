@@ -257,6 +257,7 @@ def watch(
     rules: Iterable[type[Rule]] = (),
     save: str | os.PathLike[str] | None = None,
     total_steps: int | None = None,
+    sync_every: int | None = None,
     on_error: OnError = "record",
 ) -> Scope:
     """Watch a training loop from the inside.
@@ -305,6 +306,10 @@ def watch(
             gone on with: steps count on, and an event ``seam`` stands where.
         total_steps: how many steps there will be, of all optimizers together, if that is known:
             then ``scope.latest``, the screen and ``gradscope summary`` tell how far the run is.
+        sync_every: compare the weights of the ranks of a process group at every n-th step of each
+            optimizer while they train, with one all-gather of a few numbers, in which every rank
+            has to take part: all have to watch, and to step their optimizers equally often.
+            Without it nothing is sent, and ranks are compared when the run is opened.
         on_error: ``"record"`` keeps an error of gradscope's own away from the training and tells
             it once as a warning; ``"raise"`` lets it out.
 
@@ -325,6 +330,7 @@ def watch(
         graph=as_graph_steps(graph),
         save=as_directory("save", save),
         total_steps=total_steps,
+        sync_every=sync_every,
         on_error=on_error,
     )
     if switched_off():

@@ -25,6 +25,7 @@ from gradscope.session.failures import Failures
 from gradscope.session.gradients import Consumption, GradientLook
 from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger, StepRecord
+from gradscope.session.live_comparison import ranks_apart
 from gradscope.session.schedule import DENSE, Schedule
 from gradscope.session.step_observer import StepObserver, StepReading
 
@@ -109,6 +110,7 @@ class Attempts:
         n_ended: how many attempts have ended, of all optimizers together. The rows of the latest
             may not have been written yet.
         compares_ranks: whether checksums are taken, by which ranks are compared.
+        on_ranks_apart: told the optimizer and the ranks whose weights differ and are not meant to.
         on_end: asked at the end of each attempt whom to tell the norm of its gradients and its
             loss, once they are known.
     """
@@ -136,6 +138,7 @@ class Attempts:
         self.n_ended = 0
         self.compares_ranks = False
         self._checksums = Checksums()
+        self.on_ranks_apart: Callable[[int, list[int]], None] = lambda optimizer, ranks: None
         self._chosen = 0.0
         self.on_end: Callable[[], Callable[[float, float], None]] = lambda: lambda norm, loss: None
         self._n_new = 0
@@ -219,11 +222,20 @@ class Attempts:
         if not has_closure:
             follower.observer.read_gradients(reading)
         reading.seconds += time.perf_counter() - began
-        if self.compares_ranks and not has_closure and _is_compared(follower.n_attempts):
-            self._failures.run("checksums", self._take_checksums, optimizer, follower.n_attempts)
+        if self.compares_ranks and not has_closure:
+            attempt, every = follower.n_attempts, options.sync_every
+            is_live = every is not None and attempt % every == 0
+            if is_live or _is_compared(attempt):
+                self._failures.run("checksums", self._take_checksums, optimizer, attempt, is_live)
 
-    def _take_checksums(self, optimizer: int, attempt: int) -> None:
-        """Read what weights and gradients are, to compare them with those of other ranks."""
+    def _take_checksums(self, optimizer: int, attempt: int, is_live: bool) -> None:
+        """Read what weights and gradients are, to compare them with those of other ranks.
+
+        Args:
+            optimizer: whose.
+            attempt: which one.
+            is_live: whether the others are asked now.
+        """
         params, step = self._census.params_of(optimizer), self.n_ended
         tensors = [reference() for reference in self._census.references(params.tolist())]
         weights = self._checksums.read(tensors)
@@ -245,6 +257,16 @@ class Attempts:
             )
 
         self._in_order.do(account, weights, gradients)
+        if is_live:
+            entries = [self._recording.parameters[param] for param in params.tolist()]
+            ranks = ranks_apart(
+                [entry.name for entry in entries],
+                weights.value(),
+                gradients.value(),
+                are_replicas=bool(entries) and all(entry.replicas for entry in entries),
+            )
+            if ranks:
+                self.on_ranks_apart(optimizer, ranks)
 
     def clipped(self, optimizer: int, gradients: list[torch.Tensor]) -> None:
         """Read the gradients that a clipping is about to change, at the first since the last step.

@@ -149,6 +149,7 @@ class Session:
         lines = SourceLines()
         self._cuts = CutSearch(self._failures, self.event, lines)
         self._nonfinite = NonfiniteSearch(self.recording, self._failures, self.event)
+        self._attempts.on_ranks_apart = self._ranks_apart
         self._attempts.on_end = self._nonfinite.step_ended
         self._looks = Looks(
             self.recording,
@@ -660,6 +661,9 @@ class Session:
                 )
         if self._saving is not None:
             self._begin_saving(self._saving.something_trains)
+
+    def _ranks_apart(self, optimizer: int, ranks: list[int]) -> None:
+        self.event("out_of_sync", ", ".join(map(str, ranks)), None, optimizer)
 
     def _tell_saving_failed(self) -> None:
         error = None if self._saving is None else self._saving.failure

@@ -36,6 +36,27 @@ def traces() -> list[Any]:
     ]
 
 
+def found_live(rank: int) -> bool:
+    """Whether every rank learns while it trains that they are apart, and only where they are."""
+    codes = {}
+    for name in ("other_seeds", "past_the_wrapper", "wrapped", "independent", "columns"):
+        scopes = []
+
+        def watch(model: Any, optimizer: Any, scopes: Any = scopes) -> Any:
+            scopes.append(gradscope.watch(model, optimizer, sync_every=3, on_error="raise"))
+            return scopes[-1]
+
+        loops.LOOPS[name](rank, watch)
+        codes[name] = [(f.code, f.step_first, f.count) for f in scopes[0].findings]
+    return codes == {
+        "other_seeds": [("GS801", 0, 4)],
+        "past_the_wrapper": [("GS801", 3, 3)],
+        "wrapped": [],
+        "independent": [],
+        "columns": [],
+    }
+
+
 def main(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     loops.begin(rank, os.environ["MASTER_PORT"])
@@ -50,6 +71,7 @@ def main(folder: Path) -> None:
         found = plain(loop(rank, watch))
         same = all(torch.equal(a, b) for a, b in zip(twin, found, strict=True))
         result[name] = same and len(twin) == len(found)
+    result["found live"] = found_live(rank)
     result["no traces"] = traces() == before
     (folder / f"rank{rank}.json").write_text(json.dumps(result))
     dist.destroy_process_group()

@@ -31,7 +31,8 @@ class RanksOutOfSync(Rule):
 
     Each rank writes down a checksum of every weight and gradient at the beginning of an optimizer's
     steps 0, 1, 2, 4, 8 …, without a word to the others; they are compared afterwards. Equal
-    numbers mean equal bits.
+    numbers mean equal bits. With `watch(sync_every=n)` they are compared while they train, at every
+    n-th step.
 
     ## Example
 
@@ -56,7 +57,7 @@ class RanksOutOfSync(Rule):
     code = "GS801"
     name = "ranks-out-of-sync"
     severity = Severity.ERROR
-    tables = ("checksums", "groups", "params")
+    tables = ("checksums", "groups", "params", "events")
     symptom_of = ("GS802", "GS803")
     compares_ranks = True
 
@@ -73,7 +74,29 @@ class RanksOutOfSync(Rule):
                     seen[attempt.optimizer] = (*first[:3], first[3] + 1)
             for optimizer, (attempt, ranks, params, count) in seen.items():
                 findings.append(self._finding(group, optimizer, attempt, ranks, params, count))
-        return findings
+        return findings or self._told_live(run)
+
+    def _told_live(self, run: Recording) -> list[Finding]:
+        """What the ranks have told each other while they trained (``sync_every``)."""
+        events = run.frame("events")
+        told = events.loc[events["event"] == "out_of_sync"]
+        return [
+            self.finding(
+                message=(
+                    f"the weights of {optimizer} differ between ranks {rows['detail'].iloc[0]} at "
+                    f"step {rows['step'].iloc[0]}, where they are meant to be the same"
+                ),
+                fix="give all ranks the same weights before the loop, and average all gradients: "
+                "wrap the model in DistributedDataParallel and call the wrapper. Recorded to one "
+                "directory (save=), the ranks tell which parameters differ, and since when",
+                optimizer=str(optimizer),
+                step_first=int(rows["step"].iloc[0]),
+                step_last=int(rows["step"].iloc[-1]),
+                count=len(rows),
+                evidence={"ranks": str(rows["detail"].iloc[0]), "compared_while_it_ran": True},
+            )
+            for optimizer, rows in told.groupby("subject", sort=False)
+        ]
 
     def _finding(
         self,
