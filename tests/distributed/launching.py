@@ -18,10 +18,14 @@ def environment(**more: str) -> dict[str, str]:
     return {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **more}
 
 
-def start_ranks(arguments: Sequence[str], n: int = 2) -> list[subprocess.Popen[str]]:
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def start_ranks(arguments: Sequence[str], n: int = 2) -> list[subprocess.Popen[str]]:
+    port = free_port()
     return [
         subprocess.Popen(
             [sys.executable, *arguments],

@@ -207,6 +207,40 @@ def columns(rank: int, watch: Watch) -> nn.Module:
     return model
 
 
+def stages(rank: int, watch: Watch) -> nn.Module:
+    """A pipeline: each rank has one layer, under the same name and of the same shape."""
+    torch.manual_seed(rank)
+    layer = nn.Sequential(nn.Linear(6, 6))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with watch(layer, optimizer):
+        for step in range(STEPS):
+            x, y = batch(step, 0)
+            optimizer.zero_grad()
+            hidden = torch.empty(16, 6)
+            if rank == 0:
+                given = layer(x)
+                dist.send(given.detach(), 1)
+                dist.recv(hidden, 1)
+                given.backward(hidden)
+            else:
+                dist.recv(hidden, 0)
+                hidden.requires_grad_()
+                F.cross_entropy(layer(torch.tanh(hidden))[:, :3], y).backward()
+                dist.send(hidden.grad, 0)
+            optimizer.step()
+    return layer
+
+
+def one_part_of_its_own(rank: int, watch: Watch) -> nn.Module:
+    """A trunk that is averaged, and on each rank a head for its own task."""
+    trunk = DistributedDataParallel(network()[:2])
+    torch.manual_seed(rank)
+    head = nn.Linear(16, 3)
+    model = nn.ModuleList([trunk, head])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return train(model, optimizer, watch, forward=lambda x: head(trunk(x)))
+
+
 def sharded_optimizer(rank: int, watch: Watch) -> nn.Module:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -251,6 +285,8 @@ HEALTHY = (
     local_steps_with_a_hook,
     independent,
     columns,
+    stages,
+    one_part_of_its_own,
     sharded_optimizer,
     fully_sharded,
     checkpointed_and_sharded,

@@ -59,11 +59,19 @@ def home_of(path: Path, rank: int) -> Path:
 
 def ranks_in(path: Path) -> list[int]:
     """Return the ranks that have written to a run directory, in order."""
-    known = {0} if (path / RUN).exists() else set()
+    known = [0] if _has_begun(path) else []
     for each in files_in(path / RANKS):
-        if _RANK.fullmatch(each.name) and (each / RUN).exists():
-            known.add(int(each.name))
+        if _RANK.fullmatch(each.name) and _has_begun(each):
+            known.append(int(each.name))
     return sorted(known)
+
+
+def _has_begun(home: Path) -> bool:
+    """Whether a rank has written; an empty file only keeps its place."""
+    try:
+        return (home / RUN).stat().st_size > 0
+    except OSError:
+        return False
 
 
 def claim(path: Path, wanted: int, first_other: int) -> int:
@@ -227,7 +235,8 @@ def make_room(name: str, path: Path, *, force: bool, rank: int = 0, world_size: 
     """
     if is_free(path, rank, world_size):
         return
-    if not (ranks_in(path) if world_size == 1 else (home_of(path, rank) / RUN).exists()):
+    is_run = (home_of(path, rank) / RUN).exists() or (world_size == 1 and ranks_in(path))
+    if not is_run:
         raise UsageError(f"{name} {path}: holds something else than a run; name another one")
     if not force:
         raise OutputExistsError(
@@ -244,6 +253,8 @@ def is_free(path: Path, rank: int = 0, world_size: int = 1) -> bool:
     there = [each.name for each in path.iterdir()]
     if world_size == 1:
         return not there
+    # Another rank may be about to give a file its name.
+    there = [name for name in there if not name.startswith(".")]
     return not (home_of(path, rank) / RUN).exists() and _OURS.issuperset(there)
 
 

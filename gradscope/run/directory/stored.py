@@ -76,7 +76,7 @@ class StoredRecording(Recording):
                 "the run has not ended, or was killed: this is what its last flush wrote, at "
                 f"{self.facts.get('flushed')}"
             )
-        if len(known) > 1:
+        if rank is None:
             self._meet_others(known[1:])
 
     def _meet_others(self, ranks: list[int]) -> None:
@@ -89,17 +89,12 @@ class StoredRecording(Recording):
                 continue
             self.add_rank(rank, other)
             self.notes += [f"rank {rank}: {note}" for note in other.notes]
-        if len(self.ranks) < 2:  # what is left of the others says nothing
-            return
-        sizes = [run.world_size for run in self.ranks.values()]
-        if max(sizes) > 1:
-            here = {run.rank_in_group for run in self.ranks.values()}
-            lost = sorted(set(range(max(sizes))) - here)
-            if lost:
-                self.notes.append(
-                    f"nothing is there of rank{'s' * (len(lost) > 1)} "
-                    f"{', '.join(map(str, lost[:8]))}{', …' * (len(lost) > 8)} of {max(sizes)}"
-                )
+        size = max(run.world_size for run in self.ranks.values())
+        lost = sorted(set(range(size)) - {run.rank_in_group for run in self.ranks.values()})
+        if size > 1 and lost:
+            plural = "s" if len(lost) > 1 else ""
+            listed = ", ".join(map(str, lost[:8])) + ", …" * (len(lost) > 8)
+            self.notes.append(f"nothing is there of rank{plural} {listed} of {size}")
 
     def _is_tracked(self, step: int) -> bool:
         return step >= self.tracked_before or step in self._tracked_held
