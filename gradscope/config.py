@@ -61,6 +61,8 @@ class WatchOptions:
         graph: of which steps the autograd graph is captured.
         save: the run directory to which the recording is written meanwhile; None for none.
         total_steps: how many steps there will be, of all optimizers together; None if unknown.
+        sync_every: compare the ranks of a process group at every n-th step of each optimizer while
+            they train; None for never.
         on_error: ``record`` keeps an error of gradscope's own away from the training;
             ``raise`` lets it out, for gradscope's own tests.
     """
@@ -74,6 +76,7 @@ class WatchOptions:
     graph: GraphSteps = "first"
     save: Path | None = None
     total_steps: int | None = None
+    sync_every: int | None = None
     on_error: OnError = "record"
 
     def __post_init__(self) -> None:
@@ -87,6 +90,9 @@ class WatchOptions:
         total = self.total_steps
         if total is not None and not (type(total) is int and total >= 1):
             raise UsageError(f"total_steps={total!r}: pass a whole number of steps, 1 or more")
+        sync = self.sync_every
+        if sync is not None and not (type(sync) is int and sync >= 1):
+            raise UsageError(f"sync_every={sync!r}: pass a whole number of steps, 1 or more")
         for name, patterns in (
             ("params", self.include),
             ("exclude", self.exclude),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gradscope.errors import FindingsError, GradscopeWarning, UsageError, text_of
 from gradscope.rules import Finding, Findings, Severity
 from gradscope.session.failures import warn
+from gradscope.session.ranks import is_first
 from gradscope.taps.optimizer_steps import optimizer_steps
 
 if TYPE_CHECKING:
@@ -136,6 +137,8 @@ class Teller:
             if new and may_raise:
                 raise FindingsError(Findings(new))
             return
+        if self._on_finding == "warn" and not is_first():
+            return  # one warning is enough; what is found here is in the run directory
         for finding in new:
             self._tell(finding)
 

@@ -69,6 +69,11 @@ class RecordedRun:
         return self._table("updates")
 
     @property
+    def checksums(self) -> pd.DataFrame:
+        """One row per step at which ranks are compared, and parameter."""
+        return self._table("checksums")
+
+    @property
     def backwards(self) -> pd.DataFrame:
         """One row per call of ``backward`` or ``autograd.grad``."""
         return self._table("backwards")

@@ -221,7 +221,11 @@ class Scope(RecordedRun):
         directory = as_directory("path", path)
         if directory is None:
             raise UsageError("path=None: pass the path of a directory, as in 'runs/exp1'")
-        if directory.exists() and any(directory.iterdir()):
+        from gradscope.run.directory.layout import is_free
+        from gradscope.session.ranks import place_now
+
+        place = place_now()
+        if not is_free(directory, place.rank, place.world_size):
             raise UsageError(f"path={str(path)!r}: something lies there already; name another one")
         self._settle()
         if self._session is not None:
@@ -295,6 +299,7 @@ def watch(
     rules: Iterable[type[Rule]] = (),
     save: str | os.PathLike[str] | None = None,
     total_steps: int | None = None,
+    sync_every: int | None = None,
     on_error: OnError = "record",
 ) -> Scope:
     """Watch a training loop from the inside.
@@ -343,6 +348,10 @@ def watch(
             gone on with: steps count on, and an event ``seam`` stands where.
         total_steps: how many steps there will be, of all optimizers together, if that is known:
             then ``scope.latest``, the screen and ``gradscope summary`` tell how far the run is.
+        sync_every: compare the weights of the ranks of a process group at every n-th step of each
+            optimizer while they train, with one all-gather of a few numbers, in which every rank
+            has to take part: all have to watch, and to step their optimizers equally often.
+            Without it nothing is sent, and ranks are compared when the run is opened.
         on_error: ``"record"`` keeps an error of gradscope's own away from the training and tells
             it once as a warning; ``"raise"`` lets it out.
 
@@ -363,6 +372,7 @@ def watch(
         graph=as_graph_steps(graph),
         save=as_directory("save", save),
         total_steps=total_steps,
+        sync_every=sync_every,
         on_error=on_error,
     )
     if switched_off():
@@ -378,7 +388,8 @@ def watch(
         _check_keep(session.recording, options)
         if options.save is not None:
             try:
-                session.save_to(options.save, judged_by.as_plain(), _run_at(options.save))
+                stored, waits = _run_at(options.save)
+                session.save_to(options.save, judged_by.as_plain(), stored, waits=waits)
             except GradscopeError:
                 raise
             except Exception as error:  # it may have taken up some of what lies there
@@ -424,20 +435,38 @@ def _scope_of_nothing(error: Exception) -> Scope:
     return scope
 
 
-def _run_at(path: Path) -> Any:
-    """The run that lies in a directory, to be gone on with; None if it is empty.
+def _run_at(path: Path) -> tuple[Any, bool]:
+    """The run that lies in a directory, to be gone on with, and whether to wait with writing.
+
+    None for the run if there is none, or none of this rank's.
 
     Raises:
         UsageError: if something else lies there.
     """
-    if not path.exists() or not any(path.iterdir()):
-        return None
+    from gradscope.run.directory.layout import is_free, ranks_in
     from gradscope.run.directory.stored import StoredRecording
+    from gradscope.session.ranks import is_known_later, place_now
+    from gradscope.session.saving import begins_beside
 
+    place, is_known = place_now(), not is_known_later()
+    if is_free(path, place.rank, place.world_size):
+        return None, not is_known
     try:
-        return StoredRecording(path)
+        rank = place.rank if place.rank in ranks_in(path) else None
+        stored = StoredRecording(path, rank)
     except RunDirectoryError as error:
         raise UsageError(f"save={str(path)!r}: {error}; name another directory") from error
+    if is_known:
+        return stored, False
+    if begins_beside(stored.facts):
+        return None, True
+    if stored.world_size > 1:
+        raise UsageError(
+            f"save={str(path)!r} holds a run of {stored.world_size} ranks, and it is not known yet "
+            "which of them this process is: call watch() after init_process_group(), or name "
+            "another directory"
+        )
+    return stored, False
 
 
 def _check_keep(recording: Recording, options: WatchOptions) -> None:

@@ -128,7 +128,7 @@ def last_rows(parts: Iterator[pa.Table], n: int) -> list[pa.Table]:
 def _write_text(
     run: Run, arguments: argparse.Namespace, chosen: _Chosen, columns: Any, file: IO[str]
 ) -> None:
-    from gradscope.run.schema import TABLES, Table
+    from gradscope.run.schema import Table
     from gradscope.views.table_text import table_text
 
     # Who asks for a number of rows gets them all.
@@ -143,7 +143,7 @@ def _write_text(
             yield part.slice(taken.num_rows)
 
     last = [row for part in last_rows(after_first(), half) for row in part.to_pylist()]
-    table = TABLES[arguments.table]
+    table = run.declared(arguments.table)
     if columns is not None:
         by_name = {column.name: column for column in table.columns}
         table = Table(table.name, table.row, tuple(by_name[name] for name in columns))

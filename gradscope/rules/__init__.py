@@ -9,9 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gradscope.errors import UnknownRuleError
-from gradscope.rules import backward, forward, learning, ourselves, parameters, step, zero_grad
+from gradscope.rules import (
+    backward,
+    distributed,
+    forward,
+    learning,
+    ourselves,
+    parameters,
+    step,
+    zero_grad,
+)
 from gradscope.rules.causes import causes_first
 from gradscope.rules.finding import Finding, Findings, Severity
+from gradscope.rules.ranks import of_all_ranks
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
@@ -26,6 +36,7 @@ RULES: tuple[type[Rule], ...] = tuple(
             *backward.RULES,
             *step.RULES,
             *learning.RULES,
+            *distributed.RULES,
             *ourselves.RULES,
         ),
         key=lambda rule: rule.code,
@@ -46,7 +57,7 @@ def diagnose(run: Recording, rules: Sequence[type[Rule]] = RULES) -> Findings:
     unchecked: dict[str, str] = {}
     for rule in rules:
         try:
-            found += rule().check(run)
+            found += rule().check(run) if rule.compares_ranks else of_all_ranks(rule(), run)
         except Exception as error:
             unchecked[rule.code] = f"{type(error).__name__}: {error}"
     return Findings(causes_first(found, rules), unchecked)

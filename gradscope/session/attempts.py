@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from gradscope.config import WatchOptions
+from gradscope.instruments.checksums import Checksums
 from gradscope.instruments.late import Late
 from gradscope.run.captured_graph import CapturedGraph
+from gradscope.run.columns import MISSING
 from gradscope.run.kept_tensors import MOST_BYTES
 from gradscope.run.recording import Recording
 from gradscope.run.weight_step import WeightStep
@@ -22,6 +25,7 @@ from gradscope.session.failures import Failures
 from gradscope.session.gradients import Consumption, GradientLook
 from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger, StepRecord
+from gradscope.session.live_comparison import ranks_apart
 from gradscope.session.schedule import DENSE, Schedule
 from gradscope.session.step_observer import StepObserver, StepReading
 
@@ -40,6 +44,18 @@ _MOST_LOOKS = 8
 
 _MOST_GONE = 2
 """Of how many optimizers that are gone the copies around the last step are kept."""
+
+
+def _is_compared(attempt: int) -> bool:
+    """Whether ranks are compared at an attempt: all of them at the same ones, whatever time is.
+
+    At 0, 1, 2, 4, 8 …: early, where ranks part, and rarely in a long run.
+    """
+    return attempt & (attempt - 1) == 0
+
+
+def _or_missing(checksums: Any) -> Any:
+    return np.where(checksums < 0, MISSING, checksums)
 
 
 class _Follower:
@@ -93,6 +109,8 @@ class Attempts:
             is over.
         n_ended: how many attempts have ended, of all optimizers together. The rows of the latest
             may not have been written yet.
+        compares_ranks: whether checksums are taken, by which ranks are compared.
+        on_ranks_apart: told the optimizer and the ranks whose weights differ and are not meant to.
         on_end: asked at the end of each attempt whom to tell the norm of its gradients and its
             loss, once they are known.
     """
@@ -118,6 +136,9 @@ class Attempts:
         self._gone: list[_Follower] = []
         self.graphs: dict[int, CapturedGraph] = {}
         self.n_ended = 0
+        self.compares_ranks = False
+        self._checksums = Checksums()
+        self.on_ranks_apart: Callable[[int, list[int]], None] = lambda optimizer, ranks: None
         self._chosen = 0.0
         self.on_end: Callable[[], Callable[[float, float], None]] = lambda: lambda norm, loss: None
         self._n_new = 0
@@ -201,6 +222,51 @@ class Attempts:
         if not has_closure:
             follower.observer.read_gradients(reading)
         reading.seconds += time.perf_counter() - began
+        if self.compares_ranks and not has_closure:
+            attempt, every = follower.n_attempts, options.sync_every
+            is_live = every is not None and attempt % every == 0
+            if is_live or _is_compared(attempt):
+                self._failures.run("checksums", self._take_checksums, optimizer, attempt, is_live)
+
+    def _take_checksums(self, optimizer: int, attempt: int, is_live: bool) -> None:
+        """Read what weights and gradients are, to compare them with those of other ranks.
+
+        Args:
+            optimizer: whose.
+            attempt: which one.
+            is_live: whether the others are asked now.
+        """
+        params, step = self._census.params_of(optimizer), self.n_ended
+        tensors = [reference() for reference in self._census.references(params.tolist())]
+        weights = self._checksums.read(tensors)
+        gradients = self._checksums.read(
+            [None if t is None or not t.is_leaf else t.grad for t in tensors]
+        )
+
+        def account() -> None:
+            self._recording.rows("checksums").extend(
+                len(params),
+                {
+                    "step": step,
+                    "param": params,
+                    "optimizer": optimizer,
+                    "attempt": attempt,
+                    "weight": _or_missing(weights.value()),
+                    "gradient": _or_missing(gradients.value()),
+                },
+            )
+
+        self._in_order.do(account, weights, gradients)
+        if is_live:
+            entries = [self._recording.parameters[param] for param in params.tolist()]
+            ranks = ranks_apart(
+                [entry.name for entry in entries],
+                weights.value(),
+                gradients.value(),
+                are_replicas=bool(entries) and all(entry.replicas for entry in entries),
+            )
+            if ranks:
+                self.on_ranks_apart(optimizer, ranks)
 
     def versions(self) -> dict[int, tuple[int, list[int] | None]]:
         """Return of each optimizer how many attempts it has made, and versions of some weights."""

@@ -21,6 +21,7 @@ from gradscope.run.directory.people import NameHistory
 from gradscope.run.directory.writer import DirectoryWriter, now
 from gradscope.run.recording import MADE_WHEN_ASKED, Recording
 from gradscope.run.schema import TABLES
+from gradscope.session.ranks import Place, place_now
 
 if TYPE_CHECKING:
     from gradscope.run.directory.stored import StoredRecording
@@ -40,9 +41,13 @@ class Saving:
         recording: what is written.
         elapsed: tells for how many seconds the program has been watched.
         last_copies: gives whole tensors around the last steps, by step.
+        waits: whether nothing is written before something trains, since only then it is known
+            which rank this is; and others may write there too.
 
     Attributes:
         path: the directory.
+        place: of this process among those that train together.
+        waits: whether it waits still.
         criteria: by what the run is judged, as plain data.
         earlier: what is told of the starts before this one, if the run is gone on with.
     """
@@ -53,8 +58,12 @@ class Saving:
         recording: Recording,
         elapsed: Callable[[], float],
         last_copies: Callable[[], dict[int, dict[int, Any]]],
+        *,
+        waits: bool = False,
     ) -> None:
         self.path = path
+        self.place = place_now()
+        self.waits = self._shares = waits
         self.criteria: dict[str, Any] = {}
         self.earlier: list[dict[str, Any]] = []
         self._recording = recording
@@ -84,11 +93,21 @@ class Saving:
         Raises:
             OSError, RuntimeError: if the directory cannot be made or written, or no thread begun.
         """
-        if self._is_told:
+        if self._is_told or self.waits:
             return
         if self._writer is None:
+            self.place = place_now()
+            recording, place = self._recording, self.place
+            recording.rank_in_group, recording.world_size = place.rank, place.world_size
+            number = place.rank
+            try:
+                if self._shares:
+                    number = layout.claim(self.path, place.rank, max(1, place.world_size))
+            except OSError:
+                self._is_told = True
+                raise
             facts = {
-                **facts_of_process(),
+                **facts_of_process(place),
                 "criteria": self.criteria,
                 "earlier_starts": self.earlier,
             }
@@ -99,6 +118,8 @@ class Saving:
                 self._elapsed,
                 self._history,
                 self._first_part,
+                number,
+                says_rank=place.world_size > 1 or number > 0,
             )
         _written_here.add(self.path)
         try:
@@ -106,6 +127,16 @@ class Saving:
         except Exception:
             self._is_told = True
             raise
+
+    def something_trains(self) -> None:
+        """Begin to write, if that has waited for something to be written.
+
+        Raises:
+            OSError: as :meth:`start`.
+        """
+        if self.waits:
+            self.waits = False
+            self.start()
 
     def stop(self, ended: str) -> None:
         """Write what is left."""
@@ -133,6 +164,11 @@ class Saving:
         """
         recording = self._recording
         self._refuse_if_alive(stored.facts)
+        if stored.rank != self.place.rank:
+            raise UsageError(
+                f"save={str(self.path)!r}: the run that lies there has nothing of rank "
+                f"{self.place.rank}; name another directory"
+            )
         params, optimizers = _numbers_here(self.path, stored, recording)
         for old, new in enumerate(params):
             if new >= 0:
@@ -152,7 +188,10 @@ class Saving:
         recording.go_on(stored.n_steps)
         self._history = stored.history
         numbers = [
-            number for table in TABLES for _, _, number in layout.parts_in(self.path / table, [])
+            number
+            for table in TABLES
+            for _, rank, number in layout.parts_in(self.path / table, [])
+            if rank == stored.rank
         ]
         self._first_part = max(numbers, default=-1) + 1
         earlier = stored.facts.get("earlier_starts")
@@ -203,18 +242,37 @@ def save_now(
     elapsed: float,
     criteria: dict[str, Any],
     copies: dict[int, dict[int, Any]],
+    number: int | None = None,
 ) -> None:
     """Write everything that memory holds to a directory.
+
+    Args:
+        path: the directory.
+        recording: what is written.
+        elapsed: for how many seconds the program has been watched.
+        criteria: by what the run is judged, as plain data.
+        copies: whole tensors around the last steps, by step.
+        number: under which it is written; None for the rank of this process.
 
     Raises:
         OSError: if it cannot be written.
     """
-    facts = {**facts_of_process(), "criteria": criteria, "earlier_starts": []}
-    writer = DirectoryWriter(path, recording, facts, lambda: elapsed, writes_all=True)
+    place = place_now()
+    number = place.rank if number is None else number
+    facts = {**facts_of_process(place), "criteria": criteria, "earlier_starts": []}
+    writer = DirectoryWriter(
+        path,
+        recording,
+        facts,
+        lambda: elapsed,
+        rank=number,
+        says_rank=place.world_size > 1 or number > 0,
+        writes_all=True,
+    )
     writer.write_all(last_files(copies))
 
 
-def facts_of_process() -> dict[str, Any]:
+def facts_of_process(place: Place) -> dict[str, Any]:
     """Return what ``run.json`` says of the program and where it runs."""
     return {
         "gradscope": __version__,
@@ -226,9 +284,10 @@ def facts_of_process() -> dict[str, Any]:
         "folder": os.getcwd(),
         "git_commit": git_commit(Path.cwd()),
         "pid": os.getpid(),
+        "parent_pid": os.getppid(),
         "host": socket.gethostname(),
-        "rank": 0,
-        "world_size": 1,
+        "rank": place.rank,
+        "world_size": place.world_size,
         "started": now(),
     }
 
@@ -317,6 +376,25 @@ def _join(entry: Any, before: Any) -> None:
     for name in ("n_symmetric_looks", "n_symmetric_columns_looks", "n_looks"):
         setattr(entry, name, getattr(before, name))
     entry.copy_of = entry.copy_of if before.copy_of is None else before.copy_of
+
+
+def begins_beside(facts: dict[str, Any]) -> bool:
+    """Whether a run is being written by a process that the same process as this has started."""
+    pid = facts.get("pid")
+    return (
+        facts.get("how_it_ended") is None
+        and facts.get("host") == socket.gethostname()
+        and facts.get("parent_pid") == os.getppid()
+        and type(pid) is int
+        and pid != os.getpid()
+        and _lives(pid)
+    )
+
+
+def is_gone(facts: dict[str, Any]) -> bool:
+    """Whether the process that has written a run was one of this machine and lives no more."""
+    pid = facts.get("pid")
+    return facts.get("host") == socket.gethostname() and type(pid) is int and not _lives(pid)
 
 
 def _lives(pid: int) -> bool:

@@ -43,6 +43,7 @@ from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger
 from gradscope.session.looks import Looks
 from gradscope.session.nonfinite_search import NonfiniteSearch
+from gradscope.session.ranks import Place, place_now
 from gradscope.session.saving import Saving
 from gradscope.session.source_names import assigned_name, called_name
 from gradscope.taps.clipping import clipping
@@ -56,7 +57,14 @@ from gradscope.taps.optimizer_creation import optimizer_creation
 from gradscope.taps.optimizer_steps import optimizer_steps
 from gradscope.taps.schedulers import schedulers
 from gradscope.taps.tap import Tap
-from gradscope.taps.user_frame import Location, columns_of, making_frame, user_frame, user_location
+from gradscope.taps.user_frame import (
+    Location,
+    columns_of,
+    inside_method_of,
+    making_frame,
+    user_frame,
+    user_location,
+)
 from gradscope.taps.zero_grad import zero_grad
 
 _TAPS: tuple[Tap, ...] = (
@@ -182,6 +190,7 @@ class Session:
         lines = SourceLines()
         self._cuts = CutSearch(self._failures, self.event, lines)
         self._nonfinite = NonfiniteSearch(self.recording, self._failures, self.event)
+        self._attempts.on_ranks_apart = self._ranks_apart
         self._attempts.on_end = self._nonfinite.step_ended
         self._looks = Looks(
             self.recording,
@@ -206,6 +215,7 @@ class Session:
         self._told_compiled: weakref.WeakSet[Any] = weakref.WeakSet()
         self._broken = False
         self._saving: Saving | None = None
+        self._place: Place | None = None
         self._began = 0.0
         self._next_look = 0.0
         self._started_in = 0
@@ -231,18 +241,21 @@ class Session:
             )
         self._tell_holdings()
 
-    def save_to(self, path: Path, criteria: dict[str, Any], stored: Any = None) -> None:
+    def save_to(
+        self, path: Path, criteria: dict[str, Any], stored: Any = None, *, waits: bool = False
+    ) -> None:
         """Write the recording to a directory, from the start on; to be called before that.
 
         Args:
             path: the directory.
             criteria: by what the run is judged, as plain data.
             stored: the run that lies there, to be gone on with; None if there is none.
+            waits: whether nothing is written before something trains.
 
         Raises:
             UsageError: if the run that lies there is of another training.
         """
-        saving = Saving(path, self.recording, lambda: self.elapsed, self.last_copies)
+        saving = Saving(path, self.recording, lambda: self.elapsed, self.last_copies, waits=waits)
         saving.criteria = criteria
         if stored is not None:
             made = saving.take_up(stored)
@@ -255,15 +268,28 @@ class Session:
         self._saving = saving
 
     @property
+    def has_trained(self) -> bool:
+        """Whether a backward or a step was seen."""
+        return self._place is not None
+
+    @property
     def is_saved(self) -> bool:
         """Whether the recording is in its directory, as far as was written."""
-        return self._saving is not None and not self._saving.has_failed
+        saving = self._saving
+        return saving is not None and not saving.has_failed and not saving.waits
 
-    def finish_saving(self, ended: str) -> None:
-        """Write what is left, once nothing more comes."""
+    def finish_saving(self, ended: str, *, even_if_idle: bool = False) -> None:
+        """Write what is left, once nothing more comes.
+
+        Args:
+            ended: how the run ended, in a few words.
+            even_if_idle: whether that is written too in which nothing has trained.
+        """
         if self._saving is not None:
             saving = self._saving
             try:
+                if even_if_idle:
+                    saving.something_trains()
                 saving.stop(ended)
                 self._tell_saving_failed()
             except Exception as error:
@@ -275,10 +301,13 @@ class Session:
             self.running = True
             self._guarded("taps", self._listen)
             if self._saving is not None:
-                try:
-                    self._saving.start()
-                except Exception as error:
-                    self.saving_failed(error)
+                self._begin_saving(self._saving.start)
+
+    def _begin_saving(self, begin: Callable[[], None]) -> None:
+        try:
+            begin()
+        except Exception as error:
+            self.saving_failed(error)
 
     def part_failed(self, part: str, error: Exception) -> None:
         """Take note that something that goes along with the watch has failed."""
@@ -297,6 +326,19 @@ class Session:
             self.paused = False
             if not self._broken:
                 self._guarded("ledger", self._close)
+
+    def abandon(self) -> None:
+        """Listen no more, in a process that was forked from the one that is watched.
+
+        Nothing is accounted for: another thread may have held any lock when this one was copied.
+        """
+        self.running = False
+        self._saving = None
+        self._looks.give_up()
+        self._guarded("graph_cut", self._cuts.give_up)
+        self._guarded("module_calls", self._graphs.give_up)
+        for tap in (*_TAPS, optimizer_creation, module_creation):
+            tap.remove(self)
 
     def pause(self) -> None:
         """Listen no more for a while."""
@@ -503,6 +545,8 @@ class Session:
         """Look at the gradients as a backward finds them, and at the graph it walks."""
         if self._broken or not self._is_here(binding=True):
             return
+        if self._place is None:
+            self._something_trains()
         captured = None
         if call.accumulates:
             self._tell_holdings()
@@ -591,6 +635,8 @@ class Session:
         """Begin to read around an update."""
         if not self._is_here(binding=True):
             return
+        if self._place is None:
+            self._something_trains()
         number = self._census.number_of_optimizer(optimizer)
         if number is None and self._discovers:
             self.optimizer_created(optimizer)
@@ -683,6 +729,8 @@ class Session:
         # One made by another thread than the watched one is taken in when the watched one steps it.
         if self._thread not in (None, threading.get_ident()):
             return
+        if inside_method_of(torch.optim.Optimizer, "torch.distributed.", optimizer):
+            return  # the part of ZeroRedundancyOptimizer that steps this rank's share
         frame = making_frame(optimizer)
         self.watch_optimizer(optimizer, assigned_name(frame) or "optimizer")
         self.event(
@@ -699,6 +747,26 @@ class Session:
         self._looks.module_created(module, location)
 
     # -- inside -----------------------------------------------------------------------------
+
+    def _something_trains(self) -> None:
+        """Take note of which rank this is: who trains with others has met them by now."""
+        self._place = place_now()
+        place, recording = self._place, self.recording
+        recording.rank_in_group, recording.world_size = place.rank, place.world_size
+        if place.world_size > 1:
+            self._attempts.compares_ranks = True
+            self._failures.run("replicas", self._census.find_replicas)
+            spread = sorted({e.placements for e in recording.parameters if "Shard" in e.placements})
+            if spread:
+                recording.notes.append(
+                    f"parameters are spread over ranks ({'; '.join(spread[:3])}): norms are those "
+                    "of this rank's part, which run.global_norms() of an opened run adds up"
+                )
+        if self._saving is not None:
+            self._begin_saving(self._saving.something_trains)
+
+    def _ranks_apart(self, optimizer: int, ranks: list[int]) -> None:
+        self.event("out_of_sync", ", ".join(map(str, ranks)), None, optimizer)
 
     def _tell_saving_failed(self) -> None:
         error = None if self._saving is None else self._saving.failure

@@ -66,6 +66,20 @@ def making_frame(thing: object) -> FrameType | None:
     return frame
 
 
+def inside_method_of(kind: type, package: str, other_than: object) -> bool:
+    """Whether a method of another object of a kind is running, whose class is in a package."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        # Before the locals are asked for, which takes long: only of methods of that package.
+        if code.co_argcount and frame.f_globals.get("__name__", "").startswith(package):
+            first = frame.f_locals.get(code.co_varnames[0])
+            if issubclass(type(first), kind) and first is not other_than:
+                return type(first).__module__.startswith(package)
+        frame = frame.f_back
+    return False
+
+
 @uncompiled
 def user_location(start: FrameType | None = None) -> Location | None:
     """Return the line of the user's program that is being executed, or None if there is none."""

@@ -13,6 +13,7 @@ import pandas as pd
 
 from gradscope.rules import RULES, Finding, Findings, Severity, diagnose
 from gradscope.rules.finding import NOT_SELECTED
+from gradscope.rules.ranks import is_one_training
 from gradscope.run.recording import Recording
 from gradscope.run.schema import STATUSES
 
@@ -138,6 +139,9 @@ def _title(run: Recording, steps: pd.DataFrame) -> str:
     seams = events.loc[events["event"] == "seam", "step"]
     if len(seams):
         number += f", gone on with at step {', '.join(map(str, seams))},"
+    if len(run.ranks) > 1:
+        noun = "rank" if is_one_training(run) else "process"
+        number = f"{noun} {min(run.ranks)} of {len(run.ranks)} · {number}"
     return f"{who} · {number} in {_duration(run.seconds)}"
 
 
@@ -330,8 +334,12 @@ def _cost(run: Recording, steps: pd.DataFrame) -> str:
 def _checked(run: Recording, findings: Findings) -> tuple[str, ...]:
     n_applied = len(RULES) - len(findings.unchecked)
     unwanted = sum(why == NOT_SELECTED for why in findings.unchecked.values())
+    n_ranks = len(run.ranks)
+    noun = "ranks" if is_one_training(run) else "processes"
     return (
-        f"checked: {_counted(n_applied, 'rule')} (gradscope rule --all)"
+        f"checked: {_counted(n_applied, 'rule')}"
+        + (f" on {n_ranks} {noun}" if n_ranks > 1 else "")
+        + " (gradscope rule --all)"
         + (f"; not selected: {unwanted}" if unwanted else ""),
         *(
             f"not checked: {code}, which failed ({why})"

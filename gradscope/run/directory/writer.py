@@ -93,7 +93,8 @@ class DirectoryWriter:
         elapsed: tells for how many seconds the program has been watched.
         history: the names of parameters so far, when a run is resumed.
         first_part: number of the first part that is written.
-        rank: of this process among those that train together.
+        rank: of this process among those that train together, by which its files are told apart.
+        says_rank: whether the rows say of which rank they are.
         writes_all: whether all that memory holds is written, and not only what nobody has taken;
             for :meth:`write_all`.
 
@@ -112,9 +113,11 @@ class DirectoryWriter:
         first_part: int = 0,
         rank: int = 0,
         *,
+        says_rank: bool = False,
         writes_all: bool = False,
     ) -> None:
         self.path = path
+        self.home = layout.home_of(path, rank)
         self.failure: Exception | None = None
         self.n_flushes = 0
         self._recording = recording
@@ -122,6 +125,7 @@ class DirectoryWriter:
         self._elapsed = elapsed
         self._history = history or NameHistory()
         self._rank = rank
+        self._said_rank = rank if says_rank else None
         self._writes_all = writes_all
         self._tails = {
             name: _Tail(first_part, is_written=first_part > 0)
@@ -191,8 +195,9 @@ class DirectoryWriter:
         self._finish("saved")
 
     def _make_folders(self) -> None:
-        for name in (*self._tails, *MADE_WHEN_ASKED, layout.GRAPHS):
+        for name in (*self._tails, *MADE_WHEN_ASKED):
             (self.path / name).mkdir(parents=True, exist_ok=True)
+        (self.home / layout.GRAPHS).mkdir(parents=True, exist_ok=True)
         self._write_facts(None)
 
     def stop(self, ended: str, last: dict[str, Kept] | None = None) -> None:
@@ -284,7 +289,7 @@ class DirectoryWriter:
         if has_news:
             self._people = people
             layout.write_json(
-                self.path / layout.PEOPLE, {**people, "names": self._history.versions}
+                self.home / layout.PEOPLE, {**people, "names": self._history.versions}
             )
             self._write_made(made_now, params)
         for each in news:
@@ -297,7 +302,7 @@ class DirectoryWriter:
             self._write_tail(name, params, optimizers)
         if memory != self._memory:
             self._memory = memory
-            layout.write_json(self.path / layout.MEMORY, memory)
+            layout.write_json(self.home / layout.MEMORY, memory)
         if has_news or len(recording.notes) != self._n_notes:
             self._n_notes = len(recording.notes)
             self._write_facts(None)
@@ -351,7 +356,7 @@ class DirectoryWriter:
             rows = numbered(table, Columns(table).take(0))  # from now on any engine can read it
         spelled = named(table, rows, params, optimizers, self._history.latest)
         path = self.path / name / layout.part_name(self._rank, tail.number)
-        write_part(path, table, spelled)
+        write_part(path, table, spelled, self._said_rank)
         tail.is_written, tail.version = True, self._history.latest
         if rows.nbytes >= PART_BYTES:
             self._finished[name][tail.number] = tail.version
@@ -364,20 +369,21 @@ class DirectoryWriter:
             table = columns.table
             rows = numbered(table, columns.take(columns.n_rows))
             rows = named(table, rows, params, [], self._history.latest)
-            write_part(self.path / name / layout.part_name(self._rank, 0), table, rows)
+            path = self.path / name / layout.part_name(self._rank, 0)
+            write_part(path, table, rows, self._said_rank)
 
     def _write_kept(self, news: _News) -> None:
         from gradscope.run.interchange import to_json
 
         for step, graph in news.graphs.items():
-            path = self.path / layout.GRAPHS / layout.step_name(step, "json")
+            path = self.home / layout.GRAPHS / layout.step_name(step, "json")
             layout.write_bytes(path, to_json(graph, step).encode())
         if news.tracked:
-            folder = self.path / layout.TRACKED
+            folder = self.home / layout.TRACKED
             folder.mkdir(exist_ok=True)
             write_tracked(folder / layout.step_name(min(news.tracked), "safetensors"), news.tracked)
         if news.kept:
-            folder = self.path / layout.TENSORS
+            folder = self.home / layout.TENSORS
             folder.mkdir(exist_ok=True)
             for step, kept in news.kept.items():
                 write_kept(folder / layout.step_name(step, "safetensors"), kept)
@@ -392,7 +398,7 @@ class DirectoryWriter:
             for number, version in versions.items():
                 self._rename_in(name, number, version)
         for name, kept in self._last.items():
-            folder = self.path / layout.LAST
+            folder = self.home / layout.LAST
             folder.mkdir(exist_ok=True)
             write_kept(folder / name, kept)
         self._write_facts(ended)
@@ -413,7 +419,8 @@ class DirectoryWriter:
         table = TABLES[name]
         path = self.path / name / layout.part_name(self._rank, number)
         rows = renamed(read_part(open_part(path, table), table), new_names)
-        write_part(path, table, marked(table, rows, self._history.latest))
+        marked_rows = marked(table, rows, self._history.latest)
+        write_part(path, table, marked_rows, self._said_rank)
         self._finished[name][number] = self._history.latest
 
     def _write_facts(self, ended: str | None) -> None:
@@ -432,7 +439,7 @@ class DirectoryWriter:
             "observe_calls": dict(recording.observe_calls),
             "notes": list(recording.notes),
         }
-        layout.write_json(self.path / layout.RUN, document)
+        layout.write_json(self.home / layout.RUN, document)
 
 
 _CHANGING = frozenset({"steps", "groups", "grads", "state", "moments", "updates", "backwards"})
