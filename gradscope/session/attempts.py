@@ -408,8 +408,11 @@ class Attempts:
         def account() -> None:
             self._costs.begin()
             try:
-                record = self._end_attempt(optimizer, reading, after, outcome, now)
+                # By then the optimizer may be gone, and its follower with it.
+                record = self._end_attempt(follower, optimizer, reading, after, outcome, now)
                 norm_and_loss = self._write(record, reading, observed, first_node)
+                if reading.anatomy is not None and record.outcome != "skipped":
+                    follower.copied_step = record.step
                 if record.attempt.taken:
                     tell(*norm_and_loss)
             finally:
@@ -435,6 +438,7 @@ class Attempts:
 
     def _end_attempt(
         self,
+        follower: _Follower,
         optimizer: int,
         reading: StepReading,
         after: GradientLook | None,
@@ -442,7 +446,6 @@ class Attempts:
         now: float,
     ) -> StepRecord:
         """Tell the ledger of the end of an attempt."""
-        follower = self._followers[optimizer]
         look, consumption = reading.look, follower.consumption
         assert look is not None
         if consumption is None:
@@ -495,8 +498,6 @@ class Attempts:
                 recorder.record_state(run, step, optimizer, params, when, state)
         if reading.state_after is not None:
             recorder.record_moments(run, step, optimizer, params, reading, anatomy)
-        if reading.anatomy is not None:
-            self._followers[optimizer].copied_step = step
         self._keep(step, reading)
         if reading.tracked is not None and (tracked := reading.tracked.value()) is not None:
             run.track(step, tracked)
