@@ -75,8 +75,14 @@ class Saving:
         """What ended the writing before its time, the first time it is asked for."""
         if self._is_told or self._writer is None or self._writer.failure is None:
             return None
-        self._is_told = True
+        self.failure_is_told()
         return self._writer.failure
+
+    def failure_is_told(self) -> None:
+        """Take note that writing has failed, and that whoever watches knows."""
+        self._is_told = True
+        if self._writer is not None:
+            self._writer.is_told = True
 
     def start(self) -> None:
         """Begin to write, or go on after a stop.

@@ -69,7 +69,8 @@ class TorchFunctionTap(Tap):
     def install(self, undo: ExitStack) -> None:
         """Slip the mode in below the others."""
         self.suspended = 0
-        undo.callback(self._take_out)
+        for _ in range(2):  # a second time if the first fails: left in place it would outlive us
+            undo.callback(self._take_out)
         self._insert()
 
     def suspend(self) -> None:

@@ -183,6 +183,8 @@ _SAFE: frozenset[Any] = frozenset(
         time.monotonic,
         threading.get_ident,
         threading.local,
+        threading.RLock,
+        threading.Lock,
         weakref.ref,
         sys._getframe,
         collections.deque,
@@ -227,7 +229,7 @@ def _cannot_fail(callee: Any) -> bool:
         return True
     if kind is type and issubclass(callee, BaseException):
         return True
-    if kind is types.BuiltinFunctionType or kind is type:
+    if kind in (types.BuiltinFunctionType, types.FunctionType, type):
         try:
             if callee in _SAFE:
                 return True

@@ -149,7 +149,7 @@ class Odd(nn.Module):
         self.small = nn.Linear(4, 4).to(torch.bfloat16)
         self.matrix = nn.Linear(4, 3, bias=False)
         self.empty = nn.Parameter(torch.zeros(0))
-        self.root = nn.Parameter(torch.zeros(1))
+        self.root = nn.Parameter(torch.ones(1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.words(x) * (self.wave * self.wave.conj()).real
@@ -228,10 +228,10 @@ def _thin(scope: Scope, number: int) -> None:
         return
     saving = scope._session._saving
     writer = None if saving is None else saving._writer
-    if number == 5 and writer is not None and writer.is_running:
+    if number == 5 and writer is not None and writer._thread is not None:
         flushes = writer.n_flushes
         writer._wake.set()
-        ends = time.monotonic() + 5
+        ends = time.monotonic() + 1
         while writer.n_flushes == flushes and writer.failure is None and time.monotonic() < ends:
             time.sleep(0.002)
     if number == 7:
@@ -654,6 +654,12 @@ def findings_of(scope: Scope) -> set[str]:
     return {finding.code for finding in scope.findings if finding.severity.name != "INFO"}
 
 
+def is_programs(point: Point) -> bool:
+    """Whether a call is the program's own, which goes through a tap."""
+    names = ("original", "func", "closure")
+    return point.file.startswith("taps/") and point.callee in names
+
+
 _TAKES_OUT = re.compile(r".*\.(remove|disarm|close|stop|end|give_up|unregister)|leave|_replace_all")
 """What takes a hook, a patch or a mode out is tried twice; it cannot fail for ever."""
 
@@ -662,7 +668,7 @@ def variants(point: Point, n_calls: int, *, all_of_them: bool) -> Iterator[tuple
     """How a point fails: with which error, from which call on, and for how long."""
     digest = point.digest
     times = [(0, FOREVER), (0, 1), (n_calls // 2, FOREVER)]
-    if _TAKES_OUT.fullmatch(point.callee):
+    if _TAKES_OUT.fullmatch(point.callee) or "_take_out" in point.function:
         times = [(0, 1), (n_calls // 2, n_calls // 2 + 1), (0, 1)]
     if all_of_them:
         for error in fault_points.ERRORS:
@@ -704,7 +710,7 @@ def main() -> int:
                 point = POINTS[number]
                 if number in done and not arguments.all:
                     continue  # an earlier training comes by, too
-                if arguments.kind not in (None, FAULTS.kinds[number]):
+                if arguments.kind not in (None, FAULTS.kinds[number]) or is_programs(point):
                     continue
                 done.add(number)
                 if point.digest % arguments.share or arguments.point not in str(point):
