@@ -140,13 +140,18 @@ class Scope(RecordedRun):
         except Exception as error:
             session.saving_failed(error)
         if teller is not None:
-            for end in (teller.stop, lambda: teller.finish(may_raise=may_raise)):
-                try:
-                    end()
-                except FindingsError:
-                    raise
-                except Exception as error:
-                    session.failed("watch", error)
+            try:
+                teller.stop()
+            except Exception as error:
+                session.failed("watch", error)
+                with suppress(Exception):  # what is left in place would outlive us
+                    teller.stop()
+            try:
+                teller.finish(may_raise=may_raise)
+            except FindingsError:
+                raise
+            except Exception as error:
+                session.failed("watch", error)
         return self
 
     @contextmanager
