@@ -8,6 +8,7 @@ import socket
 import sys
 from collections import ChainMap
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,11 +214,18 @@ def save_now(
     """Write everything that memory holds to a directory.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if it cannot be written; nothing is left of it.
     """
     facts = {**facts_of_process(), "criteria": criteria, "earlier_starts": []}
     writer = DirectoryWriter(path, recording, facts, lambda: elapsed, writes_all=True)
-    writer.write_all(last_files(copies))
+    try:
+        writer.write_all(last_files(copies))
+    except BaseException:
+        with suppress(OSError):  # half of a run would pass for a killed one
+            layout.remove_run(path)
+            for folder in path.iterdir():
+                folder.rmdir()
+        raise
 
 
 def facts_of_process() -> dict[str, Any]:
