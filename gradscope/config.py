@@ -164,7 +164,11 @@ def as_directory(name: str, path: object) -> Path | None:
     if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
         raise UsageError(f"{name}={path!r}: pass the path of a directory, as in 'runs/exp1'")
     directory = Path(path)
-    if directory.exists() and not directory.is_dir():
+    try:
+        is_something_else = directory.exists() and not directory.is_dir()
+    except OSError:  # nothing that we may look at: what comes of it is told when it is written
+        is_something_else = False
+    if is_something_else:
         raise UsageError(f"{name}={str(path)!r}: is a file; pass the path of a directory")
     return directory.absolute()
 

@@ -122,7 +122,12 @@ class Scope(RecordedRun):
         if session is None or not self._is_inside:
             return self
         if session.running:
-            self._refuse_inside_hook("stop()")
+            try:
+                self._refuse_inside_hook("stop()")
+            except ScopeStateError:
+                raise
+            except Exception as error:
+                session.failed("watch", error)
         self._is_inside = False
         try:
             if session.running:  # else it has been stopped already, by a failure or by a limit
@@ -135,13 +140,18 @@ class Scope(RecordedRun):
         except Exception as error:
             session.saving_failed(error)
         if teller is not None:
-            for end in (teller.stop, lambda: teller.finish(may_raise=may_raise)):
-                try:
-                    end()
-                except FindingsError:
-                    raise
-                except Exception as error:
-                    session.failed("watch", error)
+            try:
+                teller.stop()
+            except Exception as error:
+                session.failed("watch", error)
+                with suppress(Exception):  # what is left in place would outlive us
+                    teller.stop()
+            try:
+                teller.finish(may_raise=may_raise)
+            except FindingsError:
+                raise
+            except Exception as error:
+                session.failed("watch", error)
         return self
 
     @contextmanager
@@ -362,22 +372,22 @@ def watch(
         UsageError: if what is passed cannot be watched; the message names it.
         UnknownRuleError: if something is said of a rule that there is not.
     """
-    options = WatchOptions(
-        budget=budget,
-        every=every,
-        include=as_patterns("params", params),
-        exclude=as_patterns("exclude", exclude),
-        keep=as_patterns("keep", keep),
-        keep_steps=as_steps("keep_steps", keep_steps),
-        graph=as_graph_steps(graph),
-        save=as_directory("save", save),
-        total_steps=total_steps,
-        sync_every=sync_every,
-        on_error=on_error,
-    )
-    if switched_off():
-        return Scope(None)
     try:
+        options = WatchOptions(
+            budget=budget,
+            every=every,
+            include=as_patterns("params", params),
+            exclude=as_patterns("exclude", exclude),
+            keep=as_patterns("keep", keep),
+            keep_steps=as_steps("keep_steps", keep_steps),
+            graph=as_graph_steps(graph),
+            save=as_directory("save", save),
+            total_steps=total_steps,
+            sync_every=sync_every,
+            on_error=on_error,
+        )
+        if switched_off():
+            return Scope(None)
         from gradscope.judging import checked_on_finding
         from gradscope.rules.criteria import criteria
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from gradscope.cli.output import checked_output, command, harmless, tell, width_of
+from gradscope.cli.output import checked_output, command, harmless, tell, width_of, written_to
 from gradscope.cli.recorded import add_output, add_run, opened, tell_notes
 from gradscope.errors import UsageError
 
@@ -207,11 +207,9 @@ def _opened(output: str | None, *, binary: bool) -> Iterator[Any]:
 
     path = Path(output).resolve()  # what a link leads to is written, and the link stays
     opening: Callable[..., IO[Any]] = open
-    try:
-        with (
-            written_whole(path) as hidden,
-            opening(hidden, "wb") if binary else opening(hidden, "w", encoding="utf-8") as file,
-        ):
-            yield file
-    except OSError as error:
-        raise UsageError(f"--output {output}: cannot be written: {error}") from error
+    with (
+        written_to(output),
+        written_whole(path) as hidden,
+        opening(hidden, "wb") if binary else opening(hidden, "w", encoding="utf-8") as file,
+    ):
+        yield file

@@ -298,9 +298,14 @@ def document(watched: Watched) -> dict[str, Any]:
 
 
 def _write(path: str, watched: Watched) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(document(watched), file, indent=1, ensure_ascii=False)
-        file.write("\n")
+    from gradscope.run.directory.layout import write_bytes
+
+    text = json.dumps(document(watched), indent=1, ensure_ascii=False) + "\n"
+    if os.path.isfile(path) or not os.path.exists(path):
+        write_bytes(Path(path).resolve(), text.encode("utf-8", "backslashreplace"))
+    else:  # /dev/stderr, a named pipe
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 def guarded(function: Any) -> Any:

@@ -123,6 +123,10 @@ class Recording:
         """Return the stored rows of a table, to append to or to read as arrays."""
         return self._columns[table]
 
+    def unreadable(self, tables: Iterable[str]) -> tuple[str, ...]:
+        """Return those of some tables of which a part lies in a file that cannot be read."""
+        return ()
+
     def frame(self, table: str) -> pd.DataFrame:
         """Return a table as a DataFrame; changing it changes nothing that was recorded."""
         if table in MADE_WHEN_ASKED:

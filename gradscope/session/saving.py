@@ -8,6 +8,7 @@ import socket
 import sys
 from collections import ChainMap
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,8 +85,14 @@ class Saving:
         """What ended the writing before its time, the first time it is asked for."""
         if self._is_told or self._writer is None or self._writer.failure is None:
             return None
-        self._is_told = True
+        self.failure_is_told()
         return self._writer.failure
+
+    def failure_is_told(self) -> None:
+        """Take note that writing has failed, and that whoever watches knows."""
+        self._is_told = True
+        if self._writer is not None:
+            self._writer.is_told = True
 
     def start(self) -> None:
         """Begin to write, or go on after a stop.
@@ -255,21 +262,30 @@ def save_now(
         number: under which it is written; None for the rank of this process.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if it cannot be written; nothing is left of it.
     """
     place = place_now()
     number = place.rank if number is None else number
     facts = {**facts_of_process(place), "criteria": criteria, "earlier_starts": []}
+    is_one_of_several = place.world_size > 1 or number > 0
     writer = DirectoryWriter(
         path,
         recording,
         facts,
         lambda: elapsed,
         rank=number,
-        says_rank=place.world_size > 1 or number > 0,
+        says_rank=is_one_of_several,
         writes_all=True,
     )
-    writer.write_all(last_files(copies))
+    try:
+        writer.write_all(last_files(copies))
+    except BaseException:
+        if not is_one_of_several:
+            with suppress(OSError):  # half of a run would pass for a killed one
+                layout.remove_run(path)
+                for folder in path.iterdir():
+                    folder.rmdir()
+        raise
 
 
 def facts_of_process(place: Place) -> dict[str, Any]:

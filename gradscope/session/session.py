@@ -315,6 +315,8 @@ class Session:
 
     def saving_failed(self, error: Exception) -> None:
         """Take note that the recording is written no more."""
+        if self._saving is not None:
+            self._saving.failure_is_told()
         self._failures.silence("run_directory", "saving-failed", error)
 
     def stop(self) -> None:

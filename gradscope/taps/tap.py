@@ -75,9 +75,9 @@ class Tap:
             rest = tuple(known for known in self.listeners if known is not listener)
             if len(rest) == len(self.listeners):
                 return
-            self.listeners = rest
             if not rest:
                 self._undo.close()
+            self.listeners = rest  # now: if something stays in place, it can be tried again
 
     @uncompiled
     def emit(self, event: str, *arguments: Any) -> None:

@@ -82,7 +82,8 @@ class TorchFunctionTap(Tap):
         self.suspended = 0
         self._thread = threading.get_ident()
         self._is_inside_compiled_code = False
-        undo.callback(self._end)
+        for _ in range(2):  # a second time if the first fails: left in place it would outlive us
+            undo.callback(self._end)
         self._insert()
         compiled_code.add(self)
 

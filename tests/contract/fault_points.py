@@ -10,6 +10,8 @@ from __future__ import annotations
 import ast
 import builtins
 import collections
+import contextlib
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -20,7 +22,6 @@ import types
 import weakref
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ class _Faults:
 FAULTS = _Faults()
 
 
-@contextmanager
+@contextlib.contextmanager
 def noting() -> Iterator[dict[int, int]]:
     """Note how often each point is come by."""
     FAULTS.failing, FAULTS.reached = -1, {}
@@ -183,12 +184,16 @@ _SAFE: frozenset[Any] = frozenset(
         time.monotonic,
         threading.get_ident,
         threading.local,
+        threading.RLock,
+        threading.Lock,
         weakref.ref,
         sys._getframe,
         collections.deque,
         collections.ChainMap,
         collections.Counter,
         collections.defaultdict,
+        contextlib.suppress,
+        functools.partial,
     }
 )
 _CONTAINERS = (
@@ -212,7 +217,7 @@ _CONTAINERS = (
 
 
 # The edge at which errors of ours stop: calling it, and nothing in it, is taken to succeed.
-_EDGE = frozenset({"emit", "emit_with_line", "failed", "_takers"})
+_EDGE = frozenset({"emit", "emit_with_line", "failed", "_takers", "_guarded"})
 
 
 def _cannot_fail(callee: Any) -> bool:
@@ -227,7 +232,7 @@ def _cannot_fail(callee: Any) -> bool:
         return True
     if kind is type and issubclass(callee, BaseException):
         return True
-    if kind is types.BuiltinFunctionType or kind is type:
+    if isinstance(callee, types.BuiltinFunctionType | types.FunctionType | type):
         try:
             if callee in _SAFE:
                 return True

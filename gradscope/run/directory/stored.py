@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from gradscope.run.directory.tensors import (
     StoredTracked,
     read_or_note,
 )
-from gradscope.run.recording import Recording
+from gradscope.run.recording import MADE_WHEN_ASKED, Recording
 from gradscope.run.schema import RANK, TABLES, Table, with_rank
 from gradscope.run.thinning import HEAVY, OF_STEPS, Thinning, choose, is_held
 
@@ -55,6 +55,7 @@ class StoredRecording(Recording):
         self._home = home
         self.history = NameHistory()
         self._is_read: set[str] = set()
+        self._damaged: set[str] = set()
         self._tracked_held: frozenset[int] = frozenset()
         self._read_facts()
         self._read_people()
@@ -124,6 +125,13 @@ class StoredRecording(Recording):
             frame.insert(0, RANK.name, rank)
             frames.append(frame)
         return pd.concat(frames, ignore_index=True)
+
+    def unreadable(self, tables: Iterable[str]) -> tuple[str, ...]:
+        """Return those of some tables of which a part lies in a file that cannot be read."""
+        for table in tables:
+            if table not in MADE_WHEN_ASKED:
+                self.rows(table)
+        return tuple([table for table in tables if table in self._damaged])
 
     def dataset(self, table: str) -> ds.Dataset:
         """Return all rows of a table, of all ranks, as a dataset that is read piece by piece."""
@@ -220,6 +228,8 @@ class StoredRecording(Recording):
                 part = read_or_note(lambda path: open_part(path, TABLES[table]), path, self.notes)
                 if part is not None:
                     parts.append((path, part))
+                else:
+                    self._damaged.add(table)
             self._parts[table] = parts
         return self._parts[table]
 
@@ -247,7 +257,13 @@ class StoredRecording(Recording):
             return True
 
         for path, part in self._parts_of(table):
-            read_or_note(lambda path, part=part: read(path, part), path, self.notes)
+            if not read_or_note(lambda path, part=part: read(path, part), path, self.notes):
+                self._damaged.add(table)
+        if table == "steps" and self._n_steps and not self._parts_of(table):
+            self._damaged.add(table)
+            text = f"{table}/: its files are gone; {self._n_steps:,} steps were recorded"
+            if not any(f"{table}/" in note for note in self.notes):
+                self.notes.append(text)
         if table == "backwards":
             columns.keep(columns.array("step") < self._first_missing)  # of none is far below
         if self.thinning is not None and table in ("backwards", "events"):
@@ -308,7 +324,10 @@ class StoredRecording(Recording):
 
         path = self._home / layout.PEOPLE
         if path.exists():  # else it was killed before its first flush
-            self.history = read_or_note(read, path, self.notes) or self.history
+            history = read_or_note(read, path, self.notes)
+            self.history = history or self.history
+            if history is None:  # without names nobody can tell what any row is about
+                self._damaged |= set(TABLES)
 
     def _read_memory(self) -> None:
         def read(path: Path) -> None:

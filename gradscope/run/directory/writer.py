@@ -100,6 +100,7 @@ class DirectoryWriter:
 
     Attributes:
         failure: what ended the writing before its time; None if nothing did.
+        is_told: whether anybody was told of that.
         n_flushes: how often something was written.
     """
 
@@ -119,6 +120,7 @@ class DirectoryWriter:
         self.path = path
         self.home = layout.home_of(path, rank)
         self.failure: Exception | None = None
+        self.is_told = False
         self.n_flushes = 0
         self._recording = recording
         self._facts = facts
@@ -228,7 +230,7 @@ class DirectoryWriter:
             error = self.failure
         except Exception as found:
             error = found
-        if error is not None:
+        if error is not None and not self.is_told:
             with suppress(Exception):  # it may be closed by now
                 print(
                     f"gradscope: run_directory failed at the end of the program "
