@@ -7,9 +7,10 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
-from gradscope.errors import FindingsError, GradscopeWarning, UsageError
+from gradscope.errors import FindingsError, GradscopeWarning, UsageError, text_of
 from gradscope.rules import Finding, Findings, Severity
 from gradscope.session.failures import warn
 from gradscope.session.ranks import is_first
@@ -116,8 +117,10 @@ class Teller:
                 self._not_before = ended + (ended - began) / _SHARE_OF_JUDGING
 
     def failed(self, where: str, error: Exception) -> None:
-        """Let out what is asked for; nothing else comes this far."""
-        raise error
+        """Let out what is asked for; tell no more after anything else."""
+        if isinstance(error, FindingsError):
+            raise error
+        self._failed(error)
 
     def _judge(self, *, is_end: bool, may_raise: bool) -> None:
         self._session.settle(wait=is_end)
@@ -162,9 +165,14 @@ class Teller:
         except FindingsError:
             raise
         except Exception as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        if not self._is_silent:
             self._is_silent = True
-            text = f"{type(error).__name__}: {error}"
-            warn("on-finding-failed", f"telling a finding failed; training goes on ({text})")
+            text = f"telling a finding failed; training goes on ({text_of(error)})"
+            with suppress(Exception):
+                warn("on-finding-failed", text)
 
 
 def _is_among(finding: Finding, known: list[Finding]) -> bool:

@@ -7,7 +7,8 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from html import escape
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
@@ -22,7 +23,14 @@ from gradscope.config import (
     as_steps,
     switched_off,
 )
-from gradscope.errors import RunDirectoryError, ScopeStateError, UsageError
+from gradscope.errors import (
+    FindingsError,
+    GradscopeError,
+    RunDirectoryError,
+    ScopeStateError,
+    UsageError,
+    text_of,
+)
 from gradscope.own_code import is_ours
 from gradscope.recorded_run import RecordedRun
 from gradscope.run.recording import Recording
@@ -36,6 +44,7 @@ if TYPE_CHECKING:
     from gradscope.rules.finding import Finding
     from gradscope.rules.rule import Rule
     from gradscope.run.weight_step import WeightStep
+    from gradscope.session.session import Session
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,6 +61,9 @@ class Scope(RecordedRun):
     any time, also while the loop runs.
     """
 
+    _why_not = _SWITCHED_OFF
+    """What is shown of a scope that watches nothing."""
+
     def __init__(
         self,
         session: Any | None,
@@ -61,6 +73,7 @@ class Scope(RecordedRun):
         self._session = session
         self._recording = session.recording if session is not None else Recording()
         self._criteria = criteria
+        self._is_inside = False
         self._teller: Any = None
         if session is not None and criteria is not None and on_finding != "collect":
             from gradscope.judging import Teller
@@ -82,10 +95,14 @@ class Scope(RecordedRun):
                 "this scope is watching already: leave its block, or call stop(), before it is "
                 "entered again; a second loop at the same time needs a watch() of its own"
             )
-        self._session.event("watch_started")
-        self._session.start()
-        if self._teller is not None:
-            self._teller.start()
+        self._is_inside = True
+        try:
+            self._session.event("watch_started")
+            self._session.start()
+            if self._teller is not None:
+                self._teller.start()
+        except Exception as error:
+            self._session.failed("watch", error)
         return self
 
     def stop(self) -> Scope:
@@ -101,14 +118,30 @@ class Scope(RecordedRun):
         return self._stop(may_raise=True)
 
     def _stop(self, *, may_raise: bool, ended: str = "finished") -> Scope:
-        if self._session is not None and self._session.running:
+        session, teller = self._session, self._teller
+        if session is None or not self._is_inside:
+            return self
+        if session.running:
             self._refuse_inside_hook("stop()")
-            self._session.stop()
-            self._session.event("watch_stopped")
-            self._session.finish_saving(ended)
-            if self._teller is not None:
-                self._teller.stop()
-                self._teller.finish(may_raise=may_raise)
+        self._is_inside = False
+        try:
+            if session.running:  # else it has been stopped already, by a failure or by a limit
+                session.stop()
+                session.event("watch_stopped")
+        except Exception as error:
+            session.failed("watch", error)
+        try:
+            session.finish_saving(ended)
+        except Exception as error:
+            session.saving_failed(error)
+        if teller is not None:
+            for end in (teller.stop, lambda: teller.finish(may_raise=may_raise)):
+                try:
+                    end()
+                except FindingsError:
+                    raise
+                except Exception as error:
+                    session.failed("watch", error)
         return self
 
     @contextmanager
@@ -122,19 +155,25 @@ class Scope(RecordedRun):
         """Look away until :meth:`resume`, or for the length of a ``with scope.pause():`` block."""
         if self._session is not None and self._session.running:
             self._refuse_inside_hook("pause()")
-            self._session.event("paused")
-            self._session.pause()
-            if self._teller is not None:
-                self._teller.stop()
+            try:
+                self._session.event("paused")
+                self._session.pause()
+                if self._teller is not None:
+                    self._teller.stop()
+            except Exception as error:
+                self._session.failed("watch", error)
         return self._paused()
 
     def resume(self) -> None:
         """Look again after :meth:`pause`."""
         if self._session is not None and self._session.paused:
-            self._session.resume()
-            self._session.event("resumed")
-            if self._teller is not None:
-                self._teller.start()
+            try:
+                self._session.resume()
+                self._session.event("resumed")
+                if self._teller is not None:
+                    self._teller.start()
+            except Exception as error:
+                self._session.failed("watch", error)
 
     def __enter__(self) -> Scope:
         return self.start()
@@ -149,7 +188,10 @@ class Scope(RecordedRun):
             self._stop(may_raise=True)
             return False
         if self._session is not None and self._session.running:
-            self._session.event("exception", f"{type(error).__name__}: {error}")
+            try:
+                self._session.event("exception", text_of(error))
+            except Exception as failure:  # of ours; the program's own is on its way
+                self._session.failed("events", failure)
         self._stop(may_raise=False, ended=type(error).__name__)
         return False
 
@@ -197,13 +239,13 @@ class Scope(RecordedRun):
     # -- what it knows besides --------------------------------------------------------------
 
     def __repr__(self) -> str:
-        return _SWITCHED_OFF if self._session is None else super().__repr__()
+        return self._why_not if self._session is None else super().__repr__()
 
     def __rich__(self) -> Any:
-        return _SWITCHED_OFF if self._session is None else super().__rich__()
+        return self._why_not if self._session is None else super().__rich__()
 
     def _repr_html_(self) -> str:
-        return _SWITCHED_OFF if self._session is None else super()._repr_html_()
+        return escape(self._why_not) if self._session is None else super()._repr_html_()
 
     def _versions(self) -> dict[str, str]:
         import platform
@@ -335,26 +377,62 @@ def watch(
     )
     if switched_off():
         return Scope(None)
-    from gradscope.judging import checked_on_finding
-    from gradscope.rules.criteria import criteria
+    try:
+        from gradscope.judging import checked_on_finding
+        from gradscope.rules.criteria import criteria
+
+        models, optimizers = checked_models(model), checked_optimizers(optimizer)
+        judged_by = criteria(select, ignore, ignore_params, thresholds, rules)
+        on_finding = checked_on_finding(on_finding)
+        session = _session(options, models, optimizers)
+        _check_keep(session.recording, options)
+        if options.save is not None:
+            try:
+                stored, waits = _run_at(options.save)
+                session.save_to(options.save, judged_by.as_plain(), stored, waits=waits)
+            except GradscopeError:
+                raise
+            except Exception as error:  # it may have taken up some of what lies there
+                session = _session(options, models, optimizers)
+                session.saving_failed(error)
+        return Scope(session, judged_by, on_finding)
+    except GradscopeError:  # what was passed cannot be watched
+        raise
+    except Exception as error:
+        if on_error == "raise":
+            raise
+        return _scope_of_nothing(error)
+
+
+def _session(
+    options: WatchOptions, models: list[nn.Module], optimizers: list[torch.optim.Optimizer]
+) -> Session:
+    """A session that follows these, called what the program calls them."""
     from gradscope.session.session import Session
 
-    models, optimizers = checked_models(model), checked_optimizers(optimizer)
-    caller = calling_frame()
     session = Session(options)
-    judged_by = criteria(select, ignore, ignore_params, thresholds, rules)
+    caller = calling_frame()
     names = names_of(caller, 0, "model", len(models), "model")
-    for each_model, name in zip(models, names, strict=True):
-        session.watch_model(each_model, name)
+    for model, name in zip(models, names, strict=True):
+        session.watch_model(model, name)
     names = names_of(caller, 1, "optimizer", len(optimizers), "optimizer")
-    for each_optimizer, name in zip(optimizers, names, strict=True):
-        session.watch_optimizer(each_optimizer, name)
-    _check_keep(session.recording, options)
-    session.recording.total_steps = total_steps
-    if options.save is not None:
-        stored, waits = _run_at(options.save)
-        session.save_to(options.save, judged_by.as_plain(), stored, waits=waits)
-    return Scope(session, judged_by, checked_on_finding(on_finding))
+    for optimizer, name in zip(optimizers, names, strict=True):
+        session.watch_optimizer(optimizer, name)
+    session.recording.total_steps = options.total_steps
+    return session
+
+
+def _scope_of_nothing(error: Exception) -> Scope:
+    """What watch() returns when it fails itself: the training goes on as if it were not there."""
+    from gradscope.session.failures import warn
+
+    scope = Scope(None)
+    text = f"watch() failed and nothing is watched; training goes on ({text_of(error)})"
+    scope._why_not = f"gradscope: {text}"
+    scope._recording.notes.append(text)
+    with suppress(Exception):
+        warn("watch-failed", text)
+    return scope
 
 
 def _run_at(path: Path) -> tuple[Any, bool]:

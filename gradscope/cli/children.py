@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradscope.cli.ranks import remove_at_exit
 from gradscope.run.directory import layout
-from gradscope.taps.patch import Patch
+from gradscope.taps.patch import replace as replace_attribute
 
 if TYPE_CHECKING:
     from gradscope.session.session import Session
@@ -67,24 +67,24 @@ class Children:
     def __init__(self, watching: Watching, session: Session) -> None:
         self.watching = watching
         self.session = session
-        self._patches: list[Patch] = []
+        self._undo = contextlib.ExitStack()
         self._pid = os.getpid()
         self._has_started = False
         self._is_handing_over = False
 
     def start(self) -> None:
         """Begin to take part when processes are started."""
-        for name in ("ForkProcess", "SpawnProcess", "ForkServerProcess"):
-            kind = getattr(multiprocessing.context, name, None)
-            if kind is not None and "_Popen" in vars(kind):
-                self._patches.append(Patch(kind, "_Popen", self._wrap))
+        with contextlib.ExitStack() as undo:
+            for name in ("ForkProcess", "SpawnProcess", "ForkServerProcess"):
+                kind = getattr(multiprocessing.context, name, None)
+                if kind is not None and "_Popen" in vars(kind):
+                    replace_attribute(undo, kind, "_Popen", self._wrap)
+            self._undo = undo.pop_all()
 
     def stop(self) -> None:
         """Take part no more."""
         global _current
-        for patch in self._patches:
-            patch.restore()
-        self._patches = []
+        self._undo.close()
         if _current is self:
             _current = None
 
@@ -226,7 +226,7 @@ def _end_before_exit(session: Session) -> None:
 
         return _exit
 
-    Patch(os, "_exit", wrap)
+    replace_attribute(contextlib.ExitStack(), os, "_exit", wrap)
 
 
 def _end(session: Session, ended: str) -> None:

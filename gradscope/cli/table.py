@@ -203,16 +203,15 @@ def _opened(output: str | None, *, binary: bool) -> Iterator[Any]:
         return
     from pathlib import Path
 
-    from gradscope.run.directory.layout import hidden_name
+    from gradscope.run.directory.layout import written_whole
 
     path = Path(output).resolve()  # what a link leads to is written, and the link stays
-    hidden = hidden_name(path)
     opening: Callable[..., IO[Any]] = open
     try:
-        with opening(hidden, "wb") if binary else opening(hidden, "w", encoding="utf-8") as file:
+        with (
+            written_whole(path) as hidden,
+            opening(hidden, "wb") if binary else opening(hidden, "w", encoding="utf-8") as file,
+        ):
             yield file
-        hidden.replace(path)
     except OSError as error:
         raise UsageError(f"--output {output}: cannot be written: {error}") from error
-    finally:
-        hidden.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,14 @@ from gradscope.config import (
     project_config,
     switched_off,
 )
-from gradscope.errors import OutputExistsError, UsageError
+from gradscope.errors import GradscopeError, OutputExistsError, UsageError, text_of
 
 if TYPE_CHECKING:
+    from gradscope.cli.children import Children
     from gradscope.rules.finding import Findings
     from gradscope.run.recording import Recording
+    from gradscope.session.ranks import Place
+    from gradscope.session.session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,39 +102,36 @@ def run_watched(arguments: argparse.Namespace) -> Watched:
     """
     program = _program(arguments)
     if switched_off():
-        ended = program.run()
-        if ended.error is not None:
-            print_exception(ended.error)
-        return Watched(ended)
+        return Watched(_run_alone(program))
     config = _configured(arguments, program)
     if arguments.findings:
         _refuse_to_overwrite(arguments.findings, force=arguments.force)
 
     from gradscope.cli import ranks
-    from gradscope.cli.children import Watching, end_of_child, watch_children
-    from gradscope.cli.watching import begin_session
+    from gradscope.cli.children import end_of_child
+    from gradscope.run.recording import Recording
     from gradscope.session.ending import note_ending
 
     output = as_directory("--output", getattr(arguments, "output", None))
     place = ranks.place_of_program()
     if output is not None:
         ranks.make_room(output, place, force=arguments.force)
-    shared = output
-    if output is None and place.world_size > 1:
-        shared = ranks.shared_folder()
-        if shared is not None and place.rank == 0:
-            ranks.remove_at_exit(shared)
-    watching = Watching(None if shared is None else str(shared), _plain(config), arguments.steps)
-    session = begin_session(shared, watching.criteria, watching.n_steps)
-    children, process = watch_children(watching, session), os.getpid()
+    process = os.getpid()
+    try:
+        session, children = _start(arguments.steps, output, place, config)
+    except GradscopeError:
+        raise
+    except Exception as error:
+        _tell_failed("watching", error)
+        return Watched(_run_alone(program), config.fail_on, Recording())  # seen, but not judged
     try:
         ended = program.run()
         if ended.error is not None:
-            note_ending(session, ended.error)
+            guarded(lambda: note_ending(session, ended.error))
     finally:
         was_running = session.running
-        session.stop()
-        children.stop()
+        guarded(session.stop)
+        guarded(children.stop)
     how = "finished" if ended.error is None else type(ended.error).__name__
     if os.getpid() != process:  # a child of the program's own that came back up here
         guarded(lambda: end_of_child(how))
@@ -145,10 +146,11 @@ def run_watched(arguments: argparse.Namespace) -> Watched:
         children.wait()
     except KeyboardInterrupt as error:
         ended, how = Ended(130, error), "KeyboardInterrupt"
-    session.finish_saving(how, even_if_idle=children.written is None and place.rank == 0)
+    is_last = children.written is None and place.rank == 0
+    guarded(lambda: session.finish_saving(how, even_if_idle=is_last))
     if place.rank > 0:  # the first speaks for all
         return Watched(ended)
-    found = guarded(lambda: ranks.together(session, children, place, shared, how))
+    found = guarded(lambda: ranks.together(session, children, place, how))
     recording = session.recording if found is None else found
     findings = guarded(lambda: _judge(recording, config))
     saved_to = output if session.is_saved or recording is not session.recording else None
@@ -156,6 +158,13 @@ def run_watched(arguments: argparse.Namespace) -> Watched:
     if arguments.findings and findings is not None:
         guarded(lambda: _write(arguments.findings, watched))
     return watched
+
+
+def _run_alone(program: Program) -> Ended:
+    ended = program.run()
+    if ended.error is not None:
+        print_exception(ended.error)
+    return ended
 
 
 def leave(watched: Watched, status: int) -> int:
@@ -210,6 +219,21 @@ def _program(arguments: argparse.Namespace) -> Program:
     if arguments.script is None:
         raise UsageError("name the script to run, or a module with -m")
     return script_program(arguments.script, arguments.args)
+
+
+def _start(
+    n_steps: int | None, output: Path | None, place: Place, config: ProjectConfig
+) -> tuple[Session, Children]:
+    from gradscope.cli import ranks
+    from gradscope.cli.children import Watching, watch_children
+    from gradscope.cli.watching import begin_session
+
+    shared = output
+    if output is None and place.world_size > 1:
+        shared = ranks.shared_folder(place)
+    watching = Watching(None if shared is None else str(shared), _plain(config), n_steps)
+    session = begin_session(shared, watching.criteria, n_steps)
+    return session, watch_children(watching, session)
 
 
 def _plain(config: ProjectConfig) -> dict[str, Any]:
@@ -293,8 +317,13 @@ def guarded(function: Any) -> Any:
     try:
         return function()
     except Exception as error:
-        print(f"gradscope: the verdict failed ({type(error).__name__}: {error})", file=sys.stderr)
+        _tell_failed("the verdict", error)
         return None
+
+
+def _tell_failed(what: str, error: Exception) -> None:
+    with suppress(Exception):  # standard error may be closed
+        print(f"gradscope: {what} failed ({text_of(error)})", file=sys.stderr)
 
 
 def _listed(given: list[str] | None) -> tuple[str, ...]:

@@ -4,31 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from gradscope.instruments.late import Late
 from gradscope.instruments.statistics import Reals, Statistics, StatisticsReader
 
-Integers = npt.NDArray[np.int64]
 Gradients = Sequence[torch.Tensor | None]
 
 _NO_GRADIENT = id(None)
-
-
-class _Remembered:
-    """The array of the last list of numbers, which is mostly that of the next one too."""
-
-    def __init__(self) -> None:
-        self._numbers: list[int] = []
-        self._array = np.zeros(0, np.int64)
-
-    def array(self, numbers: list[int]) -> Integers:
-        """Return int64[n], not to be changed."""
-        if numbers != self._numbers:
-            self._numbers, self._array = numbers, np.array(numbers, np.int64)
-        return self._array
 
 
 class GradientReader:
@@ -43,8 +26,7 @@ class GradientReader:
 
     def __init__(self, parameters: Gradients) -> None:
         self._statistics = StatisticsReader(parameters)
-        self._nothing = np.zeros(len(parameters), np.int64)
-        self._tokens, self._versions = _Remembered(), _Remembered()
+        self._nothing = [0] * len(parameters)
         # Asking a tensor that is no leaf for its .grad makes torch warn.
         self._are_leaves = all(p is None or p.is_leaf for p in parameters)
 
@@ -57,8 +39,8 @@ class GradientReader:
                 pass
         return [p.grad if p is not None and p.is_leaf else None for p in parameters]
 
-    def identities(self, gradients: Gradients) -> tuple[Integers, Integers, bool]:
-        """Return token int64[n] (0 for None), version int64[n], and whether any gradient is there.
+    def identities(self, gradients: Gradients) -> tuple[list[int], list[int], int]:
+        """Return the token of each (0 for None), its version, and how many gradients there are.
 
         The token is the gradient object's id. It holds as long as the gradient is in its place:
         torch keeps the Python object of a tensor for as long as the tensor lives.
@@ -67,16 +49,15 @@ class GradientReader:
         absent = tokens.count(_NO_GRADIENT)
         if absent == len(tokens):
             nothing = self._nothing[: len(tokens)]
-            return nothing, nothing, False
+            return nothing, nothing, 0
         if not absent:
             try:
-                versions = [gradient._version for gradient in gradients]  # type: ignore[union-attr]
-                return self._tokens.array(tokens), self._versions.array(versions), True
+                return tokens, [gradient._version for gradient in gradients], len(tokens)  # type: ignore[union-attr]
             except RuntimeError:  # a tensor made in inference mode counts no versions
                 pass
         versions = [0 if g is None or g.is_inference() else g._version for g in gradients]
         tokens = [0 if token == _NO_GRADIENT else token for token in tokens]
-        return self._tokens.array(tokens), self._versions.array(versions), True
+        return tokens, versions, len(tokens) - absent
 
     def sums_of_squares(self, gradients: Gradients) -> Late[Reals]:
         """Return float64[n], NaN where there is no gradient."""

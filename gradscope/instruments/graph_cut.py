@@ -101,9 +101,13 @@ class GraphCutFinder:
         self._suspended_by: nn.Module | None = None
         self._thread = threading.get_ident()
         self._torch_functions = TorchFunctionTap()
-        self._torch_functions.add(self)
         self._also: list[Listener] = []
-        module_calls.add(self)
+        try:
+            self._torch_functions.add(self)
+            module_calls.add(self)
+        except BaseException:
+            self.disarm()
+            raise
 
     def failed(self, where: str, error: Exception) -> None:
         """Follow nothing more; the mode itself cannot be removed while it handles a call."""
@@ -136,12 +140,12 @@ class GraphCutFinder:
 
     def disarm(self) -> None:
         """See no more calls, and drop what was seen."""
-        if self._suspended_by is not None:
-            self._suspended_by = None
-            self._torch_functions.resume()
-        for listener in (self, *self._also):
-            self._torch_functions.remove(listener)
-        module_calls.remove(self)
+        self._suspended_by = None
+        try:
+            for listener in (self, *self._also):
+                self._torch_functions.remove(listener)
+        finally:
+            module_calls.remove(self)
         self._origins.clear()
 
     def module_started(self, module: nn.Module, args: Any) -> None:

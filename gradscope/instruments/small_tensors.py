@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn.parameter import UninitializedParameter
 
+Places = npt.NDArray[np.int64]
 Singles = npt.NDArray[np.float32]
+Reals = npt.NDArray[np.float64]
 
 LARGEST = 16_384
 """Elements of a tensor above which it is read by itself."""
@@ -32,16 +33,20 @@ class _Stack:
     """Tensors of one shape and dtype that fit into the buffer together.
 
     Attributes:
-        places: int64[k], where they are in the list of all tensors.
-        members: the same as a list.
+        members: the places of k tensors in the list of all.
+        start: how many small tensors come before them.
         target: float32[k, *shape], the buffer as torch is to fill it.
-        rows: float32[k, n], the same memory.
+        rows, row_vectors, column_vectors: float32[k, n], [k, 1, n] and [k, n, 1], the same memory.
+        squares: float32[k, 1, 1], where their sums of squares go.
     """
 
-    places: npt.NDArray[np.int64]
     members: list[int]
+    start: int
     target: torch.Tensor
     rows: Singles
+    row_vectors: Singles
+    column_vectors: Singles
+    squares: Singles
 
 
 class SmallTensors:
@@ -65,25 +70,67 @@ class SmallTensors:
                 self.others.append(place)
         # Where the program has set a default device, it is not meant for us.
         buffer = torch.zeros(LARGEST if alike else 0, dtype=torch.float32, device="cpu")
+        self._places = np.array([i for members in alike.values() for i in members], np.int64)
+        self._squares = np.zeros(len(self._places), np.float32)
         self._stacks: list[_Stack] = []
+        start = 0
         for (shape, _), members in alike.items():
             n = shape.numel()
             most = LARGEST // n
             for first in range(0, len(members), most):
                 some = members[first : first + most]
-                part = buffer[: len(some) * n]
+                k = len(some)
+                part = buffer[: k * n]
+                rows = part.view(k, n).numpy()
+                squares = self._squares[start : start + k]
                 self._stacks.append(
                     _Stack(
-                        np.array(some, np.int64),
                         some,
-                        part.view(len(some), *shape),
-                        part.view(len(some), n).numpy(),
+                        start,
+                        part.view(k, *shape),
+                        rows,
+                        rows.reshape(k, 1, n),
+                        rows.reshape(k, n, 1),
+                        squares.reshape(k, 1, 1),
                     )
                 )
+                start += k
 
-    def read(
+    def sums_of_squares(
+        self, tensors: Sequence[torch.Tensor | None], result: Reals, irregular: list[int]
+    ) -> None:
+        """Fill in the sum of squares of each, whatever its scale.
+
+        Args:
+            tensors: like those that the reader was made for; None for an absent one.
+            result: float64[n], one place for each of ``tensors``.
+            irregular: to this are added the places of those that cannot be stacked.
+        """
+        if not self._stacks:
+            return
+        squares = self._squares
+        # A product of a row and a column is a call of BLAS, which adds in several lanes: float32
+        # loses no more than its last digit.
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"), torch.no_grad():
+            for stack in self._stacks:
+                try:
+                    torch.stack([tensors[i] for i in stack.members], out=stack.target)  # type: ignore[misc]
+                except (TypeError, RuntimeError):  # one is absent, or sparse
+                    stack.squares.fill(np.nan)
+                else:
+                    np.matmul(stack.row_vectors, stack.column_vectors, out=stack.squares)
+        result[self._places] = squares
+        if _is_usual(squares):
+            return
+        for stack in self._stacks:
+            if not _is_usual(stack.squares):
+                for places, rows in _fill(stack, tensors, irregular):
+                    wide = rows.astype(np.float64)
+                    result[places] = np.einsum("ij,ij->i", wide, wide)
+
+    def rows(
         self, tensors: Sequence[torch.Tensor | None], irregular: list[int]
-    ) -> Iterator[tuple[npt.NDArray[np.int64], Singles]]:
+    ) -> Iterator[tuple[Places, Singles]]:
         """Give the tensors of each stack as rows, which the next stack overwrites.
 
         Args:
@@ -94,33 +141,16 @@ class SmallTensors:
             Their places, int64[k], and their elements, float32[k, n].
         """
         for stack in self._stacks:
-            try:
-                with torch.no_grad():
-                    torch.stack([tensors[i] for i in stack.members], out=stack.target)  # type: ignore[misc]
-            except (TypeError, RuntimeError):  # one is absent, or sparse
-                yield from _those_that_can(stack, tensors, irregular)
-            else:
-                yield stack.places, stack.rows
+            yield from _fill(stack, tensors, irregular)
 
 
-def sums_of_squares(rows: Singles) -> npt.NDArray[np.float64]:
-    """Return float64[k], the sum of squares of each row, whatever its scale."""
-    k, n = rows.shape
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        # The product of a row and a column is a call of BLAS, which adds in several lanes: float32
-        # loses no more than its last digit.
-        products: Any = np.matmul(rows.reshape(k, 1, n), rows.reshape(k, n, 1))
-        squares: npt.NDArray[np.float64] = products.reshape(k).astype(np.float64)
-    if not (squares.min() > TINY and squares.max() < HUGE):
-        for i in np.flatnonzero(~((squares > TINY) & (squares < HUGE))).tolist():
-            wide = rows[i].astype(np.float64)
-            squares[i] = np.dot(wide, wide)
-    return squares
+def _is_usual(squares: Singles) -> bool:
+    return bool(squares.min() > TINY and squares.max() < HUGE)
 
 
-def _those_that_can(
+def _fill(
     stack: _Stack, tensors: Sequence[torch.Tensor | None], irregular: list[int]
-) -> Iterator[tuple[npt.NDArray[np.int64], Singles]]:
+) -> Iterator[tuple[Places, Singles]]:
     there = [(i, t) for i in stack.members if (t := tensors[i]) is not None]
     regular = [(i, t) for i, t in there if t.layout is torch.strided]
     irregular += [i for i, t in there if t.layout is not torch.strided]

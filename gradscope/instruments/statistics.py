@@ -23,7 +23,6 @@ from gradscope.instruments.small_tensors import (
     TINY,
     Singles,
     SmallTensors,
-    sums_of_squares,
 )
 
 Reals = npt.NDArray[np.float64]
@@ -103,8 +102,7 @@ class StatisticsReader:
         """Return float64[n]: the sum of squares of each tensor, NaN where there is none."""
         result = np.full(self.n, np.nan)
         single = list(self._small.others)
-        for places, rows in self._small.read(tensors, single):
-            result[places] = sums_of_squares(rows)
+        self._small.sums_of_squares(tensors, result, single)
         at, plain = _those_there_are(tensors, single)
         readings = [_sum_of_squares(tensor) for tensor in plain]
         return _Filled(
@@ -117,7 +115,7 @@ class StatisticsReader:
         """Return all statistics of each tensor; without ``count_zeros`` ``n_zero`` stays NaN."""
         result = Statistics.empty(self.n)
         single = list(self._small.others)
-        for places, rows in self._small.read(tensors, single):
+        for places, rows in self._small.rows(tensors, single):
             _reduce(result, places, rows, count_zeros)
         at, plain = _those_there_are(tensors, single)
         readings = [_all_statistics(tensor, count_zeros) for tensor in plain]
@@ -132,7 +130,8 @@ def _reduce(result: Statistics, places: Any, rows: Singles, count_zeros: bool) -
         result.min[places], result.max[places] = rows.min(axis=1), rows.max(axis=1)
     for i in np.flatnonzero(np.isinf(sums)).tolist():
         sums[i] = rows[i].sum(dtype=np.float64)
-    squares = sums_of_squares(rows)
+    wide = rows.astype(np.float64)
+    squares = np.einsum("ij,ij->i", wide, wide)
     result.numel[places], result.sum[places] = rows.shape[1], sums
     result.sum_of_squares[places] = squares
     if count_zeros:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -108,6 +108,18 @@ class Columns:
         """
         self._put(self.n_rows, self.n_rows + n, slice(self.n_rows, self.n_rows + n), values)
 
+    def extend_by_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows, each as for :meth:`append`, column by column."""
+        if not rows:
+            return
+        values: dict[str, list[Any]] = {}
+        for name in dict.fromkeys(name for row in rows for name in row):
+            kind = self._kinds.get(name)
+            empty = "" if kind is None or kind is Kind.TEXT else _EMPTY[kind]
+            given = [row.get(name) for row in rows]
+            values[name] = [empty if value is None else value for value in given]
+        self.extend(len(rows), values)
+
     def _put(self, start: int, stop: int, at: int | slice, values: Mapping[str, Any]) -> None:
         if stop > self._capacity:
             self._grow(stop)
@@ -191,22 +203,25 @@ class Columns:
             wanted: bool[n], which rows stay.
         """
         n = int(wanted.sum())
-        self.n_taken = int(wanted[: self.n_taken].sum())
+        n_taken = int(wanted[: self.n_taken].sum())
         capacity = max(n, 64)
         coded = [name for name, kind in self._kinds.items() if kind is Kind.TEXT]
+        # Made as a whole before anything takes its place: half of it would be rows of nothing.
+        arrays = {}
         for name, array in self._arrays.items():
-            kept = np.full(capacity, _EMPTY[self._kinds[name]], array.dtype)
-            kept[:n] = array[: self.n_rows][wanted]
-            self._arrays[name] = kept
-        self._capacity, self.n_rows = capacity, n
+            arrays[name] = np.full(capacity, _EMPTY[self._kinds[name]], array.dtype)
+            arrays[name][:n] = array[: self.n_rows][wanted]
+        texts, text_numbers = self._texts, self._text_numbers
         if coded:
-            used = np.unique(np.concatenate([[0], *(self.array(name) for name in coded)]))
-            numbers = np.zeros(len(self._texts) + 1, np.int32)
+            used = np.unique(np.concatenate([[0], *(arrays[name][:n] for name in coded)]))
+            numbers = np.zeros(len(texts) + 1, np.int32)
             numbers[used] = np.arange(len(used))
             for name in coded:
-                self._arrays[name][:n] = numbers[self.array(name)]
-            self._texts = [self._texts[number] for number in used]
-            self._text_numbers = {text: number for number, text in enumerate(self._texts)}
+                arrays[name][:n] = numbers[arrays[name][:n]]
+            texts = [texts[number] for number in used]
+            text_numbers = {text: number for number, text in enumerate(texts)}
+        self._arrays, self._texts, self._text_numbers = arrays, texts, text_numbers
+        self._capacity, self.n_rows, self.n_taken = capacity, n, n_taken
 
     def frame(self, params: list[str], optimizers: list[str], rows: Any = None) -> pd.DataFrame:
         """Return the rows as a DataFrame of its own, that later rows do not change.
@@ -261,12 +276,13 @@ class Columns:
         return number
 
     def _grow(self, needed: int) -> None:
-        self._capacity = max(needed, 2 * self._capacity)
+        capacity = max(needed, 2 * self._capacity)
+        arrays = {}
         for name, array in self._arrays.items():
-            grown = np.empty(self._capacity, array.dtype)
-            grown[: self.n_rows] = array[: self.n_rows]
-            grown[self.n_rows :] = _EMPTY[self._kinds[name]]
-            self._arrays[name] = grown
+            arrays[name] = np.empty(capacity, array.dtype)
+            arrays[name][: self.n_rows] = array[: self.n_rows]
+            arrays[name][self.n_rows :] = _EMPTY[self._kinds[name]]
+        self._arrays, self._capacity = arrays, capacity
 
 
 # As stored: the text of number 0 is the empty one.

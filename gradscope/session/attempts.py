@@ -395,25 +395,13 @@ class Attempts:
 
         def account() -> None:
             self._costs.begin()
-            look, consumption = reading.look, follower.consumption
-            assert look is not None
-            if consumption is None:
-                look.squares = reading.squares()
-                consumption = self._ledger.describe(optimizer, look)
-            follower.consumption = None
-            if after is not None:
-                self._ledger.gradients.look_after_step(after)
-            elif reading.scaled:
-                # The fused kernel writes unscaled gradients back, and moves no version.
-                self._ledger.gradients.look_after_step(look)
-            skipped = outcome == "stepped" and reading.skips()
-            record = self._ledger.end_attempt(
-                optimizer, consumption, outcome="skipped" if skipped else outcome, now=now
-            )
-            norm_and_loss = self._write(record, reading, observed, first_node)
-            if record.attempt.taken:
-                tell(*norm_and_loss)
-            self._costs.end("tables")
+            try:
+                record = self._end_attempt(optimizer, reading, after, outcome, now)
+                norm_and_loss = self._write(record, reading, observed, first_node)
+                if record.attempt.taken:
+                    tell(*norm_and_loss)
+            finally:
+                self._costs.end("tables")
 
         self._in_order.do(account, *reading.awaited())
         # The buffers that a recorded step was read into are those of the next one.
@@ -432,6 +420,32 @@ class Attempts:
         )
         self._chosen += cost
         follower.chosen_before, follower.ended = self._chosen, now
+
+    def _end_attempt(
+        self,
+        optimizer: int,
+        reading: StepReading,
+        after: GradientLook | None,
+        outcome: str,
+        now: float,
+    ) -> StepRecord:
+        """Tell the ledger of the end of an attempt."""
+        follower = self._followers[optimizer]
+        look, consumption = reading.look, follower.consumption
+        assert look is not None
+        if consumption is None:
+            look.squares = reading.squares()
+            consumption = self._ledger.describe(optimizer, look)
+        follower.consumption = None
+        if after is not None:
+            self._ledger.gradients.look_after_step(after)
+        elif reading.scaled:
+            # The fused kernel writes unscaled gradients back, and moves no version.
+            self._ledger.gradients.look_after_step(look)
+        skipped = outcome == "stepped" and reading.skips()
+        return self._ledger.end_attempt(
+            optimizer, consumption, outcome="skipped" if skipped else outcome, now=now
+        )
 
     def _write(
         self, record: StepRecord, reading: StepReading, observed: float, first_node: int
@@ -493,7 +507,8 @@ class Attempts:
             if number in self.graphs:
                 run.keep_graph(step, replace(self.graphs.pop(number), began=first_node))
         run.step_ended(self._ledger.first_open_backward())
-        return grad_norm, record.attempt.loss
+        # A norm that nobody could read is no sign of anything.
+        return 0.0 if sums is None else grad_norm, record.attempt.loss
 
     def _keep(self, step: int, reading: StepReading) -> None:
         """Keep the tensors that the program asked for."""

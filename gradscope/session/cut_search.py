@@ -133,9 +133,9 @@ class CutSearch:
     def give_up(self) -> None:
         """Disarm now."""
         if self._finder is not None:
-            finder, self._finder = self._finder, None
-            self._seconds += finder.seconds
-            finder.disarm()
+            self._seconds += self._finder.seconds
+            self._finder.disarm()
+            self._finder = None
 
     @property
     def can_give_up(self) -> bool:

@@ -138,6 +138,8 @@ class Looks:
         facts: dict[str, Any] | None = self._failures.run(
             "closer_look", self.now.backward_started, roots, oldest
         )
+        if facts is None:  # what it has not reached would be told to be cut off
+            self.give_up()
         return facts or {}
 
     def step_started(self, optimizer: int) -> None:
@@ -176,10 +178,13 @@ class Looks:
     def end(self) -> None:
         """End a look, and write its rows once all values are there."""
         self._stepped.clear()
-        look, self.now = self.now, None
+        look = self.now
         if look is None:
             return
         look.end()
+        self.now = None
+        if not look.is_whole:
+            return
         self._strangers = look.strangers
         awaited: list[Late[Any]] = look.awaited
         # Models of a function are gone when the watch ends.
@@ -191,8 +196,7 @@ class Looks:
 
         def account() -> None:
             for table, rows in look.rows().items():
-                for row in rows:
-                    self._recording.rows(table).append(row)
+                self._recording.rows(table).extend_by_rows(rows)
 
         self._in_order.do(account, *awaited)
         self.cost = self._costs.total - self._cost_before

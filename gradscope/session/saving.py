@@ -91,7 +91,7 @@ class Saving:
         """Begin to write, or go on after a stop.
 
         Raises:
-            OSError: if the directory cannot be made or written.
+            OSError, RuntimeError: if the directory cannot be made or written, or no thread begun.
         """
         if self._is_told or self.waits:
             return
@@ -103,7 +103,7 @@ class Saving:
             try:
                 if self._shares:
                     number = layout.claim(self.path, place.rank, max(1, place.world_size))
-            except OSError:
+            except Exception:
                 self._is_told = True
                 raise
             facts = {
@@ -124,7 +124,7 @@ class Saving:
         _written_here.add(self.path)
         try:
             self._writer.start()
-        except OSError:
+        except Exception:
             self._is_told = True
             raise
 
@@ -140,9 +140,15 @@ class Saving:
 
     def stop(self, ended: str) -> None:
         """Write what is left."""
-        if self._writer is not None and self._writer.is_running:
-            self._writer.stop(ended, last_files(self._last_copies()))
-        _written_here.discard(self.path)
+        try:
+            if self._writer is not None and self._writer.is_running:
+                last: dict[str, Any] = {}
+                try:
+                    last = last_files(self._last_copies())
+                finally:  # all else is written even if these are lost
+                    self._writer.stop(ended, last)
+        finally:
+            _written_here.discard(self.path)
 
     def take_up(self, stored: StoredRecording) -> dict[int, int]:
         """Enter what was recorded before into the recording, which goes on from there.

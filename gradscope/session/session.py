@@ -10,6 +10,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from gradscope.config import WatchOptions
+from gradscope.errors import text_of
 from gradscope.instruments.late import Known, Late, scalar_of
 from gradscope.instruments.precomputed import precomputed_weights
 from gradscope.instruments.roots import Roots
@@ -70,6 +72,8 @@ _TAPS: tuple[Tap, ...] = (
     schedulers,
 )
 
+_EVERY_TAP: tuple[Tap, ...] = (*_TAPS, optimizer_creation, module_creation)
+
 _MOST_GRAPHS_WAITING = 8
 """How many captured graphs wait for the step they belong to; a loop may never step."""
 
@@ -80,10 +84,15 @@ _sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 
 def _timed(handle: Callable[..., Any]) -> Callable[..., Any]:
-    """Count the time that a handler takes, instruments left out, as that of the structure."""
+    """Count the time that a handler takes, instruments left out, as that of the structure.
+
+    A broken watch that could not be stopped yet handles nothing, and is stopped if it can be.
+    """
 
     @functools.wraps(handle)
     def timed(self: Session, *arguments: Any) -> Any:
+        if self._broken and self._retire():
+            return None
         if threading.get_ident() not in (self._thread, self._started_in):
             return handle(self, *arguments)
         self._costs.begin()
@@ -228,6 +237,11 @@ class Session:
         return bool(self.recording.rows("backwards").n_rows or self.recording.n_steps)
 
     @property
+    def saved_at(self) -> Path | None:
+        """The directory to which the recording is written; None if it is not."""
+        return None if self._saving is None else self._saving.path
+
+    @property
     def is_saved(self) -> bool:
         """Whether the recording is in its directory, as far as was written."""
         saving = self._saving
@@ -246,30 +260,38 @@ class Session:
                 if even_if_idle:
                     saving.something_trains()
                 saving.stop(ended)
+                self._tell_saving_failed()
             except Exception as error:
-                self._failures.silence("run_directory", "saving-failed", error)
-            self._tell_saving_failed()
+                self.saving_failed(error)
 
     def start(self) -> None:
         """Begin to listen."""
         if not self._broken:
             self.running = True
-            self._listen()
+            self._guarded("taps", self._listen)
             if self._saving is not None:
                 self._begin_saving(self._saving.start)
 
     def _begin_saving(self, begin: Callable[[], None]) -> None:
         try:
             begin()
-        except OSError as error:
-            self._failures.silence("run_directory", "saving-failed", error)
+        except Exception as error:
+            self.saving_failed(error)
+
+    def part_failed(self, part: str, error: Exception) -> None:
+        """Take note that something that goes along with the watch has failed."""
+        self._failures.silence(part, "instrument-failed", error)
+
+    def saving_failed(self, error: Exception) -> None:
+        """Take note that the recording is written no more."""
+        self._failures.silence("run_directory", "saving-failed", error)
 
     def stop(self) -> None:
         """Listen no more, and close what is still open."""
         if self.running:
             self.running = False
             if not self.paused:
-                self._hush()
+                self._guarded("taps", self._hush)
             self.paused = False
             if not self._broken:
                 self._guarded("ledger", self._close)
@@ -291,13 +313,13 @@ class Session:
         """Listen no more for a while."""
         if self.running and not self.paused:
             self.paused = True
-            self._hush()
+            self._guarded("taps", self._hush)
 
     def resume(self) -> None:
         """Listen again after a pause."""
         if self.running and self.paused:
             self.paused = False
-            self._listen()
+            self._guarded("taps", self._listen)
 
     def settle(self, *, wait: bool = True) -> None:
         """Account for what was seen so far.
@@ -358,8 +380,9 @@ class Session:
 
     def _retire(self) -> bool:
         """Stop a broken watch once that leaves nothing behind; returns whether it is broken."""
-        if self._broken and self._cuts.can_give_up and not optimizer_steps.inside_hook:
-            self.stop()
+        with suppress(Exception):  # what failed may fail again; then it stops at the next call
+            if self._broken and self._cuts.can_give_up and not optimizer_steps.inside_hook:
+                self.stop()
         return self._broken
 
     # -- what the taps tell -----------------------------------------------------------------
@@ -367,8 +390,6 @@ class Session:
     @_timed
     def takes_call(self, module: nn.Module) -> bool:
         """Take the outermost call of a watched model."""
-        if self._broken and self._retire():
-            return False
         if not self._discovers and not self._census.is_member(module):
             return False
         # A checkpoint that computes its forward again, and calls that only trace the model.
@@ -453,16 +474,22 @@ class Session:
 
     def loss_scaled(self, scaler: Any, outputs: Any) -> None:
         """Remember that a backward from this tensor gives scaled gradients."""
+        if self._broken:
+            return
         for output in outputs if isinstance(outputs, list | tuple) else (outputs,):
             if isinstance(output, torch.Tensor):
                 self._roots.scaled(output)
 
     def scale_updated(self, scaler: Any, location: Location | None) -> None:
         """Account for ``GradScaler.update``."""
+        if self._broken:
+            return
         self.event("scale_update", "", location)
 
     def scaler_step_started(self, scaler: Any, optimizer: Any) -> None:
         """Remember that the optimizer's next step, if it comes, is the scaler's doing."""
+        if self._broken:
+            return
         self._scaler_stepped = False
         self._in_scaler_step = bool(scaler.is_enabled())
         scale = getattr(scaler, "_scale", None)
@@ -556,14 +583,12 @@ class Session:
         self._in_order.do(account, value)
         self._attempts.backward_ended()
         if error is not None:
-            self.event("exception", f"backward: {type(error).__name__}: {error}", call.location)
+            self.event("exception", f"backward: {text_of(error)}", call.location)
 
     @_timed
     @_exclusive
     def step_started(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
         """Begin to read around an update."""
-        if self._broken and self._retire():
-            return
         if not self._is_here(binding=True):
             return
         if self._place is None:
@@ -625,6 +650,8 @@ class Session:
     @_exclusive
     def optimizer_created(self, optimizer: torch.optim.Optimizer) -> None:
         """Take in an optimizer that the program has just made."""
+        if self._broken:
+            return
         # One made by another thread than the watched one is taken in when the watched one steps it.
         if self._thread not in (None, threading.get_ident()):
             return
@@ -641,6 +668,8 @@ class Session:
 
     def module_created(self, module: nn.Module, location: Location | None) -> None:
         """Remember where a module was made."""
+        if self._broken:
+            return
         self._looks.module_created(module, location)
 
     # -- inside -----------------------------------------------------------------------------
@@ -668,7 +697,7 @@ class Session:
     def _tell_saving_failed(self) -> None:
         error = None if self._saving is None else self._saving.failure
         if error is not None:
-            self._failures.silence("run_directory", "saving-failed", error)
+            self.saving_failed(error)
 
     def _look_for_results(self, call: BackwardCall) -> None:
         """See at the second backward whether weights were computed once, before the loop."""
@@ -746,13 +775,21 @@ class Session:
             module_creation.add(self)
 
     def _hush(self) -> None:
-        self._guarded("closer_look", self._looks.end)
-        self._looks.give_up()
-        self._guarded("graph_cut", self._cuts.give_up)
-        self._guarded("module_calls", self._graphs.give_up)
-        for tap in (*_TAPS, optimizer_creation, module_creation):
-            tap.remove(self)
-        self.recording.seconds += time.perf_counter() - self._began
+        if not self._broken:
+            self._guarded("closer_look", self._looks.end)
+        leaving: list[Callable[[], None]] = [
+            self._looks.give_up,
+            self._cuts.give_up,
+            self._graphs.give_up,
+            *(functools.partial(tap.remove, self) for tap in _EVERY_TAP),
+        ]
+        for leave in leaving:
+            try:
+                leave()
+            except Exception as error:  # the others are left all the same
+                self.failed("taps", error)
+                self._guarded("taps", leave)
+        self.recording.seconds += time.perf_counter() - self._began if self._began else 0.0
         self._began = 0.0
         self._backward = None
 

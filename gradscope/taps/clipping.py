@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad
 
-from gradscope.taps.patch import Patch
+from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
 from gradscope.taps.user_frame import user_location
 
@@ -28,17 +29,10 @@ class ClippingTap(Tap):
 
     events = ("gradients_clipped",)
 
-    def install(self) -> None:
+    def install(self, undo: ExitStack) -> None:
         """Replace the inner functions."""
-        self._patches = [
-            Patch(clip_grad, "_clip_grads_with_norm_", self._wrap_norm),
-            Patch(clip_grad, "_group_tensors_by_device_and_dtype", self._wrap_grouping),
-        ]
-
-    def uninstall(self) -> None:
-        """Restore the inner functions."""
-        for patch in self._patches:
-            patch.restore()
+        replace(undo, clip_grad, "_clip_grads_with_norm_", self._wrap_norm)
+        replace(undo, clip_grad, "_group_tensors_by_device_and_dtype", self._wrap_grouping)
 
     def _wrap_norm(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -46,12 +40,15 @@ class ClippingTap(Tap):
             parameters: Any, max_norm: float, *args: Any, **kwargs: Any
         ) -> Any:
             # Listed once: an iterator can be read only once, and torch has to read it too.
-            parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+            parameters = [parameters] if isinstance(parameters, torch.Tensor) else [*parameters]
             if self.listeners:
-                gradients = [p.grad for p in parameters if p.grad is not None]
-                self.emit(
-                    "gradients_clipped", "clip_grad_norm_", gradients, max_norm, user_location()
-                )
+                try:
+                    gradients = [p.grad for p in parameters if p.grad is not None]
+                    location = user_location()
+                except Exception as error:
+                    self.failed("gradients_clipped", error)
+                else:
+                    self.emit("gradients_clipped", "clip_grad_norm_", gradients, max_norm, location)
             return original(parameters, max_norm, *args, **kwargs)
 
         return _clip_grads_with_norm_
@@ -62,11 +59,13 @@ class ClippingTap(Tap):
             caller = sys._getframe(1)
             # clip_grad_norm_ groups its tensors too, and is told of elsewhere.
             if self.listeners and caller.f_code.co_name == "clip_grad_value_":
-                limit = caller.f_locals.get("clip_value")
-                gradients = list(tensorlists[0])
-                self.emit(
-                    "gradients_clipped", "clip_grad_value_", gradients, limit, user_location()
-                )
+                try:
+                    limit = caller.f_locals.get("clip_value")
+                    gradients, location = list(tensorlists[0]), user_location()
+                except Exception as error:
+                    self.failed("gradients_clipped", error)
+                else:
+                    self.emit("gradients_clipped", "clip_grad_value_", gradients, limit, location)
             return original(tensorlists, *args, **kwargs)
 
         return _group_tensors_by_device_and_dtype

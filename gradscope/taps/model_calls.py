@@ -16,8 +16,12 @@ from typing import Any
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
-from gradscope.taps.patch import Patch
+from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap, out_of_sight
+
+_CHOICE = ("_compiled_call_impl", "_call_impl")
+"""The names in torch's own ``nn.Module.__call__`` (2.13), which does nothing but call one of the
+two. Where that is so, we do it in its place, and a module further in has no call more to pay."""
 
 
 class _Here(threading.local):
@@ -41,23 +45,24 @@ class ModelCallTap(Tap):
 
     events = ("takes_call", "call_ended")
 
-    def install(self) -> None:
+    def install(self, undo: contextlib.ExitStack) -> None:
         """Replace ``nn.Module.__call__``."""
         self._here = _Here()
-        self._patch = Patch(nn.Module, "__call__", self._wrap)
-
-    def uninstall(self) -> None:
-        """Restore it."""
-        self._patch.restore()
+        replace(undo, nn.Module, "__call__", self._wrap)
 
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         here = self._here
+        only_chooses = getattr(original, "__code__", None) is not None and (
+            original.__code__.co_names == _CHOICE
+        )
 
         @functools.wraps(original)
         def __call__(module: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-            # The first is a constant to the compiler, which so sees nothing of us. The second is
-            # so for all modules further in.
-            if is_dynamo_compiling() or here.taken_by is self.listeners:
+            if is_dynamo_compiling():  # a constant to the compiler, which so sees nothing of us
+                return original(module, *args, **kwargs)
+            if here.taken_by is self.listeners:  # as for all modules further in
+                if only_chooses and module._compiled_call_impl is None:
+                    return module._call_impl(*args, **kwargs)
                 return original(module, *args, **kwargs)
             inside = here.inside
             takers = self._takers(module, inside)

@@ -8,6 +8,7 @@ neither (torch 2.13).
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -35,17 +36,10 @@ class ModuleCallTap(Tap):
         super().__init__()
         self.seconds = 0.0
 
-    def install(self) -> None:
+    def install(self, undo: ExitStack) -> None:
         """Register the two global hooks."""
-        self._handles = [
-            register_module_forward_pre_hook(self._before),
-            register_module_forward_hook(self._after, always_call=True),
-        ]
-
-    def uninstall(self) -> None:
-        """Remove the two global hooks."""
-        for handle in self._handles:
-            handle.remove()
+        undo.callback(register_module_forward_pre_hook(self._before).remove)
+        undo.callback(register_module_forward_hook(self._after, always_call=True).remove)
 
     def _before(self, module: nn.Module, args: Any) -> None:
         if not is_dynamo_compiling():  # a constant to the compiler, which so sees nothing of us

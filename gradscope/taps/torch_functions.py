@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -36,7 +37,11 @@ class _CallMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        first_node = _sequence_nr()
+        try:
+            first_node = _sequence_nr()
+        except Exception as error:
+            self.tap.failed("torch_function_called", error)
+            return func(*args, **kwargs)
         result = func(*args, **kwargs)
         began = time.perf_counter()
         self.tap.emit("torch_function_called", func, args, kwargs, result, first_node)
@@ -68,14 +73,11 @@ class TorchFunctionTap(Tap):
         self.suspended = 0
         self.seconds = 0.0
 
-    def install(self) -> None:
+    def install(self, undo: ExitStack) -> None:
         """Slip the mode in below the others."""
         self.suspended = 0
+        undo.callback(self._take_out)
         self._insert()
-
-    def uninstall(self) -> None:
-        """Take the mode out from wherever it lies."""
-        self._take_out()
 
     def suspend(self) -> None:
         """Take the mode out for a while; calls nest."""
@@ -113,6 +115,16 @@ class TorchFunctionTap(Tap):
 
 
 def _rebuild(modes: list[Any]) -> None:
+    """Put other modes in the place of those that are active; these stay if that fails."""
+    before = _get_current_function_mode_stack()
+    try:
+        _replace_all(modes)
+    except BaseException:
+        _replace_all(before)
+        raise
+
+
+def _replace_all(modes: list[Any]) -> None:
     for _ in _get_current_function_mode_stack():
         _pop_mode()
     for mode in modes:

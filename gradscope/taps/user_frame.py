@@ -15,7 +15,8 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _STANDARD = (os.path.dirname(os.path.abspath(os.__file__)) + os.sep, "<frozen ")
 _SITE_PACKAGES = f"{os.sep}site-packages{os.sep}"
 
-_is_user_code: dict[CodeType, bool] = {}
+# By id, for a code object is hashed by all that is in it; held, so that the id is nobody else's.
+_is_user_code: dict[int, tuple[CodeType, bool]] = {}
 
 
 class Location(NamedTuple):
@@ -41,10 +42,10 @@ def user_frame(start: FrameType | None = None) -> FrameType | None:
     frame: FrameType | None = start if start is not None else sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        known = _is_user_code.get(code)
+        known = _is_user_code.get(id(code))
         if known is None:
-            known = _is_user_code[code] = _belongs_to_user(code.co_filename)
-        if known:
+            known = _is_user_code[id(code)] = (code, _belongs_to_user(code.co_filename))
+        if known[1]:
             return frame
         frame = frame.f_back
     return None

@@ -26,6 +26,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -147,12 +148,27 @@ def shown(path: Path) -> str:
     return text if len(text) <= 80 else f"{text[:40]}…{text[-39:]}"
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a hidden name to write to, so that the file is there as a whole or not at all.
+
+    The file takes its name when the block ends. If the block raises, nothing is left of it, and
+    what was there before stays.
+    """
+    hidden = hidden_name(path)
+    try:
+        yield hidden
+        os.replace(hidden, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(hidden)
+        raise
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that it is there as a whole or not at all."""
-    hidden = hidden_name(path)
-    with open(hidden, "wb") as file:
+    with written_whole(path) as hidden, open(hidden, "wb") as file:
         file.write(content)
-    os.replace(hidden, path)
 
 
 def write_json(path: Path, document: Any) -> None:

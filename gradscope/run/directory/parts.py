@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradscope.run.columns import MISSING, Coded, Columns, storable
-from gradscope.run.directory.layout import hidden_name
+from gradscope.run.directory.layout import written_whole
 from gradscope.run.schema import RANK, Kind, Table, with_rank
 
 ROWS_PER_GROUP = 1 << 20
@@ -103,22 +102,21 @@ def write_part(path: Path, table: Table, rows: pa.Table, rank: int | None = None
         rows: the rows.
         rank: what their column ``rank`` is to say; None for rows without one.
     """
-    hidden = hidden_name(path)
     rows = rows.unify_dictionaries()
     if rank is not None:
         rows, table = ranked(rows, rank), with_rank(table)
     kinds = {c.name: c.kind for c in table.columns if c.name in rows.column_names}
-    pq.write_table(
-        rows,
-        hidden,
-        row_group_size=ROWS_PER_GROUP,
-        compression="zstd",
-        compression_level=1,
-        use_dictionary=[n for n, kind in kinds.items() if kind not in (*_REALS, Kind.FLAG)],
-        use_byte_stream_split=[n for n, kind in kinds.items() if kind in _REALS],
-        write_page_checksum=True,
-    )
-    os.replace(hidden, path)
+    with written_whole(path) as hidden:
+        pq.write_table(
+            rows,
+            hidden,
+            row_group_size=ROWS_PER_GROUP,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=[n for n, kind in kinds.items() if kind not in (*_REALS, Kind.FLAG)],
+            use_byte_stream_split=[n for n, kind in kinds.items() if kind in _REALS],
+            write_page_checksum=True,
+        )
 
 
 def open_part(path: Path, table: Table) -> pq.ParquetFile:

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradscope.errors import text_of
 from gradscope.run.captured_graph import CapturedGraph
 from gradscope.run.columns import Coded, Columns
 from gradscope.run.directory import layout
@@ -156,22 +159,24 @@ class DirectoryWriter:
 
         Raises:
             OSError: if the directory cannot be made or written.
+            RuntimeError: if no thread can be begun.
         """
         self._make_folders()
         self._ended = None
-        self._recording.before_thinning = self._take_before_thinning
         self._wake.clear()
-        self._thread = threading.Thread(target=self._run, name="gradscope-writer", daemon=True)
-        self._thread.start()
         reference = weakref.ref(self)
 
         def at_exit() -> None:
             writer = reference()
             if writer is not None:
-                writer.stop("the program ended while it was watched")
+                writer.stop_at_exit()
 
         self._at_exit = at_exit
         atexit.register(at_exit)
+        thread = threading.Thread(target=self._run, name="gradscope-writer", daemon=True)
+        thread.start()
+        self._thread = thread
+        self._recording.before_thinning = self._take_before_thinning
 
     @property
     def is_running(self) -> bool:
@@ -208,22 +213,40 @@ class DirectoryWriter:
         self._thread = None
         self._last = last or {}
         self._ended = ended
+        self._recording.before_thinning = lambda: None
         self._wake.set()
         thread.join(_MOST_SECONDS_AT_END)
         if thread.is_alive() and self.failure is None:
             self.failure = TimeoutError(f"{self.path} did not take what was left in a minute")
-        self._recording.before_thinning = lambda: None
         if self._at_exit is not None:
             atexit.unregister(self._at_exit)
 
+    def stop_at_exit(self) -> None:
+        """Write what is left when Python ends; nobody is there to be told but who reads stderr."""
+        try:
+            self.stop("the program ended while it was watched")
+            error = self.failure
+        except Exception as found:
+            error = found
+        if error is not None:
+            with suppress(Exception):  # it may be closed by now
+                print(
+                    f"gradscope: run_directory failed at the end of the program "
+                    f"({text_of(error)}) [saving-failed]",
+                    file=sys.stderr,
+                )
+
     def _take_before_thinning(self) -> None:
-        if self.failure is None:
-            with self._recording.lock:
-                self._waiting.append(self._take())
-                if sum(news.n_bytes for news in self._waiting) > MOST_ROW_BYTES:
-                    self._waiting.clear()
-                    self.failure = TimeoutError(f"{self.path} takes rows slower than they come")
-            self._wake.set()
+        try:
+            if self.failure is None:
+                with self._recording.lock:
+                    self._waiting.append(self._take())
+                    if sum(news.n_bytes for news in self._waiting) > MOST_ROW_BYTES:
+                        self._waiting.clear()
+                        self.failure = TimeoutError(f"{self.path} takes rows slower than they come")
+                self._wake.set()
+        except Exception as error:  # in the thread that trains, whose watch goes on
+            self.failure = error
 
     # -- in the writer's thread -------------------------------------------------------------
 
