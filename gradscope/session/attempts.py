@@ -396,8 +396,8 @@ class Attempts:
         def account() -> None:
             self._costs.begin()
             try:
-                record = self._end_attempt(optimizer, reading, after, outcome, now)
-                norm_and_loss = self._write(record, reading, observed, first_node)
+                record = self._end_attempt(optimizer, follower, reading, after, outcome, now)
+                norm_and_loss = self._write(record, follower, reading, observed, first_node)
                 if record.attempt.taken:
                     tell(*norm_and_loss)
             finally:
@@ -424,13 +424,13 @@ class Attempts:
     def _end_attempt(
         self,
         optimizer: int,
+        follower: _Follower,
         reading: StepReading,
         after: GradientLook | None,
         outcome: str,
         now: float,
     ) -> StepRecord:
-        """Tell the ledger of the end of an attempt."""
-        follower = self._followers[optimizer]
+        """Tell the ledger of the end of an attempt; its optimizer may be gone by now."""
         look, consumption = reading.look, follower.consumption
         assert look is not None
         if consumption is None:
@@ -448,7 +448,12 @@ class Attempts:
         )
 
     def _write(
-        self, record: StepRecord, reading: StepReading, observed: float, first_node: int
+        self,
+        record: StepRecord,
+        follower: _Follower,
+        reading: StepReading,
+        observed: float,
+        first_node: int,
     ) -> tuple[float, float]:
         """Write the rows of an attempt; returns the norm of its gradients, and its loss."""
         run, step, optimizer = self._recording, record.step, record.optimizer
@@ -484,7 +489,7 @@ class Attempts:
         if reading.state_after is not None:
             recorder.record_moments(run, step, optimizer, params, reading, anatomy)
         if reading.anatomy is not None:
-            self._followers[optimizer].copied_step = step
+            follower.copied_step = step
         self._keep(step, reading)
         if reading.tracked is not None and (tracked := reading.tracked.value()) is not None:
             run.track(step, tracked)
