@@ -134,6 +134,17 @@ def belongs_to(parameter: str, module: str) -> bool:
     return not module or parameter.startswith(module + ".")
 
 
+def is_compiled(run: Recording, module: str) -> bool:
+    """Whether a module lies in a compiled part of a model, where no calls are seen."""
+    several = len(run.models) > 1
+    for model in run.models:
+        for part in model.compiled:
+            path = f"{model.name}.{part}".rstrip(".") if several else part
+            if module == path or belongs_to(module, path):
+                return True
+    return False
+
+
 def module_around(path: str, params: tuple[str, ...]) -> str:
     """Return the path of a module by today's names.
 

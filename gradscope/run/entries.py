@@ -91,8 +91,10 @@ class ModelEntry:
         name: as the program names it.
         kind: its class.
         ineffective_freezes: attributes that look like a freeze and are none.
+        compiled: paths of the parts that are compiled; empty for the model itself.
     """
 
     name: str
     kind: str
     ineffective_freezes: tuple[str, ...] = ()
+    compiled: tuple[str, ...] = ()

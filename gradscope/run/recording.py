@@ -352,6 +352,7 @@ class Recording:
                     "model": model.name,
                     "kind": model.kind,
                     "ineffective_freezes": ", ".join(model.ineffective_freezes),
+                    "compiled": ", ".join(path or model.name for path in model.compiled),
                 }
             )
         return columns

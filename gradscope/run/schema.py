@@ -152,6 +152,12 @@ MODELS = Table(
             "attributes that look like a freeze and are none, such as `encoder.requires_grad`, "
             "comma separated",
         ),
+        (
+            "compiled",
+            T,
+            "paths of its parts that are compiled, whose inside is not seen, comma separated; its "
+            "own name if that is all of it",
+        ),
     ),
 )
 

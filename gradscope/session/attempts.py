@@ -268,6 +268,18 @@ class Attempts:
             if ranks:
                 self.on_ranks_apart(optimizer, ranks)
 
+    def versions(self) -> dict[int, tuple[int, list[int] | None]]:
+        """Return of each optimizer how many attempts it has made, and versions of some weights."""
+        return {
+            number: (follower.n_attempts, follower.observer.versions())
+            for number, follower in self._followers.items()
+            if follower.open is None
+        }
+
+    def look_at_gradients(self, optimizer: int) -> GradientLook:
+        """Look at the gradients of an optimizer without reading any."""
+        return self._followers[optimizer].observer.look_at_gradients()
+
     def clipped(self, optimizer: int, gradients: list[torch.Tensor]) -> None:
         """Read the gradients that a clipping is about to change, at the first since the last step.
 

@@ -294,6 +294,22 @@ class Census:
             return True
         return is_wrapper(module) and id(module._orig_mod) in self.members
 
+    def note_compiled(self, module: nn.Module) -> list[tuple[str, str]]:
+        """Note which parts of a model are compiled; returns path and kind of those that are new."""
+        new = []
+        for known, entry in zip(self._models, self._recording.models, strict=True):
+            model = known.module()
+            if model is None or not (model is module or self._is_inside(module, model)):
+                continue
+            parts = compiled_parts(model)
+            if is_wrapper(module):  # it may have been made around a model that is watched already
+                parts += [("", _kind(model))] if module._orig_mod is model else []
+            for path, kind in parts:
+                if path not in entry.compiled:
+                    entry.compiled = (*entry.compiled, path)
+                    new.append((path, kind))
+        return new
+
     def match(self, params: Integers, patterns: tuple[str, ...]) -> npt.NDArray[np.bool_]:
         """Return bool[n], which of these parameters have a name that matches a pattern."""
         entries = (self._recording.parameters[param] for param in params.tolist())
@@ -393,6 +409,11 @@ class Census:
                 found = dict.fromkeys((*entry.ineffective_freezes, *ineffective_freezes(model)))
                 entry.ineffective_freezes = tuple(found)
 
+    @staticmethod
+    def _is_inside(module: nn.Module, model: nn.Module) -> bool:
+        inner = module._orig_mod if is_wrapper(module) else module
+        return any(part is inner for part in model.modules())
+
     def _is_watched(self, name: str) -> bool:
         is_included = not self._include or _matches(name, self._include)
         return is_included and not _matches(name, self._exclude)
@@ -471,12 +492,25 @@ def ineffective_freezes(model: nn.Module) -> Iterator[str]:
                     yield f"{path}.{name}.{attribute}".lstrip(".")
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether any part of a model is compiled, by ``torch.compile(part)`` or ``part.compile()``."""
-    return any(
-        getattr(part, "_compiled_call_impl", None) is not None or is_wrapper(part)
-        for part in model.modules()
-    )
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module as a whole is compiled, by ``torch.compile(it)`` or ``it.compile()``."""
+    return getattr(module, "_compiled_call_impl", None) is not None or is_wrapper(module)
+
+
+def compiled_parts(model: nn.Module) -> list[tuple[str, str]]:
+    """Return path and class of every compiled part of a model, those inside of others left out."""
+    found: list[tuple[str, str]] = []
+    for path, part in model.named_modules():
+        path = f"{path}.".replace(_WRAPPER, "").removesuffix(".")
+        if is_compiled(part) and not any(
+            not outer or path == outer or path.startswith(f"{outer}.") for outer, _ in found
+        ):
+            found.append((path, _kind(getattr(part, "_orig_mod", part))))
+    return found
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__
 
 
 def is_wrapper(module: nn.Module) -> bool:

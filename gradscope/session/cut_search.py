@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 
 from gradscope.instruments.graph_cut import Cut, GraphCutFinder
 from gradscope.instruments.source_lines import SourceLines
-from gradscope.session.census import is_compiled
 from gradscope.session.failures import Failures
 from gradscope.taps.tap import Listener
 
@@ -54,17 +52,6 @@ class CutSearch:
             self.step_ended()
         has_reason = someone_is_new or self._suspicious
         return self._finder is None and has_reason and self._n_searches < _MOST_SEARCHES
-
-    def may_arm(self, module: nn.Module) -> bool:
-        """Whether calls inside of a model may be followed; says so if not."""
-        if is_compiled(module):
-            # Hooks and function modes would make the compiler compile it again, to other code.
-            self._n_searches = _MOST_SEARCHES
-            self._event(
-                "unobserved", f"{type(module).__name__} is compiled: its inside is not seen"
-            )
-            return False
-        return True
 
     def arm(self) -> None:
         """Follow every call from here on."""

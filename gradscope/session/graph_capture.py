@@ -50,7 +50,7 @@ class GraphCapture:
         if self._log is not None or not self._may_be_wanted(step, someone_is_new):
             return
         if is_compiled(module):
-            return  # its inside is not seen; hooks would make the compiler compile it again
+            return  # there is nothing inside to be seen
         self._failures.run("module_calls", self._follow)
 
     def wanted(self, step: int, place: object, n_made: int, *, someone_is_new: bool) -> bool:

@@ -83,6 +83,14 @@ class Attempt:
         """Sum of their roots; NaN if there are none, or one was no scalar."""
         return sum(backward.root for backward in self.taken) if self.taken else math.nan
 
+    def take(self, backward: Backward, last_node: int, seconds: float) -> None:
+        """Let a backward belong here."""
+        self.note("backward")
+        self.taken.append(backward)
+        self.backward_seconds += seconds
+        if self.first_node is not None:
+            self.graph_nodes = max(self.graph_nodes, last_node - self.first_node)
+
     def drop_cleared(self) -> None:
         """Count no backward whose gradients have been cleared before any step used them."""
         kept = [backward for backward in self.taken if not backward.reached]
@@ -203,6 +211,7 @@ class Ledger:
         last_node: int,
         seconds: float,
         is_foreign: bool = False,
+        used_inside: bool = False,
     ) -> tuple[int, Flags]:
         """Account for what a backward wrote.
 
@@ -213,6 +222,7 @@ class Ledger:
             seconds: how long it took.
             is_foreign: whether its graph ends in tensors that are all strangers to the watch. It
                 belongs to a step only if no other backward does.
+            used_inside: whether a step inside of it has used what it wrote.
 
         Returns:
             The number of the backward, and which gradients of ``look`` it wrote.
@@ -224,17 +234,34 @@ class Ledger:
         number = self.n_backwards
         self.n_backwards += 1
         # A backward that reaches nobody's parameters is everybody's affair.
-        for attempt in self._of(concerned or self._at):
+        everybody: Iterable[int] = () if used_inside else self._at
+        for attempt in self._of(concerned or everybody):
             backward = Backward(number, root, bool(concerned))
             if is_foreign:
                 attempt.foreign.append(backward)
-                continue
-            attempt.note("backward")
-            attempt.taken.append(backward)
-            attempt.backward_seconds += seconds
-            if attempt.first_node is not None:
-                attempt.graph_nodes = max(attempt.graph_nodes, last_node - attempt.first_node)
+            else:
+                attempt.take(backward, last_node, seconds)
         return number, wrote
+
+    def backward_used_inside(
+        self, optimizer: int, look: GradientLook, *, root: float, last_node: int, seconds: float
+    ) -> int:
+        """Account for what a backward that is still running wrote, before a step that uses it.
+
+        Args:
+            optimizer: number of the optimizer that is about to step.
+            look: its parameters' gradients now.
+            root: value of the loss, NaN if it is no scalar.
+            last_node: autograd's sequence number when the backward began.
+            seconds: for how long it has been running.
+
+        Returns:
+            The number that the backward will have.
+        """
+        self.gradients.look_after_backward(look)
+        backward = Backward(self.n_backwards, root, reached=True)
+        self._attempts[optimizer].take(backward, last_node, seconds)
+        return self.n_backwards
 
     def other_backward(self) -> int:
         """Account for a call into the engine that writes no ``.grad``; returns its number."""

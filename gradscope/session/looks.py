@@ -21,6 +21,7 @@ from gradscope.session.closer_look import CloserLook
 from gradscope.session.costs import Costs
 from gradscope.session.failures import Failures
 from gradscope.session.in_order import InOrder
+from gradscope.taps.compiled_code import compiled_code
 from gradscope.taps.user_frame import Location
 
 _FIRST_LOOKS = 2
@@ -213,9 +214,11 @@ class Looks:
 
 
 def _has_compiled() -> bool:
-    """Whether anything was compiled in this process.
+    """Whether anything was compiled in this process, and it is not known where that is run.
 
     A mode or hook would be compiled into such code, to other bits (torch 2.13).
     """
+    if compiled_code.sees_edges:
+        return False
     dynamo = sys.modules.get("torch._dynamo.utils")
     return dynamo is not None and bool(dynamo.counters["frames"])

@@ -9,9 +9,12 @@ from __future__ import annotations
 import functools
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -30,10 +33,11 @@ from gradscope.run.recording import Recording
 from gradscope.run.weight_step import WeightStep
 from gradscope.session.all_gradients import AllGradients
 from gradscope.session.attempts import Attempts
-from gradscope.session.census import Census
+from gradscope.session.census import Census, is_compiled
 from gradscope.session.costs import Costs
 from gradscope.session.cut_search import CutSearch
 from gradscope.session.failures import Failures
+from gradscope.session.gradients import NO_GRADIENT, Integers
 from gradscope.session.graph_capture import GraphCapture
 from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger
@@ -43,6 +47,7 @@ from gradscope.session.ranks import Place, place_now
 from gradscope.session.saving import Saving
 from gradscope.session.source_names import assigned_name, called_name
 from gradscope.taps.clipping import clipping
+from gradscope.taps.compiled_code import compiled_code
 from gradscope.taps.engine import BackwardCall, engine, inside_backward, inside_transform
 from gradscope.taps.grad_scaler import grad_scaler
 from gradscope.taps.model_calls import model_calls
@@ -70,6 +75,7 @@ _TAPS: tuple[Tap, ...] = (
     clipping,
     grad_scaler,
     schedulers,
+    compiled_code,  # after the steps, which see the edges of a compiled step first
 )
 
 _EVERY_TAP: tuple[Tap, ...] = (*_TAPS, optimizer_creation, module_creation)
@@ -77,8 +83,13 @@ _EVERY_TAP: tuple[Tap, ...] = (*_TAPS, optimizer_creation, module_creation)
 _MOST_GRAPHS_WAITING = 8
 """How many captured graphs wait for the step they belong to; a loop may never step."""
 
+_MOST_COMPILED_CALLS = 64
+"""Of how many calls of compiled code it is looked at whether they move weights."""
+
 _SHARE_OF_LOOKING_AROUND = 0.005
 """The share of time that may go into finding out whether the models have changed."""
+
+_COMPILER = str(Path(torch.__file__).parent / "_dynamo")
 
 _sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
@@ -117,6 +128,27 @@ def _exclusive(handle: Callable[..., None]) -> Callable[..., None]:
         handle(self, *arguments)
 
     return exclusive
+
+
+@dataclass(slots=True)
+class _Backward:
+    """A backward that is running.
+
+    Attributes:
+        call: as the engine was called; kept until it returns.
+        began: when, in seconds of the process clock.
+        last_node: autograd's sequence number at that moment.
+        captured: its graph, until a step takes it.
+        root_facts: for its row in ``backwards``.
+        used_inside: numbers of the parameters whose gradients a step inside of it has used.
+    """
+
+    call: BackwardCall
+    began: float
+    last_node: int
+    captured: CapturedGraph | None
+    root_facts: dict[str, Any]
+    used_inside: list[Integers] = field(default_factory=list)
 
 
 class Session:
@@ -171,12 +203,16 @@ class Session:
         self._graphs = GraphCapture(options.graph, self._census, self._failures, lines)
         self._followed = 0.0
         self._call: tuple[float, int] = (0.0, 0)
-        self._backward: tuple[float, int, CapturedGraph | None, dict[str, Any]] | None = None
+        self._backward: _Backward | None = None
         self._scale: Late[Any] | None = None
         self._scaler_stepped = False
         self._in_scaler_step = False
         self._roots = Roots()
         self._first_backward: int | None = None  # where it came; -1 after the second
+        self._n_compiled_calls = 0
+        self._before_compiled_code: dict[int, Any] = {}
+        self._moved_unseen: set[int] = set()
+        self._told_compiled: weakref.WeakSet[Any] = weakref.WeakSet()
         self._broken = False
         self._saving: Saving | None = None
         self._place: Place | None = None
@@ -399,11 +435,15 @@ class Session:
             return False
         if not self._census.is_member(module) and not self._discover_model(module):
             return False
+        if is_compiled(module) and module not in self._told_compiled:
+            self._told_compiled.add(module)
+            self._tell_compiled_parts(module)
         is_new = self._attempts.someone_is_new
-        self._look_closer(module, someone_is_new=is_new)
-        if self._broken:  # arming, too, may be what fails; what is put up now would stay
-            return False
-        self._graphs.call_started(module, self._attempts.n_ended, someone_is_new=is_new)
+        if not compiled_code.is_inside:  # what is put up there would be compiled in
+            self._look_closer(module, someone_is_new=is_new)
+            if self._broken:  # arming, too, may be what fails; what is put up now would stay
+                return False
+            self._graphs.call_started(module, self._attempts.n_ended, someone_is_new=is_new)
         self._call = (time.perf_counter(), _sequence_nr())
         return True
 
@@ -530,7 +570,7 @@ class Session:
         if call.accumulates:
             self._look_for_results(call)
         root_facts |= self._looks.backward_started(call.roots, len(self._attempts.optimizers))
-        self._backward = (time.perf_counter(), _sequence_nr(), captured, root_facts)
+        self._backward = _Backward(call, time.perf_counter(), _sequence_nr(), captured, root_facts)
 
     @_timed
     @_exclusive
@@ -539,9 +579,11 @@ class Session:
         began = time.perf_counter()
         if self._broken or self._backward is None or not self._is_here():
             return
-        (started, last_node, captured, root_facts), self._backward = self._backward, None
-        value: Late[Any] = scalar_of(call.roots[0]) if len(call.roots) == 1 else Known(float("nan"))
-        row = _row(call, error) | root_facts
+        backward, self._backward = self._backward, None
+        # What is done later holds none of the roots, and so keeps no graph alive.
+        started, last_node, captured = backward.began, backward.last_node, backward.captured
+        value = _root_value(call)
+        row = _row(call, error) | backward.root_facts
         if not call.accumulates:
             self._in_order.do(
                 lambda: self._record_backward(self._ledger.other_backward(), value, row), value
@@ -549,7 +591,8 @@ class Session:
             return
         look = self._all.look_at_identities()
         is_foreign = False
-        if not self._all.changed:
+        used_inside = backward.used_inside
+        if not self._all.changed and not used_inside:
             leaves: list[torch.Tensor] = []
             captured = self._graphs.capture(call.roots, leaves, whole=captured is not None)
             if all(root.grad_fn is None for root in call.roots):
@@ -573,14 +616,20 @@ class Session:
                 last_node=last_node,
                 seconds=began - started,
                 is_foreign=is_foreign,
+                used_inside=bool(used_inside),
             )
             if captured is not None:
                 self._attempts.graphs[number] = captured
-            row["n_reached"] = int(wrote.sum())
+            reached = params[wrote]
+            if used_inside:
+                reached = np.union1d(reached, np.concatenate(used_inside))
+            row["n_reached"] = len(reached)
             self._record_backward(number, value, row)
-            self.recording.reached(params[wrote])
+            self.recording.reached(reached)
 
         self._in_order.do(account, value)
+        if captured is not None:  # large, and counted only once it is accounted for
+            self._in_order.settle()
         self._attempts.backward_ended()
         if error is not None:
             self.event("exception", f"backward: {text_of(error)}", call.location)
@@ -605,6 +654,8 @@ class Session:
         if self._census.refresh_groups(number):
             self._tell_holdings()
             self.event("parameters_changed", self.recording.optimizers[number].name)
+        if self._backward is not None and self._backward.call.accumulates:
+            self._account_inside_backward(number, self._backward)
         self._looks.step_started(number)
         if not has_closure:
             self._cuts.look_away()
@@ -638,7 +689,7 @@ class Session:
         if self._looks.now is None:
             self._count_followed()
             self._cuts.step_ended()
-        if self._discovers and not self.recording.models:
+        if self._discovers and not self.recording.models and not compiled_code.is_inside:
             # Tensors without a module: there is no call with which a step begins.
             self._look_closer(None, someone_is_new=False)
         if self._graphs.has_notes:
@@ -646,6 +697,34 @@ class Session:
         if recorded:
             self._look_around()
         self._tell_saving_failed()
+
+    @_timed
+    def compiled_code_entered(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Say that a function is compiled, and look whether it will have moved weights."""
+        if self._n_compiled_calls < _MOST_COMPILED_CALLS and not self._broken and self._is_here():
+            self._n_compiled_calls += 1
+            self._tell_compiled(function)
+            self._before_compiled_code = self._attempts.versions()
+
+    @_timed
+    def compiled_code_left(self, succeeded: bool, result: Any) -> None:
+        """Say so if it has, and no step was seen."""
+        before, self._before_compiled_code = self._before_compiled_code, {}
+        if not before or self._broken or not self._is_here():
+            return
+        now = self._attempts.versions()
+        for number, (n_attempts, versions) in before.items():
+            if number in self._moved_unseen or number not in now:
+                continue
+            if now[number][0] == n_attempts and now[number][1] != versions:
+                self._moved_unseen.add(number)
+                name = self.recording.optimizers[number].name
+                self.event(
+                    "unobserved",
+                    f"compiled code moves the weights of {name}: these updates are not seen; those "
+                    f"of torch.compile({name}.step) are",
+                    optimizer=number,
+                )
 
     @_exclusive
     def optimizer_created(self, optimizer: torch.optim.Optimizer) -> None:
@@ -699,6 +778,20 @@ class Session:
         if error is not None:
             self.saving_failed(error)
 
+    def _tell_compiled_parts(self, module: nn.Module) -> None:
+        for path, kind in self._census.note_compiled(module):
+            part = f"part {path} ({kind})" if path else kind
+            self.event("unobserved", f"{part} is compiled: its inside is not seen")
+
+    def _tell_compiled(self, function: Any) -> None:
+        # Methods are those of modules and optimizers, which are told of elsewhere.
+        if not isinstance(function, FunctionType) or function in self._told_compiled:
+            return
+        self._told_compiled.add(function)
+        if function.__code__.co_filename.startswith(_COMPILER):  # a wrapper around a module
+            return
+        self.event("unobserved", f"{function.__qualname__} is compiled: its inside is not seen")
+
     def _look_for_results(self, call: BackwardCall) -> None:
         """See at the second backward whether weights were computed once, before the loop."""
         if self._first_backward is None:
@@ -719,8 +812,10 @@ class Session:
         is_due = is_step and self._looks.is_due(self._attempts.n_ended)
         if not (is_search or is_due):
             return
+        if module is not None and not is_compiled(module):
+            self._tell_compiled_parts(module)
         if not self._cuts.is_armed:
-            if module is not None and not self._cuts.may_arm(module):
+            if module is not None and is_compiled(module):
                 return
             self._cuts.arm()
         if is_due and not self._broken:
@@ -736,6 +831,31 @@ class Session:
         if followed > self._followed:
             self._costs.add("followed_calls", followed - self._followed)
             self._followed = followed
+
+    def _account_inside_backward(self, number: int, backward: _Backward) -> None:
+        """Let an optimizer that steps before a backward is over have its share of it.
+
+        What was written is cleared again by the time the backward ends.
+        """
+        look = self._attempts.look_at_gradients(number)
+        params = self._census.params_of(number)[look.token != NO_GRADIENT]
+        backward.used_inside.append(params)
+        captured, backward.captured = backward.captured, None
+        value, last_node = _root_value(backward.call), backward.last_node
+        seconds = time.perf_counter() - backward.began
+
+        def account() -> None:
+            running = self._ledger.backward_used_inside(
+                number,
+                look,
+                root=float(value.value()),
+                last_node=last_node,
+                seconds=seconds,
+            )
+            if captured is not None:
+                self._attempts.graphs[running] = captured
+
+        self._in_order.do(account, value)
 
     def _is_here(self, *, binding: bool = False) -> bool:
         """Whether this is the thread that is watched.
@@ -892,6 +1012,10 @@ class Session:
             function()
         except Exception as error:
             self.failed(part, error)
+
+
+def _root_value(call: BackwardCall) -> Late[Any]:
+    return scalar_of(call.roots[0]) if len(call.roots) == 1 else Known(float("nan"))
 
 
 def _row(call: BackwardCall, error: BaseException | None) -> dict[str, Any]:

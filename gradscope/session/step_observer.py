@@ -157,12 +157,16 @@ class StepObserver:
         A few are looked at, and no tensor is read. NaN before the first step, and for a parameter
         that counts no versions.
         """
-        self._prepare()
-        now = self._versions()
+        now = self.versions()
         before = self._versions_left
         if not now or before is None:
             return math.nan
         return sum(a != b for a, b in zip(before, now, strict=True)) / len(now)
+
+    def versions(self) -> list[int] | None:
+        """Return the versions of a few parameters; None where one counts none."""
+        self._prepare()
+        return self._versions()
 
     def begin(self, *, recorded: bool, scale: Late[Any] | None, keeps: bool = False) -> StepReading:
         """Read what there is before the update, the gradients left out.
@@ -221,6 +225,13 @@ class StepObserver:
             reading.sums_of_squares = self._attempt(
                 "gradient_norms", self._gradients.sums_of_squares, gradients
             )
+
+    def look_at_gradients(self) -> GradientLook:
+        """Look at the gradients without reading any."""
+        self._prepare()
+        gradients = self._gradients.gradients(self._tensors())
+        token, version, _ = self._gradients.identities(gradients)
+        return GradientLook(self._at, token, version)
 
     def read_before_clipping(self, clipped: Sequence[torch.Tensor]) -> Late[Reals] | None:
         """Return float64[n], sums of squares of these gradients; NaN for all that are others."""

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import clip_grad
 
 from gradscope.taps.patch import replace
@@ -39,6 +40,8 @@ class ClippingTap(Tap):
         def _clip_grads_with_norm_(
             parameters: Any, max_norm: float, *args: Any, **kwargs: Any
         ) -> Any:
+            if is_dynamo_compiling():  # a constant to the compiler, which so sees nothing of us
+                return original(parameters, max_norm, *args, **kwargs)
             # Listed once: an iterator can be read only once, and torch has to read it too.
             parameters = [parameters] if isinstance(parameters, torch.Tensor) else [*parameters]
             if self.listeners:
@@ -56,6 +59,8 @@ class ClippingTap(Tap):
     def _wrap_grouping(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def _group_tensors_by_device_and_dtype(tensorlists: Any, *args: Any, **kwargs: Any) -> Any:
+            if is_dynamo_compiling():
+                return original(tensorlists, *args, **kwargs)
             caller = sys._getframe(1)
             # clip_grad_norm_ groups its tensors too, and is told of elsewhere.
             if self.listeners and caller.f_code.co_name == "clip_grad_value_":

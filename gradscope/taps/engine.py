@@ -19,9 +19,11 @@ from torch._guards import TracingContext
 
 from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
+from gradscope.taps.uncompiled import uncompiled
 from gradscope.taps.user_frame import Location, user_location
 
 
+@uncompiled
 def inside_backward() -> bool:
     """Tell whether the calling thread is executing a node of a backward right now."""
     # Set per thread by the engine itself, so that it is also right on the engine's device
@@ -29,6 +31,7 @@ def inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+@uncompiled
 def inside_transform() -> bool:
     """Tell whether a transform of ``torch.func`` or a compiler is at work.
 
@@ -99,6 +102,7 @@ class EngineTap(Tap):
         return _engine_run_backward
 
 
+@uncompiled
 def _describe(outputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BackwardCall:
     # Positions as in the two calls in torch/autograd/__init__.py:
     # (grad_tensors, retain_graph, create_graph, inputs, allow_unreachable, accumulate_grad=...).

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from torch.amp.grad_scaler import GradScaler
+from torch.compiler import is_dynamo_compiling
 
 from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
@@ -43,7 +44,7 @@ class GradScalerTap(Tap):
         @functools.wraps(original)
         def scale(scaler: Any, outputs: Any) -> Any:
             result = original(scaler, outputs)
-            if self.listeners:
+            if self.listeners and not is_dynamo_compiling():
                 try:
                     is_enabled = scaler.is_enabled()
                 except Exception as error:
@@ -58,6 +59,8 @@ class GradScalerTap(Tap):
     def _wrap_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def step(scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            if is_dynamo_compiling():  # a constant to the compiler, which so sees nothing of us
+                return original(scaler, optimizer, *args, **kwargs)
             self.emit("scaler_step_started", scaler, optimizer)
             self._stepping.now = True
             try:
@@ -73,7 +76,11 @@ class GradScalerTap(Tap):
         @functools.wraps(original)
         def unscale_(scaler: Any, optimizer: Any) -> Any:
             result = original(scaler, optimizer)
-            if self.listeners and not getattr(self._stepping, "now", False):
+            if (
+                self.listeners
+                and not is_dynamo_compiling()
+                and not getattr(self._stepping, "now", False)
+            ):
                 self.emit_with_line("gradients_unscaled", scaler, optimizer)
             return result
 
@@ -83,7 +90,7 @@ class GradScalerTap(Tap):
         @functools.wraps(original)
         def update(scaler: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(scaler, *args, **kwargs)
-            if self.listeners:
+            if self.listeners and not is_dynamo_compiling():
                 self.emit_with_line("scale_updated", scaler)
             return result
 

@@ -7,10 +7,10 @@ put on the model itself, where they travel with its pickles and copies and can t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,7 @@ from torch.compiler import is_dynamo_compiling
 
 from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap, out_of_sight
+from gradscope.taps.uncompiled import uncompiled
 
 _CHOICE = ("_compiled_call_impl", "_call_impl")
 """The names in torch's own ``nn.Module.__call__`` (2.13), which does nothing but call one of the
@@ -45,7 +46,7 @@ class ModelCallTap(Tap):
 
     events = ("takes_call", "call_ended")
 
-    def install(self, undo: contextlib.ExitStack) -> None:
+    def install(self, undo: ExitStack) -> None:
         """Replace ``nn.Module.__call__``."""
         self._here = _Here()
         replace(undo, nn.Module, "__call__", self._wrap)
@@ -82,9 +83,9 @@ class ModelCallTap(Tap):
                     except Exception as error:
                         listener.failed("call_ended", error)
 
-        _keep_from_compiling(__call__)
         return __call__
 
+    @uncompiled
     def _takers(self, module: nn.Module, inside: tuple[Any, ...]) -> tuple[Any, ...]:
         takers = []
         for listener in self.listeners:
@@ -96,21 +97,6 @@ class ModelCallTap(Tap):
             except Exception as error:
                 listener.failed("takes_call", error)
         return tuple(takers)
-
-
-def _keep_from_compiling(function: Callable[..., Any]) -> None:
-    """Let the compiler pass over a function's frame, as it does over those of torch.nn itself.
-
-    Without this, a module compiled in place (``module.compile()``) would have our frame compiled
-    for each of its children (torch 2.13). Private; without it nothing but that is lost.
-    """
-    with contextlib.suppress(ImportError, AttributeError, TypeError):
-        from torch._C._dynamo import eval_frame
-
-        strategy = eval_frame._FrameExecStrategy(
-            eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
-        )
-        eval_frame.set_code_exec_strategy(function.__code__, strategy)
 
 
 model_calls = ModelCallTap()

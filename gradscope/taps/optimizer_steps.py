@@ -21,7 +21,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from gradscope.taps.compiled_code import compiled_code
 from gradscope.taps.tap import Tap
+from gradscope.taps.uncompiled import uncompiled
 
 # The function that runs the hooks around every optimizer's step (torch 2.13). Its code object is
 # one and the same for all optimizers, so that it can be counted on the stack.
@@ -45,7 +47,9 @@ class OptimizerStepTap(Tap):
 
     A closure runs forward and backward inside ``step``, after ``step_started``: whoever wants the
     gradients that the update reads looks at ``closure_ended``, which comes once per evaluation.
-    A step that raises has no ``step_ended``. A step inside the same optimizer's step (a subclass
+    A step that raises has no ``step_ended``. ``torch.compile(optimizer.step)`` is seen at the edges
+    of the compiled code: the hooks would break its graph. A step inside of a compiled function is
+    not seen. A step inside the same optimizer's step (a subclass
     that calls ``super().step()``) is part of it and emits nothing.
     """
 
@@ -68,7 +72,33 @@ class OptimizerStepTap(Tap):
         self._here = threading.local()
         undo.callback(register_optimizer_step_pre_hook(self._before).remove)
         undo.callback(register_optimizer_step_post_hook(self._after).remove)
+        undo.callback(compiled_code.remove, self)
+        compiled_code.add(self)
 
+    def compiled_code_entered(self, function: Any, args: Any, kwargs: Any) -> None:
+        """See a compiled step begin; one with a closure cannot be seen from outside."""
+        optimizer = getattr(function, "__self__", None)
+        if (
+            isinstance(optimizer, Optimizer)
+            and function.__name__ == "step"
+            and not (args or kwargs)
+        ):
+            nested = self._enter(optimizer, n_frames=0)
+            self._here.compiled = None if nested else optimizer
+            if not nested:
+                self.emit("step_started", optimizer, False)
+
+    def compiled_code_left(self, succeeded: bool, result: Any) -> None:
+        """See a compiled step end."""
+        optimizer = getattr(self._here, "compiled", None)
+        if optimizer is None:
+            return
+        self._here.compiled = None
+        del self._here.steps[-1:]
+        if succeeded:
+            self.emit("step_ended", optimizer)
+
+    @uncompiled
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -96,6 +126,7 @@ class OptimizerStepTap(Tap):
             return args, {**kwargs, "closure": watched}
         return (args[0], watched, *args[2:]), kwargs
 
+    @uncompiled
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_dynamo_compiling():
             return
@@ -110,14 +141,20 @@ class OptimizerStepTap(Tap):
             finally:
                 self._here.inside_hook = False
 
-    def _enter(self, optimizer: Optimizer) -> bool:
-        """Note that a step begins; returns whether it runs inside a step of the same optimizer."""
+    def _enter(self, optimizer: Optimizer, n_frames: int = 1) -> bool:
+        """Note that a step begins; returns whether it runs inside a step of the same optimizer.
+
+        Args:
+            optimizer: the optimizer.
+            n_frames: how many frames the step itself has on the stack by now.
+        """
         steps = getattr(self._here, "steps", None)
         if steps is None:
             steps = self._here.steps = []
         if steps:
             # A step that raised has left its entry behind; the true depth is on the stack.
-            del steps[max(0, _steps_on_stack() - 1) :]
+            n_compiled = getattr(self._here, "compiled", None) is not None  # has no frame there
+            del steps[max(0, _steps_on_stack() + n_compiled - n_frames) :]
         nested = any(step() is optimizer for step in steps)
         steps.append(weakref.ref(optimizer))
         return nested

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+from gradscope.taps.uncompiled import passed_over
+
 
 def replace(
     undo: ExitStack, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Any]
-) -> None:
+) -> Callable[[], bool]:
     """Replace one attribute of a module or class.
 
     What puts it back checks that the attribute still is ours: if someone else has replaced it
@@ -20,15 +22,22 @@ def replace(
         owner: the module or class.
         name: of the attribute.
         wrap: given the original, returns what takes its place.
+
+    Returns:
+        What tells whether it still is in its place.
     """
     # Taken from __dict__, so that the very object is put back that a class held, and not a
     # function bound or inherited on the way.
     original = vars(owner)[name]
-    replacement = wrap(original)
+    replacement = passed_over(wrap(original))
+
+    def is_in_place() -> bool:
+        return vars(owner).get(name) is replacement
 
     def restore() -> None:
-        if vars(owner).get(name) is replacement:
+        if is_in_place():
             setattr(owner, name, original)
 
     undo.callback(restore)
     setattr(owner, name, replacement)
+    return is_in_place

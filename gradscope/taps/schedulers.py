@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+from torch.compiler import is_dynamo_compiling
 from torch.optim import lr_scheduler
 
 from gradscope.taps.patch import replace
@@ -34,6 +35,8 @@ class SchedulerTap(Tap):
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+            if is_dynamo_compiling():  # a constant to the compiler, which so sees nothing of us
+                return original(scheduler, *args, **kwargs)
             nested = getattr(self._stepping, "now", False)
             self._stepping.now = True
             try:

@@ -11,6 +11,7 @@ from torch._C import DisableTorchFunction as _DisableTorchFunction
 from torch._C import _len_torch_dispatch_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
+from gradscope.taps.uncompiled import uncompiled
 from gradscope.taps.user_frame import user_location
 
 
@@ -21,6 +22,7 @@ class Listener(Protocol):
         """Take note that handling the event ``where`` raised ``error``; must not raise."""
 
 
+@uncompiled
 def out_of_sight(handle: Callable[..., Any], *arguments: Any) -> Any:
     """Call a listener such that what it does with tensors is not seen by the program's own modes.
 
@@ -77,6 +79,7 @@ class Tap:
             if not rest:
                 self._undo.close()
 
+    @uncompiled
     def emit(self, event: str, *arguments: Any) -> None:
         """Tell every listener; what one raises is its own affair and goes to its ``failed``."""
         for listener in self.listeners:

@@ -6,6 +6,7 @@ for single, armed steps, and whoever arms it suspends it where bits could change
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from torch.overrides import (
     _push_mode,
 )
 
+from gradscope.taps.compiled_code import compiled_code
 from gradscope.taps.tap import Tap
 
 _sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
@@ -61,6 +63,8 @@ class TorchFunctionTap(Tap):
     order in which they were entered, each by taking whatever is on top: a mode on top of the
     program's would be removed in its place, at a ``with torch.device(...)`` for instance.
 
+    Inside of compiled code there is no mode: see :mod:`gradscope.taps.compiled_code`.
+
     Attributes:
         seconds: what telling of calls has taken so far.
     """
@@ -76,8 +80,28 @@ class TorchFunctionTap(Tap):
     def install(self, undo: ExitStack) -> None:
         """Slip the mode in below the others."""
         self.suspended = 0
-        undo.callback(self._take_out)
+        self._thread = threading.get_ident()
+        self._is_inside_compiled_code = False
+        undo.callback(self._end)
         self._insert()
+        compiled_code.add(self)
+
+    def _end(self) -> None:
+        compiled_code.remove(self)
+        self._is_inside_compiled_code = False
+        self._take_out()
+
+    def compiled_code_entered(self, function: Any, args: Any, kwargs: Any) -> None:
+        """See no calls, unless the compiled code runs inside of a call, where none are seen."""
+        if threading.get_ident() == self._thread and self.can_be_removed:
+            self._is_inside_compiled_code = True
+            self.suspend()
+
+    def compiled_code_left(self, succeeded: bool, result: Any) -> None:
+        """See calls again."""
+        if threading.get_ident() == self._thread and self._is_inside_compiled_code:
+            self._is_inside_compiled_code = False
+            self.resume()
 
     def suspend(self) -> None:
         """Take the mode out for a while; calls nest."""

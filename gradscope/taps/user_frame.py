@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from gradscope.own_code import is_ours
+from gradscope.taps.uncompiled import uncompiled
 
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _STANDARD = (os.path.dirname(os.path.abspath(os.__file__)) + os.sep, "<frozen ")
@@ -79,6 +80,7 @@ def inside_method_of(kind: type, package: str, other_than: object) -> bool:
     return False
 
 
+@uncompiled
 def user_location(start: FrameType | None = None) -> Location | None:
     """Return the line of the user's program that is being executed, or None if there is none."""
     frame = user_frame(start if start is not None else sys._getframe(1))

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
@@ -30,7 +31,7 @@ class ZeroGradTap(Tap):
         @functools.wraps(original)
         def zero_grad(owner: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(owner, *args, **kwargs)
-            if self.listeners:
+            if self.listeners and not is_dynamo_compiling():
                 self.emit_with_line("zero_grad_called", owner)
             return result
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 # Both replace functions of torch's and add warning filters when they are first used (torch 2.13).
-import torch._dynamo
 from traces import clean_up, snapshot
 
 torch.manual_seed(torch.initial_seed())
+torch.compile(lambda: None, backend="eager")()
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 from traces import snapshot
-from training_loops import adamw_foreach, perceptron, prepared_step, seed_everything
+from training_loops import adamw_foreach, perceptron, prepared_step
+from twins import seed_everything
 
 import gradscope
 from gradscope.errors import GradscopeError, ScopeStateError, UsageError

@@ -14,14 +14,12 @@ from training_loops import (
     LOOPS,
     TRANSFORMERS,
     Encoder,
-    Training,
     attention_evaluated_without_grad,
     every_optimizer_of_torch,
-    everything_of,
-    seed_everything,
     sequences,
     with_optimizer,
 )
+from twins import Training, differing, everything_of, seed_everything
 
 import gradscope
 
@@ -60,10 +58,6 @@ def watched(
     ) as scope:
         seen = run(training, n_steps)
     return everything_of(training, seen), scope, training
-
-
-def differing(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
-    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
 @pytest.mark.parametrize("every", EVERY)

@@ -24,7 +24,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 from traces import snapshot
-from training_loops import Training, batch, everything_of, perceptron, seed_everything
+from training_loops import batch, perceptron
+from twins import Training, everything_of, seed_everything
 
 import gradscope
 from gradscope.config import WatchOptions
@@ -189,7 +190,9 @@ def test_nothing_is_told_when_nothing_is_broken() -> None:
 
 # -- handlers -------------------------------------------------------------------------------
 
-EVENTS = [event for tap in session._TAPS for event in tap.events]
+EVENTS = [
+    event for tap in session._TAPS if tap is not session.compiled_code for event in tap.events
+]
 
 
 @pytest.mark.parametrize("first", [0, 1], ids=["first call", "second call"])
@@ -222,6 +225,30 @@ def test_a_failing_handler_of_an_armed_step_is_told_once_and_watching_goes_on(
     assert len(scope.steps) == 2 * N_STEPS
     assert_told_once(failing, scope, told)
     assert told[0].slug == "instrument-failed"
+
+
+@pytest.mark.filterwarnings("default")  # the compiler has warnings of its own
+@pytest.mark.parametrize("first", [0, 1], ids=["first call", "second call"])
+@pytest.mark.parametrize("event", ["compiled_code_entered", "compiled_code_left"])
+def test_a_failing_handler_at_the_edge_of_compiled_code_is_told_once(
+    event: str, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = break_function(monkeypatch, Session, event, first)
+    training = everything_at_once()
+    compiled = torch.compile(lambda x: x.square().sum(), backend="eager")
+    before = snapshot(training.models, training.optimizers)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", GradscopeWarning)
+        with gradscope.watch(training.models, training.optimizers):
+            for number in range(2):
+                assert compiled(torch.ones(3)) == 3
+                training.step(number)
+                assert compiled(torch.ones(3)) == 3
+    assert failing.has_raised
+    assert [w.message.slug for w in told if isinstance(w.message, GradscopeWarning)] == [
+        "watch-failed"
+    ]
+    assert snapshot(training.models, training.optimizers).differences_from(before) == []
 
 
 @pytest.mark.parametrize("event", EVENTS)
@@ -451,7 +478,7 @@ INNER_PARTS = [
     *_own_functions(Ledger, GradientHistory, Schedule, AllGradients, StepObserver, Columns),
     *_own_functions(Attempts),
     (CutSearch, "wants_to_search"),
-    (CutSearch, "may_arm"),
+    (CutSearch, "look_away"),
     (CutSearch, "arm"),
     (CutSearch, "step_ended"),
     (Looks, "is_due"),

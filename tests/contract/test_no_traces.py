@@ -15,17 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, lr_scheduler
 from traces import Snapshot, snapshot
-from training_loops import (
-    LOOPS,
-    Encoder,
-    Training,
-    batch,
-    everything_of,
-    perceptron,
-    prepared_step,
-    seed_everything,
-    sequences,
-)
+from training_loops import LOOPS, Encoder, batch, perceptron, prepared_step, sequences
+from twins import Training, everything_of, seed_everything
 
 import gradscope
 

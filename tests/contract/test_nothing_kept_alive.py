@@ -23,9 +23,9 @@ from training_loops import (
     lbfgs_closure,
     perceptron,
     scaler_with_skipped_steps,
-    seed_everything,
     sgd_nesterov_foreach,
 )
+from twins import seed_everything
 
 import gradscope
 from gradscope.run.captured_graph import CapturedGraph

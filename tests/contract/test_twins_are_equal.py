@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from training_loops import LOOPS, every_optimizer_of_torch, seed_everything, with_optimizer
+from training_loops import LOOPS, every_optimizer_of_torch, with_optimizer
+from twins import seed_everything
 
 import gradscope
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradscope.rules.facts import belongs_to, has_moved, listed, stepped
+from gradscope.rules.facts import belongs_to, has_moved, is_compiled, listed, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -80,6 +80,7 @@ class CachedActivation(Rule):
             for path in first
             if path
             and path not in later
+            and not is_compiled(run, path)
             and (path.rpartition(".")[0] in later or (path in models and later & models))
         ]
         has_old_graph = _goes_through_old_nodes(run, looks)

@@ -13,7 +13,7 @@ class Unobserved(Rule):
     ## What it finds
 
     A part of the program that gradscope cannot look into without changing what it does: the inside
-    of a compiled model, an optimizer whose step is part of the graph.
+    of a compiled model or function, an optimizer whose step is part of the graph.
 
     ## Why it matters
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from gradscope.rules.facts import listed, stepped
+from gradscope.rules.facts import is_compiled, listed, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -89,7 +89,9 @@ class UnusedParameter(Rule):
             ):
                 continue
             modules = tuple(dict.fromkeys(e.module for e in unused))
-            silent = [m for m in modules if m and m not in called] if called else []
+            silent = [
+                m for m in modules if called and m and m not in called and not is_compiled(run, m)
+            ]
             why = f"; {listed(silent)} never ran" if silent else ""
             findings.append(
                 self.finding(
