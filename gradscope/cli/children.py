@@ -12,6 +12,7 @@ program's own (``-o``) or one for the time being, and only if something trains i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import multiprocessing
 import multiprocessing.context
@@ -19,13 +20,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradscope.cli.ranks import remove_at_exit
 from gradscope.run.directory import layout
-from gradscope.taps.patch import replace as replace_attribute
+from gradscope.taps.patch import replace
 
 if TYPE_CHECKING:
     from gradscope.session.session import Session
@@ -37,7 +37,7 @@ _UNTRAINED = ("torch.utils.data.", "multiprocessing.managers")
 """Those among them in which nothing can train."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Watching:
     """How the processes of a program are watched.
 
@@ -74,12 +74,10 @@ class Children:
 
     def start(self) -> None:
         """Begin to take part when processes are started."""
-        with contextlib.ExitStack() as undo:
-            for name in ("ForkProcess", "SpawnProcess", "ForkServerProcess"):
-                kind = getattr(multiprocessing.context, name, None)
-                if kind is not None and "_Popen" in vars(kind):
-                    replace_attribute(undo, kind, "_Popen", self._wrap)
-            self._undo = undo.pop_all()
+        for name in ("ForkProcess", "SpawnProcess", "ForkServerProcess"):
+            kind = getattr(multiprocessing.context, name, None)
+            if kind is not None and "_Popen" in vars(kind):
+                replace(self._undo, kind, "_Popen", self._wrap)
 
     def stop(self) -> None:
         """Take part no more."""
@@ -146,7 +144,7 @@ class Children:
     def _told(self) -> Watching:
         if self.watching.path is None:
             path = tempfile.mkdtemp(prefix="gradscope-")
-            self.watching = replace(self.watching, path=path)
+            self.watching = dataclasses.replace(self.watching, path=path)
             remove_at_exit(Path(path))
         self._has_started = True
         return self.watching
@@ -226,7 +224,7 @@ def _end_before_exit(session: Session) -> None:
 
         return _exit
 
-    replace_attribute(contextlib.ExitStack(), os, "_exit", wrap)
+    replace(contextlib.ExitStack(), os, "_exit", wrap)  # for good
 
 
 def _end(session: Session, ended: str) -> None:

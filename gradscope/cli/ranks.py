@@ -50,10 +50,10 @@ def make_room(output: Path, place: Place, *, force: bool) -> None:
     )
 
 
-def shared_folder(place: Place) -> Path | None:
+def shared_folder() -> Path | None:
     """Return a folder for the time being that all ranks on this machine know; None if none can be.
 
-    All of them were started by one process. The first removes it at its end.
+    All of them were started by one process.
     """
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     user = os.getuid() if hasattr(os, "getuid") else 0
@@ -66,24 +66,25 @@ def shared_folder(place: Place) -> Path | None:
     # Anybody may make a folder there.
     if not stat.S_ISDIR(found.st_mode) or (user and found.st_uid != user):
         return None
-    if place.rank == 0:
-        remove_at_exit(path)
     return path
 
 
-def together(session: Session, children: Children, place: Place, ended: str) -> Recording | None:
+def together(
+    session: Session, children: Children, place: Place, shared: Path | None, ended: str
+) -> Recording | None:
     """Return what all processes have seen; None if there is nothing but what this one has.
 
     Args:
         session: of this process, which has ended.
         children: the processes that it has started.
         place: of this process among those that train together.
+        shared: the folder to which this process has written; None if it has not.
         ended: how the program has ended.
     """
     from gradscope.run.directory.stored import StoredRecording
     from gradscope.session.saving import save_now
 
-    path, shared = children.written, session.saved_at
+    path = children.written
     if path is None and place.world_size > 1 and shared is not None and layout.ranks_in(shared):
         path = shared
     if path is None or (path == shared and session.has_trained and _is_alone(path)):

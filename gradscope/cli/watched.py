@@ -28,11 +28,8 @@ from gradscope.config import (
 from gradscope.errors import GradscopeError, OutputExistsError, UsageError, text_of
 
 if TYPE_CHECKING:
-    from gradscope.cli.children import Children
     from gradscope.rules.finding import Findings
     from gradscope.run.recording import Recording
-    from gradscope.session.ranks import Place
-    from gradscope.session.session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +105,8 @@ def run_watched(arguments: argparse.Namespace) -> Watched:
         _refuse_to_overwrite(arguments.findings, force=arguments.force)
 
     from gradscope.cli import ranks
-    from gradscope.cli.children import end_of_child
+    from gradscope.cli.children import Watching, end_of_child, watch_children
+    from gradscope.cli.watching import begin_session
     from gradscope.run.recording import Recording
     from gradscope.session.ending import note_ending
 
@@ -116,9 +114,17 @@ def run_watched(arguments: argparse.Namespace) -> Watched:
     place = ranks.place_of_program()
     if output is not None:
         ranks.make_room(output, place, force=arguments.force)
-    process = os.getpid()
+    shared, process = output, os.getpid()
     try:
-        session, children = _start(arguments.steps, output, place, config)
+        if output is None and place.world_size > 1:
+            shared = ranks.shared_folder()
+            if shared is not None and place.rank == 0:
+                ranks.remove_at_exit(shared)
+        watching = Watching(
+            None if shared is None else str(shared), _plain(config), arguments.steps
+        )
+        session = begin_session(shared, watching.criteria, watching.n_steps)
+        children = watch_children(watching, session)
     except GradscopeError:
         raise
     except Exception as error:
@@ -146,11 +152,11 @@ def run_watched(arguments: argparse.Namespace) -> Watched:
         children.wait()
     except KeyboardInterrupt as error:
         ended, how = Ended(130, error), "KeyboardInterrupt"
-    is_last = children.written is None and place.rank == 0
-    guarded(lambda: session.finish_saving(how, even_if_idle=is_last))
+    is_alone = children.written is None and place.rank == 0
+    guarded(lambda: session.finish_saving(how, even_if_idle=is_alone))
     if place.rank > 0:  # the first speaks for all
         return Watched(ended)
-    found = guarded(lambda: ranks.together(session, children, place, how))
+    found = guarded(lambda: ranks.together(session, children, place, shared, how))
     recording = session.recording if found is None else found
     findings = guarded(lambda: _judge(recording, config))
     saved_to = output if session.is_saved or recording is not session.recording else None
@@ -219,21 +225,6 @@ def _program(arguments: argparse.Namespace) -> Program:
     if arguments.script is None:
         raise UsageError("name the script to run, or a module with -m")
     return script_program(arguments.script, arguments.args)
-
-
-def _start(
-    n_steps: int | None, output: Path | None, place: Place, config: ProjectConfig
-) -> tuple[Session, Children]:
-    from gradscope.cli import ranks
-    from gradscope.cli.children import Watching, watch_children
-    from gradscope.cli.watching import begin_session
-
-    shared = output
-    if output is None and place.world_size > 1:
-        shared = ranks.shared_folder(place)
-    watching = Watching(None if shared is None else str(shared), _plain(config), n_steps)
-    session = begin_session(shared, watching.criteria, n_steps)
-    return session, watch_children(watching, session)
 
 
 def _plain(config: ProjectConfig) -> dict[str, Any]:

@@ -270,12 +270,7 @@ class Session:
     @property
     def has_trained(self) -> bool:
         """Whether a backward or a step was seen."""
-        return bool(self.recording.rows("backwards").n_rows or self.recording.n_steps)
-
-    @property
-    def saved_at(self) -> Path | None:
-        """The directory to which the recording is written; None if it is not."""
-        return None if self._saving is None else self._saving.path
+        return self._place is not None
 
     @property
     def is_saved(self) -> bool:
