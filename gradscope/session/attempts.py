@@ -408,8 +408,11 @@ class Attempts:
         def account() -> None:
             self._costs.begin()
             try:
-                record = self._end_attempt(optimizer, follower, reading, after, outcome, now)
-                norm_and_loss = self._write(record, follower, reading, observed, first_node)
+                # By then the optimizer may be gone, and its follower with it.
+                record = self._end_attempt(follower, optimizer, reading, after, outcome, now)
+                norm_and_loss = self._write(record, reading, observed, first_node)
+                if reading.anatomy is not None and record.outcome != "skipped":
+                    follower.copied_step = record.step
                 if record.attempt.taken:
                     tell(*norm_and_loss)
             finally:
@@ -435,14 +438,14 @@ class Attempts:
 
     def _end_attempt(
         self,
-        optimizer: int,
         follower: _Follower,
+        optimizer: int,
         reading: StepReading,
         after: GradientLook | None,
         outcome: str,
         now: float,
     ) -> StepRecord:
-        """Tell the ledger of the end of an attempt; its optimizer may be gone by now."""
+        """Tell the ledger of the end of an attempt."""
         look, consumption = reading.look, follower.consumption
         assert look is not None
         if consumption is None:
@@ -460,12 +463,7 @@ class Attempts:
         )
 
     def _write(
-        self,
-        record: StepRecord,
-        follower: _Follower,
-        reading: StepReading,
-        observed: float,
-        first_node: int,
+        self, record: StepRecord, reading: StepReading, observed: float, first_node: int
     ) -> tuple[float, float]:
         """Write the rows of an attempt; returns the norm of its gradients, and its loss."""
         run, step, optimizer = self._recording, record.step, record.optimizer
@@ -500,8 +498,6 @@ class Attempts:
                 recorder.record_state(run, step, optimizer, params, when, state)
         if reading.state_after is not None:
             recorder.record_moments(run, step, optimizer, params, reading, anatomy)
-        if reading.anatomy is not None:
-            follower.copied_step = step
         self._keep(step, reading)
         if reading.tracked is not None and (tracked := reading.tracked.value()) is not None:
             run.track(step, tracked)
