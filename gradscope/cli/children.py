@@ -14,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.abc
+import importlib.util
 import multiprocessing
 import multiprocessing.context
 import os
@@ -165,12 +167,41 @@ class _Child:
 
     def _bootstrap(self, *args: Any, **kwargs: Any) -> Any:
         """Run the process, watched; called in it."""
-        session = _guarded(lambda: _begin(self._watching))
+        if "torch" in sys.modules:
+            _guarded(lambda: _begin(self._watching))
+        else:  # a process without it is left as light as it is
+            _when_torch_is_imported(lambda: _guarded(lambda: _begin(self._watching)))
         status = self._process._bootstrap(*args, **kwargs)
-        if session is not None:
-            ended = "finished" if status == 0 else f"exit status {status}"
-            _guarded(lambda: _end(session, ended))
+        _guarded(lambda: end_of_child("finished" if status == 0 else f"exit status {status}"))
         return status
+
+
+class _TorchFinder(importlib.abc.MetaPathFinder):
+    """Does something as soon as torch has been imported; finds nothing by itself."""
+
+    def __init__(self, then: Callable[[], Any]) -> None:
+        self._then = then
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        """Find torch as all others would, and have its loader do what is to be done."""
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            self._then()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _when_torch_is_imported(then: Callable[[], Any]) -> None:
+    sys.meta_path.insert(0, _TorchFinder(then))
 
 
 _current: Children | None = None

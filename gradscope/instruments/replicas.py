@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from typing import Any
 
@@ -27,7 +28,8 @@ def replicated_by_wrappers() -> dict[int, tuple[int, ...]]:
 
 
 def _add(wrapper: Any, found: dict[int, tuple[int, ...]]) -> None:
-    is_plain = not getattr(wrapper, "_comm_hooks", ()) and wrapper.require_forward_param_sync
-    if is_plain:
-        ranks = tuple(torch.distributed.get_process_group_ranks(wrapper.process_group))
-        found.update((id(p), ranks) for p in wrapper._module_parameters if p.requires_grad)
+    # One whose making failed half-way lacks things; one of before may have lost its group.
+    with contextlib.suppress(AttributeError, KeyError, ValueError, RuntimeError):
+        if not wrapper._comm_hooks and wrapper.require_forward_param_sync:
+            ranks = tuple(torch.distributed.get_process_group_ranks(wrapper.process_group))
+            found.update((id(p), ranks) for p in wrapper._module_parameters if p.requires_grad)

@@ -26,6 +26,7 @@ from gradscope.session.gradients import Consumption, GradientLook
 from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger, StepRecord
 from gradscope.session.live_comparison import ranks_apart
+from gradscope.session.ranks import is_in_group
 from gradscope.session.schedule import DENSE, Schedule
 from gradscope.session.step_observer import StepObserver, StepReading
 
@@ -257,7 +258,7 @@ class Attempts:
             )
 
         self._in_order.do(account, weights, gradients)
-        if is_live:
+        if is_live and is_in_group():
             entries = [self._recording.parameters[param] for param in params.tolist()]
             ranks = ranks_apart(
                 [entry.name for entry in entries],

@@ -41,6 +41,11 @@ def place_now() -> Place:
     return Place(rank, size) if 0 <= rank < size else Place()
 
 
+def is_in_group() -> bool:
+    """Whether this process belongs to a process group, so that ranks may be meant to agree."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_known_later() -> bool:
     """Whether a process group may yet make this process one of several.
 

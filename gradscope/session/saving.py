@@ -110,7 +110,7 @@ class Saving:
             try:
                 if self._shares:
                     number = layout.claim(self.path, place.rank, max(1, place.world_size))
-            except OSError:
+            except Exception:
                 self._is_told = True
                 raise
             facts = {

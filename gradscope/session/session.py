@@ -43,7 +43,7 @@ from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger
 from gradscope.session.looks import Looks
 from gradscope.session.nonfinite_search import NonfiniteSearch
-from gradscope.session.ranks import Place, place_now
+from gradscope.session.ranks import Place, is_in_group, place_now
 from gradscope.session.saving import Saving
 from gradscope.session.source_names import assigned_name, called_name
 from gradscope.taps.clipping import clipping
@@ -755,7 +755,7 @@ class Session:
         self._place = place_now()
         place, recording = self._place, self.recording
         recording.rank_in_group, recording.world_size = place.rank, place.world_size
-        if place.world_size > 1:
+        if place.world_size > 1 and is_in_group():
             self._attempts.compares_ranks = True
             self._failures.run("replicas", self._census.find_replicas)
             spread = sorted({e.placements for e in recording.parameters if "Shard" in e.placements})

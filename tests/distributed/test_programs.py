@@ -214,6 +214,37 @@ def test_what_goes_wrong_in_one_forked_child_is_found(tmp_path: Path) -> None:
     assert "of 2)" in finding["message"]
 
 
+LATE = """
+import multiprocessing, sys
+
+def train(lr):
+    before = "torch" in sys.modules
+    import torch
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for step in range(10):
+        x = torch.randn(8, 4)
+        optimizer.zero_grad()
+        ((model(x) - x.sum(1, keepdim=True)) ** 2).mean().backward()
+        optimizer.step()
+    print(before)
+
+if __name__ == "__main__":
+    worker = multiprocessing.get_context("spawn").Process(target=train, args=(0.0,))
+    worker.start()
+    worker.join()
+"""
+
+
+def test_a_worker_imports_torch_when_it_itself_wants_to(tmp_path: Path) -> None:
+    program, found = tmp_path / "late.py", tmp_path / "findings.json"
+    program.write_text(LATE)
+    done = run_program(["-m", "gradscope", "run", "--findings", str(found), str(program)])
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    (finding,) = json.loads(found.read_text())["findings"]
+    assert finding["name"] == "zero-learning-rate"
+
+
 ENDLESS = """
 import sys, time, torch
 import torch.distributed as dist

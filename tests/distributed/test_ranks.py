@@ -17,7 +17,11 @@ from torch.nn import functional as F
 import gradscope
 from gradscope.cli import main
 from gradscope.errors import OutputExistsError, UsageError
+from gradscope.rules.distributed.ranks_out_of_sync import RanksOutOfSync
 from gradscope.run.directory.layout import make_room
+from gradscope.run.entries import OptimizerEntry, ParameterEntry
+from gradscope.run.global_norms import global_norms
+from gradscope.run.recording import Recording
 
 pytest.importorskip("torch.distributed")
 if not torch.distributed.is_available():
@@ -64,6 +68,57 @@ def test_the_first_step_parameters_and_ranks_are_named(opened: Opener) -> None:
     assert (finding.code, finding.severity, finding.step_first) == ("GS801", 2, 0)
     assert set(finding.params) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert "between ranks 0 and 1: they began with different weights" in finding.message
+
+
+def test_the_ranks_that_differ_from_most_are_told_apart() -> None:
+    def rank_of(number: int) -> Recording:
+        run = Recording()
+        run.rank_in_group, run.world_size = number, 4
+        run.parameters = [ParameterEntry(name) for name in ("a", "b")]
+        run.optimizers = [OptimizerEntry("optimizer", "SGD")]
+        for step in (0, 1, 2):
+            is_odd = number == 2 and step > 0
+            run.rows("checksums").extend(
+                2,
+                {
+                    "step": step,
+                    "param": [0, 1],
+                    "optimizer": 0,
+                    "attempt": step,
+                    "weight": [10 + step, 99 if is_odd else 20 + step],
+                    "gradient": [5 + step, 7 + step],
+                },
+            )
+        return run
+
+    first = rank_of(0)
+    for number in (1, 2, 3):
+        first.add_rank(number, rank_of(number))
+    (finding,) = RanksOutOfSync().check(first)
+    assert finding.message.startswith("b differs on rank 2 from those of ranks 0, 1 and 3: ")
+    assert (finding.params, finding.step_first, finding.step_last) == (("b",), 1, 2)
+
+
+def test_norms_of_parts_that_some_ranks_hold_twice() -> None:
+    def rank_of(number: int) -> Recording:
+        run = Recording()
+        spread = "Replicate() of 2, Shard(dim=0) of 2"
+        run.parameters = [ParameterEntry("part", placements=spread), ParameterEntry("whole")]
+        steps = [0] if number == 3 else [0, 1]  # the last rank was killed
+        for step in steps:
+            norms = [3.0 if number % 2 else 4.0, 6.0]
+            run.rows("grads").extend(2, {"step": step, "param": [0, 1], "norm": norms})
+        return run
+
+    first = rank_of(0)
+    for number in (1, 2, 3):
+        first.add_rank(number, rank_of(number))
+    norms = global_norms(first, "grads")
+    assert norms[["step", "param", "norm"]].values.tolist() == [
+        [0, "part", 5.0],
+        [0, "whole", 6.0],
+        [1, "whole", 6.0],
+    ]
 
 
 def test_another_learning_rate_is_named(opened: Opener) -> None:

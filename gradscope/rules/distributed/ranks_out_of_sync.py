@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from gradscope.rules.distributed.comparison import Attempt, attempts, groups, replicas_in
 from gradscope.rules.facts import listed
@@ -65,15 +66,10 @@ class RanksOutOfSync(Rule):
         """Return at most one finding per group of processes and optimizer."""
         findings = []
         for group in groups(run):
-            seen: dict[str, tuple[Attempt, list[int], list[str], int]] = {}
-            for attempt, ranks, params in _apart(group):
-                first = seen.get(attempt.optimizer)
-                if first is None:
-                    seen[attempt.optimizer] = (attempt, ranks, params, 1)
-                else:
-                    seen[attempt.optimizer] = (*first[:3], first[3] + 1)
-            for optimizer, (attempt, ranks, params, count) in seen.items():
-                findings.append(self._finding(group, optimizer, attempt, ranks, params, count))
+            apart: dict[str, list[_Apart]] = {}
+            for each in _apart(group):
+                apart.setdefault(each.attempt.optimizer, []).append(each)
+            findings += [self._finding(group, found) for found in apart.values()]
         return findings or self._told_live(run)
 
     def _told_live(self, run: Recording) -> list[Finding]:
@@ -98,72 +94,96 @@ class RanksOutOfSync(Rule):
             for optimizer, rows in told.groupby("subject", sort=False)
         ]
 
-    def _finding(
-        self,
-        group: dict[int, Recording],
-        optimizer: str,
-        attempt: Attempt,
-        ranks: list[int],
-        params: list[str],
-        count: int,
-    ) -> Finding:
-        why, fix = _cause(group, optimizer, attempt, ranks)
+    def _finding(self, group: dict[int, Recording], found: list[_Apart]) -> Finding:
+        first = found[0]
+        attempt, ranks, params = first.attempt, first.ranks, first.params
+        why, fix = _cause(group, first)
         differ = "differs" if len(params) == 1 else "differ"
         return self.finding(
-            message=f"{listed(params)} {differ} between {listed_ranks(ranks)}: {why}",
+            message=f"{listed(params)} {differ} {_between(first)}: {why}",
             fix=fix,
             params=tuple(params),
-            optimizer=optimizer,
+            optimizer=attempt.optimizer,
             step_first=attempt.first_step,
-            step_last=attempt.first_step,
-            count=count,
+            step_last=found[-1].attempt.first_step,
+            count=len(found),
             evidence={
                 "first_step": attempt.first_step,
                 "ranks": listed_ranks(ranks),
                 "differing_parameters": len(params),
-                "gradients_are_the_same": ranks in attempt.ranks_by_gradients(),
-                "steps_that_differ": count,
+                "gradients_are_the_same": first.have_one_gradient,
+                "compared_steps_that_differ": len(found),
             },
         )
 
 
-def _apart(group: dict[int, Recording]) -> Iterator[tuple[Attempt, list[int], list[str]]]:
+@dataclass(frozen=True, slots=True)
+class _Apart:
+    """An attempt that ranks began with other weights than they are meant to.
+
+    Attributes:
+        attempt: the attempt.
+        ranks: the ranks that are meant to agree.
+        params: the parameters in which they do not.
+    """
+
+    attempt: Attempt
+    ranks: list[int]
+    params: list[str]
+
+    @property
+    def have_one_gradient(self) -> bool:
+        """Whether all of these ranks step with the same gradients."""
+        return self.ranks in self.attempt.ranks_by_gradients()
+
+
+def _apart(group: dict[int, Recording]) -> Iterator[_Apart]:
     """Attempts that ranks began with other weights than they are meant to, in order."""
     replicas = replicas_in(group)
     for attempt in attempts(group):
-        found = False
-        for ranks in attempt.ranks_by_gradients():
-            params = attempt.unequal(ranks)
-            if params:
-                found = True
-                yield attempt, ranks, params
-                break
-        if found:
-            continue
+        meant: list[tuple[list[int], set[str] | None]] = [
+            (ranks, None) for ranks in attempt.ranks_by_gradients()
+        ]
         for held in dict.fromkeys(replicas.values()):
-            here = [rank for rank in held if rank in attempt.steps]
-            params = [p for p in attempt.unequal(here) if replicas.get(p) == held]
+            own = {param for param, ranks in replicas.items() if ranks == held}
+            meant.append(([rank for rank in held if rank in attempt.steps], own))
+        for ranks, only in meant:
+            params = [p for p in attempt.unequal(ranks) if only is None or p in only]
             if params:
-                yield attempt, here, params
+                yield _Apart(attempt, ranks, params)
                 break
 
 
-def _cause(
-    group: dict[int, Recording], optimizer: str, attempt: Attempt, ranks: list[int]
-) -> tuple[str, str]:
+def _between(apart: _Apart) -> str:
+    """Which ranks differ from which, in words."""
+    found = apart.attempt.weights[apart.params[0]]
+    alike: dict[int, list[int]] = {}
+    for rank in apart.ranks:
+        if rank in found:
+            alike.setdefault(found[rank], []).append(rank)
+    most = max(alike.values(), key=len)
+    others = [rank for rank in apart.ranks if rank in found and rank not in most]
+    if 2 * len(most) <= len(apart.ranks) or len(apart.ranks) == 2:
+        return f"between {listed_ranks(apart.ranks)}"
+    return f"on {listed_ranks(others)} from those of {listed_ranks(most)}"
+
+
+def _cause(group: dict[int, Recording], apart: _Apart) -> tuple[str, str]:
     """Why, in words, and what to change."""
+    attempt = apart.attempt
     if attempt.number == 0:
+        averaged = ", and their gradients are averaged all the same"
         return (
-            "they began with different weights (other seeds, and nobody broadcast them), and "
-            "their gradients are averaged all the same",
+            "they began with different weights (other seeds, or a checkpoint that some have not "
+            f"loaded, and nobody broadcast them){averaged if apart.have_one_gradient else ''}",
             "give all ranks the same weights before the loop: wrap the model in "
             "DistributedDataParallel, which broadcasts those of rank 0, or call "
             "dist.broadcast(p.data, src=0) for each parameter",
         )
-    other = _other_hyperparameters(group, optimizer, attempt, ranks)
+    other = _other_hyperparameters(group, attempt.optimizer, attempt, apart.ranks)
     if other:
         return (
-            f"until step {attempt.first_step} they were the same, but {other}",
+            f"before step {attempt.first_step} they were the same, but {other}",
             "give the optimizers of all ranks the same hyper-parameters at every step",
         )
     return (
