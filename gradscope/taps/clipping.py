@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad
 
 from gradscope.taps.patch import Patch
 from gradscope.taps.tap import Tap
+from gradscope.taps.uncompiled import uncompiled
 from gradscope.taps.user_frame import user_location
 
 
@@ -51,7 +52,7 @@ class ClippingTap(Tap):
             # Listed once: an iterator can be read only once, and torch has to read it too.
             parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
             if self.listeners:
-                gradients = [p.grad for p in parameters if p.grad is not None]
+                gradients = _gradients(parameters)
                 self.emit(
                     "gradients_clipped", "clip_grad_norm_", gradients, max_norm, user_location()
                 )
@@ -75,6 +76,11 @@ class ClippingTap(Tap):
             return original(tensorlists, *args, **kwargs)
 
         return _group_tensors_by_device_and_dtype
+
+
+@uncompiled
+def _gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
 
 
 clipping = ClippingTap()
