@@ -81,11 +81,11 @@ class ModuleCallTap(Tap):
             register_module_forward_pre_hook(self._before),
             register_module_forward_hook(self._after, always_call=True),
         ]
-        compiler = sys.modules.get(EVAL_FRAME)
+        wrapper = getattr(sys.modules.get(EVAL_FRAME), "OptimizedModule", None)
         self._compiled_call = (
-            None
-            if compiler is None
-            else Patch(compiler.OptimizedModule, "__call__", self._wrap_compiled_call)
+            Patch(wrapper, "__call__", self._wrap_compiled_call)
+            if wrapper is not None and "__call__" in vars(wrapper)
+            else None
         )
 
     def _stop_looking(self) -> None:

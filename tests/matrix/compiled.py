@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 import torch._dynamo
 import torch._dynamo.utils
-from features import Loop
+from features import Loop, SparseTable, Watch, perceptron
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -16,10 +16,23 @@ from torch.optim import Optimizer
 BACKENDS = ("eager", "aot_eager", "inductor")
 
 
+class Perceptron(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = perceptron()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
 class WithCompiler(Loop):
     """A loop with something compiled in it."""
 
     backend: ClassVar[str] = "aot_eager"
+
+    def make_model(self) -> nn.Module:
+        """A model whose forward is the program's own: the compiler passes over those of torch."""
+        return SparseTable() if self.kind.needs_sparse_gradients else Perceptron()
 
     @classmethod
     def can_run_here(cls) -> bool:
@@ -54,6 +67,18 @@ class CompiledBefore(WithCompiler):
         self.models = [self.called]
 
 
+class CompiledLongBefore(CompiledBefore):
+    """`torch.compile(model)`, and some steps, before the watch: nothing is compiled again."""
+
+    title = "compiled and trained before"
+
+    def train(self, watch: Watch) -> Any:
+        by_hand, self.by_hand = self.by_hand, None
+        self.run()
+        self.by_hand = by_hand
+        return super().train(watch)
+
+
 class CompiledWhileWatched(WithCompiler):
     """`torch.compile(model)` after the watch has begun."""
 
@@ -83,10 +108,8 @@ class CompiledPart(WithCompiler):
     unseen = "is compiled: its inside is not seen"
 
     def make_model(self) -> nn.Module:
-        part = nn.Sequential(nn.Linear(12, 12), nn.Tanh())
-        return nn.Sequential(
-            nn.Linear(6, 12), nn.ReLU(), torch.compile(part, backend=self.backend), nn.Linear(12, 3)
-        )
+        part = torch.compile(Perceptron(), backend=self.backend)
+        return nn.Sequential(nn.Linear(6, 6), nn.ReLU(), part, nn.Linear(3, 3))
 
 
 class CompiledLoss(WithCompiler):
@@ -177,6 +200,7 @@ def _with(feature: type[WithCompiler], backend: str) -> type[WithCompiler]:
 
 COMPILED: list[type[Loop]] = [
     *(_with(feature, b) for feature in (CompiledBefore, CompiledWhileWatched) for b in BACKENDS),
+    CompiledLongBefore,
     CompiledInPlace,
     CompiledPart,
     _with(CompiledLoss, "aot_eager"),
