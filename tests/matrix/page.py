@@ -124,9 +124,15 @@ def _short(reason: str) -> str:
 
 
 _ABOUT_TORCH = [
-    "`torch.compile(optimizer.step)` is seen at the edges of what is compiled. Torch itself breaks "
-    "its graph once;",
-    "nothing is added to that.",
+    "`torch.compile(optimizer.step)` is seen at the edges of what is compiled: torch itself breaks "
+    "its graph once,",
+    "and nothing is added to that. Where it has run before the watch began, its outermost frame is "
+    "compiled once more,",
+    "at the first watched step. Torch cannot see into a compiled function either, so that of a "
+    "step in one nothing is",
+    "told but that it moves weights. Of parameters that FSDP2 has sharded, updates are not "
+    "measured; gradients are,",
+    "each process its own shards.",
     "",
     "## What was found on the way",
     "",
