@@ -506,8 +506,8 @@ class Session:
             return
         look = self._all.look_at_identities()
         is_foreign = False
-        used_inside = np.concatenate([np.zeros(0, np.int64), *backward.used_inside])
-        if not self._all.changed and not len(used_inside):
+        used_inside = backward.used_inside
+        if not self._all.changed and not used_inside:
             leaves: list[torch.Tensor] = []
             captured = self._graphs.capture(call.roots, leaves, whole=captured is not None)
             if all(root.grad_fn is None for root in call.roots):
@@ -531,11 +531,13 @@ class Session:
                 last_node=backward.last_node,
                 seconds=began - backward.began,
                 is_foreign=is_foreign,
-                used_inside=bool(len(used_inside)),
+                used_inside=bool(used_inside),
             )
             if captured is not None:
                 self._attempts.graphs[number] = captured
-            reached = np.union1d(params[wrote], used_inside)
+            reached = params[wrote]
+            if used_inside:
+                reached = np.unique(np.concatenate([reached, *used_inside]))
             row["n_reached"] = len(reached)
             self._record_backward(number, value, row)
             self.recording.reached(reached)

@@ -128,11 +128,10 @@ _ABOUT_TORCH = [
     "its graph once,",
     "and nothing is added to that. Where it has run before the watch began, its outermost frame is "
     "compiled once more,",
-    "at the first watched step. Torch cannot see into a compiled function either, so that of a "
-    "step in one nothing is",
-    "told but that it moves weights. Of parameters that FSDP2 has sharded, updates are not "
-    "measured; gradients are,",
-    "each process its own shards.",
+    "at the first watched step. Of a step inside of a compiled function nothing is told but that "
+    "it moves weights.",
+    "Of parameters that FSDP2 has sharded updates are not measured; gradients are, each process "
+    "its own shards.",
     "",
     "## What was found on the way",
     "",
