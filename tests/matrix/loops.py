@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import traceback
 import warnings
 
@@ -10,22 +9,22 @@ import torch
 from cell import run
 from cells import CELLS
 
-Results = list[tuple[str, str, str]]
-"""Of each cell its optimizer, its verdict and the detail: a traceback for ``failed``."""
 
+def run_feature(title: str) -> list[list[str]]:
+    """Run all cells of a loop.
 
-def run_feature(title: str) -> tuple[Results, float]:
-    """Run all cells of a loop, in a process of its own."""
+    Returns:
+        Of each cell its optimizer, its verdict and the detail: a traceback for ``failed``.
+    """
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    began = time.monotonic()
     results = []
     for cell in CELLS:
         if cell.feature.title != title:
             continue
         try:
             outcome = run(cell)
-            results.append((str(cell.kind), outcome.verdict, outcome.detail))
+            results.append([str(cell.kind), outcome.verdict, outcome.detail])
         except Exception:
-            results.append((str(cell.kind), "failed", traceback.format_exc()))
-    return results, time.monotonic() - began
+            results.append([str(cell.kind), "failed", traceback.format_exc()])
+    return results
