@@ -46,6 +46,10 @@ frameworks: $(READY) ## the programs on Lightning, transformers and accelerate, 
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group frameworks
 	$(BIN)/python -m pytest tests/frameworks
 
+.PHONY: matrix
+matrix: $(READY) ## every optimizer in every loop, watched and unwatched; prints how many, writes docs/matrix.md
+	$(BIN)/python tests/matrix
+
 .PHONY: lint
 lint: $(READY) ## style, types, layers
 	$(BIN)/ruff check .

@@ -65,6 +65,8 @@ def _flat(name: str, thing: Any) -> Iterator[tuple[str, bytes]]:
         for number, value in enumerate(thing):
             yield from _flat(f"{name}[{number}]", value)
     elif isinstance(thing, torch.Tensor):
+        if hasattr(thing, "to_local"):
+            thing = thing.to_local()
         if thing.is_sparse:
             thing = thing.coalesce().values()
         raw = thing.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

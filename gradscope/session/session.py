@@ -619,7 +619,7 @@ class Session:
                 self._attempts.graphs[number] = captured
             reached = params[wrote]
             if used_inside:
-                reached = np.union1d(reached, np.concatenate(used_inside))
+                reached = np.unique(np.concatenate([reached, *used_inside]))
             row["n_reached"] = len(reached)
             self._record_backward(number, value, row)
             self.recording.reached(reached)

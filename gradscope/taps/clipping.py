@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grad
 
 from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
+from gradscope.taps.uncompiled import uncompiled
 from gradscope.taps.user_frame import user_location
 
 
@@ -46,8 +47,7 @@ class ClippingTap(Tap):
             parameters = [parameters] if isinstance(parameters, torch.Tensor) else [*parameters]
             if self.listeners:
                 try:
-                    gradients = [p.grad for p in parameters if p.grad is not None]
-                    location = user_location()
+                    gradients, location = _gradients(parameters), user_location()
                 except Exception as error:
                     self.failed("gradients_clipped", error)
                 else:
@@ -74,6 +74,11 @@ class ClippingTap(Tap):
             return original(tensorlists, *args, **kwargs)
 
         return _group_tensors_by_device_and_dtype
+
+
+@uncompiled
+def _gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
 
 
 clipping = ClippingTap()

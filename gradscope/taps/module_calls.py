@@ -83,9 +83,9 @@ class ModuleCallTap(Tap):
         with ExitStack() as undo:
             undo.callback(register_module_forward_pre_hook(self._before).remove)
             undo.callback(register_module_forward_hook(self._after, always_call=True).remove)
-            compiler = sys.modules.get(EVAL_FRAME)
-            if compiler is not None:
-                replace(undo, compiler.OptimizedModule, "__call__", self._wrap_compiled_call)
+            wrapper = getattr(sys.modules.get(EVAL_FRAME), "OptimizedModule", None)
+            if wrapper is not None and "__call__" in vars(wrapper):
+                replace(undo, wrapper, "__call__", self._wrap_compiled_call)
             self._looking = undo.pop_all()
 
     def _stop_looking(self) -> None:

@@ -23,7 +23,7 @@ from torch.optim.optimizer import (
 
 from gradscope.taps.compiled_code import compiled_code
 from gradscope.taps.tap import Tap
-from gradscope.taps.uncompiled import uncompiled
+from gradscope.taps.uncompiled import passed_over, uncompiled
 
 # The function that runs the hooks around every optimizer's step (torch 2.13). Its code object is
 # one and the same for all optimizers, so that it can be counted on the stack.
@@ -168,7 +168,7 @@ class OptimizerStepTap(Tap):
             self.emit("closure_ended", optimizer)
             return result
 
-        return watched
+        return passed_over(watched)
 
 
 def _steps_on_stack() -> int:

@@ -666,6 +666,22 @@ LOOPS: tuple[Callable[[], Training], ...] = (
 )
 
 
+ALSO_IN_THE_MATRIX: tuple[Callable[[], Training], ...] = (
+    adamw_fused,
+    adamw_plain,
+    accumulation,
+    clip_norm,
+    clip_value,
+    lbfgs_closure,
+    adamw_closure,
+    checkpoint_reentrant,
+    checkpoint_non_reentrant,
+    autocast,
+    scaler_with_skipped_steps,
+    scaler_with_fused_adamw,
+)
+
+
 def every_optimizer_of_torch() -> list[type[Optimizer]]:
     return [
         kind

@@ -252,3 +252,38 @@ print(model.weight.tolist(), counters["frames"]["total"])
     assert plain.stdout, plain.stderr
     assert watched.stdout == plain.stdout, watched.stderr
     assert "loss_of is compiled: its inside is not seen" in " ".join(watched.stderr.split())
+
+
+def test_what_lies_in_a_compiled_part_is_not_said_to_have_never_run() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    def message(*, compiled: bool) -> str:
+        torch._dynamo.reset()
+        part = Half()
+        if compiled:
+            part.compile(backend="eager")
+        model = nn.Sequential(nn.Linear(4, 4), part, nn.Linear(4, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with gradscope.watch(model, optimizer, on_error="raise") as scope:
+            steps_of(model, optimizer.step, optimizer)
+        (found,) = [f.message for f in scope.findings if f.code == "GS105"]
+        return found
+
+    assert "1.unused never ran" in message(compiled=False)
+    assert "never ran" not in message(compiled=True)
+
+
+def test_a_capture_follows_the_calls_around_a_compiled_part() -> None:
+    torch._dynamo.reset()
+    part = torch.compile(small_model(), backend="eager")
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), part)
+    with gradscope.capture(model, lines=True) as captured:
+        loss = model(torch.ones(2, 4)).sum()
+    calls = captured.graph(loss).captured.calls
+    assert [calls.path(call) for call in range(len(calls))] == ["", "0", "1", "2"]
