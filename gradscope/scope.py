@@ -122,12 +122,7 @@ class Scope(RecordedRun):
         if session is None or not self._is_inside:
             return self
         if session.running:
-            try:
-                self._refuse_inside_hook("stop()")
-            except ScopeStateError:
-                raise
-            except Exception as error:
-                session.failed("watch", error)
+            self._refuse_inside_hook("stop()")
         self._is_inside = False
         try:
             if session.running:  # else it has been stopped already, by a failure or by a limit
@@ -277,9 +272,13 @@ class Scope(RecordedRun):
 
     def _refuse_inside_hook(self, what: str) -> None:
         """A function that is told findings runs inside a hook of torch's, which must stay."""
-        from gradscope.taps.optimizer_steps import optimizer_steps
+        try:
+            from gradscope.taps.optimizer_steps import optimizer_steps
 
-        if optimizer_steps.inside_hook:
+            is_inside = optimizer_steps.inside_hook
+        except Exception:  # then nothing of it can be told
+            is_inside = False
+        if is_inside:
             raise ScopeStateError(
                 f"{what} cannot be called from a function passed as on_finding: let the loop see "
                 "that it is to end, or use on_finding='raise'"

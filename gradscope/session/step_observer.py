@@ -340,6 +340,7 @@ class StepObserver:
         optimizer = self._census.optimizer(self._optimizer)
         assert optimizer is not None
         self._copies = StepCopies(optimizer, tensors)
+        self._are_copied = False  # a model that is met inside of a closure comes after the copying
         self._group_of = group_numbers(optimizer, tensors)
         self._state = StateReader()
         self._keeper = TensorKeeper(np.flatnonzero(self._census.match(params, self._keep)).tolist())

@@ -536,7 +536,9 @@ def is_programs(point: Point) -> bool:
     return point.file.startswith("taps/") and point.callee in names
 
 
-_OUTERMOST = {("scope.py", "self.start"), ("scope.py", "self._stop")}
+_OUTERMOST = {
+    ("scope.py", f"self.{name}") for name in ("start", "_stop", "_paused", "_refuse_inside_hook")
+}
 """Calls that begin and end everything: only a fault within them can be answered."""
 
 

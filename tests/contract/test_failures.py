@@ -140,6 +140,12 @@ def test_nothing_is_told_when_nothing_is_broken() -> None:
     assert "skipped" in set(scope.steps["outcome"])
 
 
+def test_a_model_that_is_met_inside_of_a_closure_fails_nothing() -> None:
+    scope, told = train_watched(discovers=True)
+    assert told == []
+    assert len(scope.steps) == 2 * N_STEPS
+
+
 # -- handlers -------------------------------------------------------------------------------
 
 EVENTS = [
