@@ -271,15 +271,21 @@ def _end_before_sigterm(session: Session) -> None:
     pid = os.getpid()
 
     def handle(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.getpid() == pid:  # and no child that inherited this
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a pool sends it twice
             if hasattr(signal, "setitimer"):  # whatever it was in the midst of, it does end
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.setitimer(signal.ITIMER_REAL, _MOST_SECONDS_AT_SIGTERM)
             _guarded(lambda: _end(session, "SIGTERM"))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, handle)
+    _handlers.add(handle)
+
+
+_handlers: set[Any] = set()
+"""Ours, of which none may come while a session ends by itself."""
 
 
 def _end_before_exit(session: Session) -> None:
@@ -294,8 +300,18 @@ def _end_before_exit(session: Session) -> None:
 
 
 def _end(session: Session, ended: str) -> None:
-    session.stop()
-    session.finish_saving(ended)
+    is_ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) in _handlers
+    )
+    if is_ours:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        session.stop()
+        session.finish_saving(ended)
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _guarded(function: Callable[[], Any]) -> Any:
