@@ -19,8 +19,11 @@ import importlib.util
 import multiprocessing
 import multiprocessing.context
 import os
+import signal
 import sys
 import tempfile
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +40,10 @@ _OF_OTHERS = ("torch.utils.data.", "concurrent.futures.process", "multiprocessin
 
 _UNTRAINED = ("torch.utils.data.", "multiprocessing.managers")
 """Those among them in which nothing can train."""
+
+
+_MOST_SECONDS_AT_SIGTERM = 10.0
+"""So long a process that is to end may take to write what it has seen."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,6 +80,8 @@ class Children:
         self._pid = os.getpid()
         self._has_started = False
         self._is_handing_over = False
+        # Those that end when they are told to at Python's end; what they run is forgotten by then.
+        self._served: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def start(self) -> None:
         """Begin to take part when processes are started."""
@@ -107,7 +116,7 @@ class Children:
         if not self._has_started or os.getpid() != self._pid:
             return
         for process in multiprocessing.active_children():
-            if not process.daemon and not _target_of(process).startswith(_OF_OTHERS):
+            if not process.daemon and process not in self._served:
                 process.join()
 
     def leave_alone(self) -> None:
@@ -136,6 +145,8 @@ class Children:
         return staticmethod(popen)
 
     def _watched(self, process: Any) -> Any:
+        if _target_of(process).startswith(_OF_OTHERS):
+            self._served.add(process)
         if _target_of(process).startswith(_UNTRAINED):
             return process
         try:
@@ -244,7 +255,37 @@ def _begin(watching: Watching) -> Session:
         watching.n_steps,
     )
     watch_children(watching, session)
+    _end_before_sigterm(session)
     return session
+
+
+def _end_before_sigterm(session: Session) -> None:
+    """Write what there is before the process is ended by whoever has started it.
+
+    Pools end their workers like this, and so are the other ranks ended when one has failed. Not
+    where the program has a handler of its own.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return
+    pid = os.getpid()
+
+    def handle(number: int, frame: Any) -> None:
+        if os.getpid() == pid:  # and no child that inherited this
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a pool sends it twice
+            if hasattr(signal, "setitimer"):  # whatever it was in the midst of, it does end
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.setitimer(signal.ITIMER_REAL, _MOST_SECONDS_AT_SIGTERM)
+            _guarded(lambda: _end(session, "SIGTERM"))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, handle)
+    _handlers.add(handle)
+
+
+_handlers: set[Any] = set()
+"""Ours, of which none may come while a session ends by itself."""
 
 
 def _end_before_exit(session: Session) -> None:
@@ -259,8 +300,18 @@ def _end_before_exit(session: Session) -> None:
 
 
 def _end(session: Session, ended: str) -> None:
-    session.stop()
-    session.finish_saving(ended)
+    is_ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) in _handlers
+    )
+    if is_ours:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        session.stop()
+        session.finish_saving(ended)
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _guarded(function: Callable[[], Any]) -> Any:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _MOST_SECONDS = 10.0
 """So long the first rank waits for the others to write their ends."""
 
+_MOST_SECONDS_OF_WORKERS = 6.0
+"""So long where it has started them itself and they go on: by then they have written once more."""
+
 _AFTER_A_FAILURE = 1.0
 """So long where it has failed: whoever started it may be waiting to end the others."""
 
@@ -89,7 +92,8 @@ def together(
         path = shared
     if path is None or (path == shared and session.has_trained and _is_alone(path)):
         return None
-    await_others(path, _MOST_SECONDS if ended == "finished" else _AFTER_A_FAILURE)
+    most = _MOST_SECONDS_OF_WORKERS if place.world_size == 1 else _MOST_SECONDS
+    await_others(path, most if ended == "finished" else _AFTER_A_FAILURE)
     if shared is None and session.has_trained:
         number = layout.claim(path, 0, 1)
         criteria = children.watching.criteria

@@ -69,6 +69,10 @@ def nothing(seed):
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("fork")
+    if sys.argv[1] == "pool":
+        with context.Pool(1) as pool:  # which ends its workers by a signal
+            pool.map(train, [0])
+        sys.exit()
     target = {"train": train, "nothing": nothing}[sys.argv[1]]
     workers = [context.Process(target=target, args=(n,)) for n in range(2)]
     for worker in workers:
@@ -82,7 +86,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(
     ("workers", "parent", "ranks"),
-    [("train", "too", (0, 1, 2)), ("nothing", "too", (0,))],
+    [("train", "too", (0, 1, 2)), ("nothing", "too", (0,)), ("pool", "not", (0,))],
 )
 def test_processes_that_train_for_themselves(
     workers: str, parent: str, ranks: tuple[int, ...], tmp_path: Path
@@ -94,6 +98,7 @@ def test_processes_that_train_for_themselves(
     assert done.returncode == 0, done.stderr
     opened = gradscope.open(tmp_path / "run")
     assert opened.ranks == ranks
+    assert opened.about["how_it_ended"] in ("finished", "SIGTERM" if workers == "pool" else "")
     assert "no defect found" in done.stderr
     assert {len(run.frame("steps")) for run in opened._recording.ranks.values()} == {10}
 
