@@ -13,7 +13,7 @@ from pathlib import Path
 import worked_examples
 
 from gradscope.rules import RULES
-from gradscope.run.schema import STATUSES, TABLES, Kind
+from gradscope.run.schema import RANK, STATUSES, TABLES, Kind
 
 DOCS = Path(__file__).parent
 NOTE = "<!-- Written by docs/generate.py; change the program, not this page. -->\n"
@@ -39,6 +39,9 @@ def tables_page() -> str:
         "Every table is an attribute of the scope and a pandas DataFrame of its own: changing it",
         "changes nothing that was recorded. `scope.tables` gives them all by name. A unit stands",
         "at the end of a column's name (`_ms`).",
+        "",
+        "In a run that several processes have written, every table begins with the column",
+        f"`{RANK.name}`: {RANK.meaning.split(';')[0]}.",
         "",
         f"The statuses of a gradient are {', '.join(f'`{status}`' for status in STATUSES)}.",
         "",

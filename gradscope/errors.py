@@ -80,3 +80,13 @@ class GradscopeWarning(UserWarning):
     def __init__(self, slug: str, text: str) -> None:
         super().__init__(f"gradscope: {text} [{slug}]")
         self.slug = slug
+
+
+def text_of(error: BaseException) -> str:
+    """Return the class of an exception and what it says, as far as it can be printed."""
+    name = type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # an exception of the program's may raise even here
+        text = ""
+    return f"{name}: {text}" if text else name

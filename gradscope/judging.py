@@ -7,11 +7,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
-from gradscope.errors import FindingsError, GradscopeWarning, UsageError
+from gradscope.errors import FindingsError, GradscopeWarning, UsageError, text_of
 from gradscope.rules import Finding, Findings, Severity
 from gradscope.session.failures import warn
+from gradscope.session.ranks import is_first
 from gradscope.taps.optimizer_steps import optimizer_steps
 
 if TYPE_CHECKING:
@@ -115,10 +117,13 @@ class Teller:
                 self._not_before = ended + (ended - began) / _SHARE_OF_JUDGING
 
     def failed(self, where: str, error: Exception) -> None:
-        """Let out what is asked for; nothing else comes this far."""
-        raise error
+        """Let out what is asked for; tell no more after anything else."""
+        if isinstance(error, FindingsError):
+            raise error
+        self._failed(error)
 
     def _judge(self, *, is_end: bool, may_raise: bool) -> None:
+        self._session.settle(wait=is_end)
         found = self._criteria.judge(self._session.recording).at_least(Severity.WARNING)
         new = [
             finding
@@ -132,6 +137,8 @@ class Teller:
             if new and may_raise:
                 raise FindingsError(Findings(new))
             return
+        if self._on_finding == "warn" and not is_first():
+            return  # one warning is enough; what is found here is in the run directory
         for finding in new:
             self._tell(finding)
 
@@ -158,9 +165,14 @@ class Teller:
         except FindingsError:
             raise
         except Exception as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        if not self._is_silent:
             self._is_silent = True
-            text = f"{type(error).__name__}: {error}"
-            warn("on-finding-failed", f"telling a finding failed; training goes on ({text})")
+            text = f"telling a finding failed; training goes on ({text_of(error)})"
+            with suppress(Exception):
+                warn("on-finding-failed", text)
 
 
 def _is_among(finding: Finding, known: list[Finding]) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gradscope.errors import GradscopeError, UsageError
 from gradscope.recorded_run import RecordedRun
 from gradscope.run.directory.stored import StoredRecording
-from gradscope.run.schema import TABLES
+from gradscope.run.schema import TABLES, with_rank
 
 if TYPE_CHECKING:
     import os
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow.compute as pc
     import pyarrow.dataset as ds
 
+    from gradscope.run.schema import Table
     from gradscope.run.weight_step import WeightStep
 
 
@@ -125,14 +126,15 @@ class Run(RecordedRun):
         from gradscope.run.directory.condition import condition
         from gradscope.run.directory.parts import arrow_schema
 
-        known = [column.name for column in TABLES[_checked(table)].columns]
+        declared = self.declared(table)
+        known = [column.name for column in declared.columns]
         for name in columns or ():
             if name not in known:
                 raise UsageError(f"{table} has no column {name!r}; there are: {', '.join(known)}")
         names = None if columns is None else list(columns)
         if isinstance(where, str):
-            return names, condition(where, TABLES[table])
-        schema = arrow_schema(TABLES[table])
+            return names, condition(where, declared)
+        schema = arrow_schema(declared)
         try:
             if where is not None and not hasattr(where, "to_substrait"):
                 where = pq.filters_to_expression(list(where))
@@ -140,6 +142,50 @@ class Run(RecordedRun):
         except (pa.ArrowException, TypeError, ValueError, IndexError) as error:
             raise UsageError(f"where={where!r} of {table}: {error}"[:500]) from error
         return names, where
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that have written the run, in order; one for a run of one process.
+
+        Where there are several, every table has a column ``rank``, and findings are those of all.
+        """
+        return tuple(self._recording.ranks)
+
+    def global_norms(self, table: str = "grads") -> pd.DataFrame:
+        """Return norms of whole parameters where ranks hold parts of them (FSDP2, DTensor).
+
+        In the tables each rank's rows are about its part; here the squares of all parts are added
+        up. A parameter that every rank holds as a whole keeps its norm.
+
+        Args:
+            table: ``"grads"`` or ``"updates"``.
+
+        Returns:
+            A row per parameter and step at which all ranks that hold it have recorded it: ``step``,
+            ``param`` and the norms of that table.
+
+        Raises:
+            UsageError: for another table.
+        """
+        from gradscope.run.global_norms import NORMS, global_norms
+
+        if table not in NORMS:
+            raise UsageError(f"there are no norms in {table!r}: pass 'grads' or 'updates'")
+        return global_norms(self._recording, table)
+
+    def declared(self, table: str) -> Table:
+        """Return a table's columns as they are in this run.
+
+        Args:
+            table: its name.
+
+        Raises:
+            UsageError: if there is no such table.
+        """
+        return self._recording.declared(_checked(table))
+
+    def _table(self, name: str) -> pd.DataFrame:
+        return self._recording.all_ranks(name)
 
     def _versions(self) -> dict[str, str]:
         names = {"python": "Python", "torch": "torch", "device": "device", "git_commit": "commit"}
@@ -208,7 +254,7 @@ def as_frame(rows: pa.Table, table: str) -> pd.DataFrame:
 
     from gradscope.run.schema import Kind
 
-    kinds = {column.name: column.kind for column in TABLES[table].columns}
+    kinds = {column.name: column.kind for column in with_rank(TABLES[table]).columns}
     found: dict[str, Any] = {}
     for name in rows.column_names:
         column, kind = rows.column(name), kinds[name]

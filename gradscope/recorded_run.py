@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
-from gradscope.errors import FindingsError, ScopeStateError, UsageError
+from gradscope.errors import FindingsError, ScopeStateError, UsageError, text_of
 from gradscope.run.recording import Recording
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from gradscope.run.weight_step import WeightStep
     from gradscope.views.explanation import Explanation
     from gradscope.views.parameter_summary import ParameterSummary
+
+
+def _not_shown(error: Exception) -> str:
+    """What is shown in the place of what could not be made."""
+    return f"gradscope: the run cannot be shown ({text_of(error)}); its tables can still be read"
 
 
 class RecordedRun:
@@ -67,6 +73,11 @@ class RecordedRun:
     def updates(self) -> pd.DataFrame:
         """One row per recorded step and parameter: how far the weight moved."""
         return self._table("updates")
+
+    @property
+    def checksums(self) -> pd.DataFrame:
+        """One row per step at which ranks are compared, and parameter."""
+        return self._table("checksums")
 
     @property
     def backwards(self) -> pd.DataFrame:
@@ -269,6 +280,7 @@ class RecordedRun:
         Raises:
             OutputExistsError: if the file is there already, and ``force`` is not set.
             UsageError: if the path is a folder, or lies in one that does not exist.
+            OSError: if it cannot be written; what was there before stays.
         """
         from gradscope.views.report import checked_output, report_page, write_report
 
@@ -288,20 +300,31 @@ class RecordedRun:
         self._settle()
         return self._recording.overhead(self._elapsed())
 
-    def __repr__(self) -> str:
-        from gradscope.views.terminal import plain_text
+    # A program prints this before it saves its weights: it must not fail, whatever does.
 
-        return plain_text(self._recording, self.findings)
+    def __repr__(self) -> str:
+        try:
+            from gradscope.views.terminal import plain_text
+
+            return plain_text(self._recording, self.findings)
+        except Exception as error:
+            return _not_shown(error)
 
     def __rich__(self) -> Any:
-        from gradscope.views.terminal import screen
+        try:
+            from gradscope.views.terminal import screen
 
-        return screen(self._recording, self.findings)
+            return screen(self._recording, self.findings)
+        except Exception as error:
+            return _not_shown(error)
 
     def _repr_html_(self) -> str:
-        from gradscope.views.notebook import html
+        try:
+            from gradscope.views.notebook import html
 
-        return html(self._recording, self.findings)
+            return html(self._recording, self.findings)
+        except Exception as error:
+            return escape(_not_shown(error))
 
     def _table(self, name: str) -> pd.DataFrame:
         self._settle()

@@ -7,7 +7,8 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from html import escape
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
@@ -22,7 +23,14 @@ from gradscope.config import (
     as_steps,
     switched_off,
 )
-from gradscope.errors import RunDirectoryError, ScopeStateError, UsageError
+from gradscope.errors import (
+    FindingsError,
+    GradscopeError,
+    RunDirectoryError,
+    ScopeStateError,
+    UsageError,
+    text_of,
+)
 from gradscope.own_code import is_ours
 from gradscope.recorded_run import RecordedRun
 from gradscope.run.recording import Recording
@@ -36,6 +44,7 @@ if TYPE_CHECKING:
     from gradscope.rules.finding import Finding
     from gradscope.rules.rule import Rule
     from gradscope.run.weight_step import WeightStep
+    from gradscope.session.session import Session
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,6 +61,9 @@ class Scope(RecordedRun):
     any time, also while the loop runs.
     """
 
+    _why_not = _SWITCHED_OFF
+    """What is shown of a scope that watches nothing."""
+
     def __init__(
         self,
         session: Any | None,
@@ -61,6 +73,7 @@ class Scope(RecordedRun):
         self._session = session
         self._recording = session.recording if session is not None else Recording()
         self._criteria = criteria
+        self._is_inside = False
         self._teller: Any = None
         if session is not None and criteria is not None and on_finding != "collect":
             from gradscope.judging import Teller
@@ -82,10 +95,14 @@ class Scope(RecordedRun):
                 "this scope is watching already: leave its block, or call stop(), before it is "
                 "entered again; a second loop at the same time needs a watch() of its own"
             )
-        self._session.event("watch_started")
-        self._session.start()
-        if self._teller is not None:
-            self._teller.start()
+        self._is_inside = True
+        try:
+            self._session.event("watch_started")
+            self._session.start()
+            if self._teller is not None:
+                self._teller.start()
+        except Exception as error:
+            self._session.failed("watch", error)
         return self
 
     def stop(self) -> Scope:
@@ -101,14 +118,40 @@ class Scope(RecordedRun):
         return self._stop(may_raise=True)
 
     def _stop(self, *, may_raise: bool, ended: str = "finished") -> Scope:
-        if self._session is not None and self._session.running:
-            self._refuse_inside_hook("stop()")
-            self._session.stop()
-            self._session.event("watch_stopped")
-            self._session.finish_saving(ended)
-            if self._teller is not None:
-                self._teller.stop()
-                self._teller.finish(may_raise=may_raise)
+        session, teller = self._session, self._teller
+        if session is None or not self._is_inside:
+            return self
+        if session.running:
+            try:
+                self._refuse_inside_hook("stop()")
+            except ScopeStateError:
+                raise
+            except Exception as error:
+                session.failed("watch", error)
+        self._is_inside = False
+        try:
+            if session.running:  # else it has been stopped already, by a failure or by a limit
+                session.stop()
+                session.event("watch_stopped")
+        except Exception as error:
+            session.failed("watch", error)
+        try:
+            session.finish_saving(ended)
+        except Exception as error:
+            session.saving_failed(error)
+        if teller is not None:
+            try:
+                teller.stop()
+            except Exception as error:
+                session.failed("watch", error)
+                with suppress(Exception):  # what is left in place would outlive us
+                    teller.stop()
+            try:
+                teller.finish(may_raise=may_raise)
+            except FindingsError:
+                raise
+            except Exception as error:
+                session.failed("watch", error)
         return self
 
     @contextmanager
@@ -122,19 +165,25 @@ class Scope(RecordedRun):
         """Look away until :meth:`resume`, or for the length of a ``with scope.pause():`` block."""
         if self._session is not None and self._session.running:
             self._refuse_inside_hook("pause()")
-            self._session.event("paused")
-            self._session.pause()
-            if self._teller is not None:
-                self._teller.stop()
+            try:
+                self._session.event("paused")
+                self._session.pause()
+                if self._teller is not None:
+                    self._teller.stop()
+            except Exception as error:
+                self._session.failed("watch", error)
         return self._paused()
 
     def resume(self) -> None:
         """Look again after :meth:`pause`."""
         if self._session is not None and self._session.paused:
-            self._session.resume()
-            self._session.event("resumed")
-            if self._teller is not None:
-                self._teller.start()
+            try:
+                self._session.resume()
+                self._session.event("resumed")
+                if self._teller is not None:
+                    self._teller.start()
+            except Exception as error:
+                self._session.failed("watch", error)
 
     def __enter__(self) -> Scope:
         return self.start()
@@ -149,7 +198,10 @@ class Scope(RecordedRun):
             self._stop(may_raise=True)
             return False
         if self._session is not None and self._session.running:
-            self._session.event("exception", f"{type(error).__name__}: {error}")
+            try:
+                self._session.event("exception", text_of(error))
+            except Exception as failure:  # of ours; the program's own is on its way
+                self._session.failed("events", failure)
         self._stop(may_raise=False, ended=type(error).__name__)
         return False
 
@@ -179,7 +231,11 @@ class Scope(RecordedRun):
         directory = as_directory("path", path)
         if directory is None:
             raise UsageError("path=None: pass the path of a directory, as in 'runs/exp1'")
-        if directory.exists() and any(directory.iterdir()):
+        from gradscope.run.directory.layout import is_free
+        from gradscope.session.ranks import place_now
+
+        place = place_now()
+        if not is_free(directory, place.rank, place.world_size):
             raise UsageError(f"path={str(path)!r}: something lies there already; name another one")
         self._settle()
         if self._session is not None:
@@ -193,13 +249,13 @@ class Scope(RecordedRun):
     # -- what it knows besides --------------------------------------------------------------
 
     def __repr__(self) -> str:
-        return _SWITCHED_OFF if self._session is None else super().__repr__()
+        return self._why_not if self._session is None else super().__repr__()
 
     def __rich__(self) -> Any:
-        return _SWITCHED_OFF if self._session is None else super().__rich__()
+        return self._why_not if self._session is None else super().__rich__()
 
     def _repr_html_(self) -> str:
-        return _SWITCHED_OFF if self._session is None else super()._repr_html_()
+        return escape(self._why_not) if self._session is None else super()._repr_html_()
 
     def _versions(self) -> dict[str, str]:
         import platform
@@ -239,7 +295,7 @@ def watch(
     optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
     *,
     every: int | None = None,
-    budget: float = 0.03,
+    budget: float = 0.01,
     params: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     keep: str | Iterable[str] = (),
@@ -253,6 +309,7 @@ def watch(
     rules: Iterable[type[Rule]] = (),
     save: str | os.PathLike[str] | None = None,
     total_steps: int | None = None,
+    sync_every: int | None = None,
     on_error: OnError = "record",
 ) -> Scope:
     """Watch a training loop from the inside.
@@ -267,8 +324,10 @@ def watch(
         model: the model, or several: ``[d, g]``.
         optimizer: the optimizer, or several: ``[opt_d, opt_g]``.
         every: record every n-th step in full, whatever it costs. By default the first three
-            steps are, and then as many as the budget allows.
-        budget: the share of the step time that recording in full may take.
+            steps are, those whose number is a power of two, and as many more as the budget allows.
+        budget: the share of the step time that watching may take. It spaces what is chosen (steps
+            recorded in full, closer looks); that gets a quarter of it at least, even where what is
+            seen at every step takes more.
         params: patterns (as in ``fnmatch``) of the parameter names to watch; all by default.
         exclude: patterns of parameter names to leave out.
         keep: patterns of the parameters of which gradient, weight and state are kept whole, as
@@ -299,6 +358,10 @@ def watch(
             gone on with: steps count on, and an event ``seam`` stands where.
         total_steps: how many steps there will be, of all optimizers together, if that is known:
             then ``scope.latest``, the screen and ``gradscope summary`` tell how far the run is.
+        sync_every: compare the weights of the ranks of a process group at every n-th step of each
+            optimizer while they train, with one all-gather of a few numbers, in which every rank
+            has to take part: all have to watch, and to step their optimizers equally often.
+            Without it nothing is sent, and ranks are compared when the run is opened.
         on_error: ``"record"`` keeps an error of gradscope's own away from the training and tells
             it once as a warning; ``"raise"`` lets it out.
 
@@ -309,55 +372,111 @@ def watch(
         UsageError: if what is passed cannot be watched; the message names it.
         UnknownRuleError: if something is said of a rule that there is not.
     """
-    options = WatchOptions(
-        budget=budget,
-        every=every,
-        include=as_patterns("params", params),
-        exclude=as_patterns("exclude", exclude),
-        keep=as_patterns("keep", keep),
-        keep_steps=as_steps("keep_steps", keep_steps),
-        graph=as_graph_steps(graph),
-        save=as_directory("save", save),
-        total_steps=total_steps,
-        on_error=on_error,
-    )
-    if switched_off():
-        return Scope(None)
-    from gradscope.judging import checked_on_finding
-    from gradscope.rules.criteria import criteria
+    try:
+        options = WatchOptions(
+            budget=budget,
+            every=every,
+            include=as_patterns("params", params),
+            exclude=as_patterns("exclude", exclude),
+            keep=as_patterns("keep", keep),
+            keep_steps=as_steps("keep_steps", keep_steps),
+            graph=as_graph_steps(graph),
+            save=as_directory("save", save),
+            total_steps=total_steps,
+            sync_every=sync_every,
+            on_error=on_error,
+        )
+        if switched_off():
+            return Scope(None)
+        from gradscope.judging import checked_on_finding
+        from gradscope.rules.criteria import criteria
+
+        models, optimizers = checked_models(model), checked_optimizers(optimizer)
+        judged_by = criteria(select, ignore, ignore_params, thresholds, rules)
+        on_finding = checked_on_finding(on_finding)
+        session = _session(options, models, optimizers)
+        _check_keep(session.recording, options)
+        if options.save is not None:
+            try:
+                stored, waits = _run_at(options.save)
+                session.save_to(options.save, judged_by.as_plain(), stored, waits=waits)
+            except GradscopeError:
+                raise
+            except Exception as error:  # it may have taken up some of what lies there
+                session = _session(options, models, optimizers)
+                session.saving_failed(error)
+        return Scope(session, judged_by, on_finding)
+    except GradscopeError:  # what was passed cannot be watched
+        raise
+    except Exception as error:
+        if on_error == "raise":
+            raise
+        return _scope_of_nothing(error)
+
+
+def _session(
+    options: WatchOptions, models: list[nn.Module], optimizers: list[torch.optim.Optimizer]
+) -> Session:
+    """A session that follows these, called what the program calls them."""
     from gradscope.session.session import Session
 
-    models, optimizers = checked_models(model), checked_optimizers(optimizer)
-    caller = calling_frame()
     session = Session(options)
-    judged_by = criteria(select, ignore, ignore_params, thresholds, rules)
+    caller = calling_frame()
     names = names_of(caller, 0, "model", len(models), "model")
-    for each_model, name in zip(models, names, strict=True):
-        session.watch_model(each_model, name)
+    for model, name in zip(models, names, strict=True):
+        session.watch_model(model, name)
     names = names_of(caller, 1, "optimizer", len(optimizers), "optimizer")
-    for each_optimizer, name in zip(optimizers, names, strict=True):
-        session.watch_optimizer(each_optimizer, name)
-    _check_keep(session.recording, options)
-    session.recording.total_steps = total_steps
-    if options.save is not None:
-        session.save_to(options.save, judged_by.as_plain(), _run_at(options.save))
-    return Scope(session, judged_by, checked_on_finding(on_finding))
+    for optimizer, name in zip(optimizers, names, strict=True):
+        session.watch_optimizer(optimizer, name)
+    session.recording.total_steps = options.total_steps
+    return session
 
 
-def _run_at(path: Path) -> Any:
-    """The run that lies in a directory, to be gone on with; None if it is empty.
+def _scope_of_nothing(error: Exception) -> Scope:
+    """What watch() returns when it fails itself: the training goes on as if it were not there."""
+    from gradscope.session.failures import warn
+
+    scope = Scope(None)
+    text = f"watch() failed and nothing is watched; training goes on ({text_of(error)})"
+    scope._why_not = f"gradscope: {text}"
+    scope._recording.notes.append(text)
+    with suppress(Exception):
+        warn("watch-failed", text)
+    return scope
+
+
+def _run_at(path: Path) -> tuple[Any, bool]:
+    """The run that lies in a directory, to be gone on with, and whether to wait with writing.
+
+    None for the run if there is none, or none of this rank's.
 
     Raises:
         UsageError: if something else lies there.
     """
-    if not path.exists() or not any(path.iterdir()):
-        return None
+    from gradscope.run.directory.layout import is_free, ranks_in
     from gradscope.run.directory.stored import StoredRecording
+    from gradscope.session.ranks import is_known_later, place_now
+    from gradscope.session.saving import begins_beside
 
+    place, is_known = place_now(), not is_known_later()
+    if is_free(path, place.rank, place.world_size):
+        return None, not is_known
     try:
-        return StoredRecording(path)
+        rank = place.rank if place.rank in ranks_in(path) else None
+        stored = StoredRecording(path, rank)
     except RunDirectoryError as error:
         raise UsageError(f"save={str(path)!r}: {error}; name another directory") from error
+    if is_known:
+        return stored, False
+    if begins_beside(stored.facts):
+        return None, True
+    if stored.world_size > 1:
+        raise UsageError(
+            f"save={str(path)!r} holds a run of {stored.world_size} ranks, and it is not known yet "
+            "which of them this process is: call watch() after init_process_group(), or name "
+            "another directory"
+        )
+    return stored, False
 
 
 def _check_keep(recording: Recording, options: WatchOptions) -> None:

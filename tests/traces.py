@@ -138,7 +138,7 @@ def clean_up() -> None:
     if session is not None:
         from gradscope.taps.module_calls import module_calls
 
-        others = (session.optimizer_creation, module_calls)
+        others = (session.optimizer_creation, session.module_creation, module_calls)
         for tap in (*session._TAPS, *others):
             for listener in tap.listeners:
                 tap.remove(listener)

@@ -23,7 +23,7 @@ from gradscope.cli import (
     table,
 )
 from gradscope.cli.output import tell
-from gradscope.errors import GradscopeError
+from gradscope.errors import GradscopeError, text_of
 
 VERBS = (run, check, summary, table, graph, explain, report, diff, export, rule, demo, doctor)
 
@@ -47,4 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python flushes at its end
         return 0
+    except OSError as error:  # of the disk; of no program's, whose errors come as how it ended
+        tell(f"gradscope: {text_of(error)}")
+        return 2
     return status

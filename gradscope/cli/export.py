@@ -82,8 +82,10 @@ def _write_csv(run: Run, into: Path, folder: Path) -> tuple[str, str]:
 def _write_tensorboard(run: Run, into: Path, folder: Path) -> tuple[str, str]:
     from gradscope.views.tensorboard import SCALARS, write_scalars
 
+    # Curves of several ranks under one name would be one curve.
+    where = [("rank", "==", run.ranks[0])] if len(run.ranks) > 1 else None
     n = write_scalars(
-        ((table, run.parts(table)) for table in SCALARS),
+        ((table, run.parts(table, where=where)) for table in SCALARS),
         into,
         began=_began(run),
         by_optimizer=run.steps["optimizer"].nunique() > 1,

@@ -7,7 +7,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradscope.cli.output import READABLE_WIDTH, checked_output, command, say, tell, width_of
+from gradscope.cli.output import (
+    READABLE_WIDTH,
+    checked_output,
+    command,
+    say,
+    tell,
+    width_of,
+    written_to,
+)
 from gradscope.cli.recorded import add_output, add_run, opened, tell_notes
 from gradscope.errors import UsageError
 
@@ -61,7 +69,8 @@ def execute(arguments: argparse.Namespace) -> int:
         say(graph.to_text(width=width_of(sys.stdout) or READABLE_WIDTH))
         tell(f"next: {command('graph', arguments.run, '-o', 'graph.html')} draws it to explore")
         return 0
-    _write(graph, path)
+    with written_to(path):
+        _write(graph, path)
     others = [step for step in run.captured_steps if step != graph.step]
     tell(f"wrote {path}: the graph of step {graph.step}, {len(graph):,} nodes")
     if others:
@@ -74,11 +83,13 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def _write(graph: AutogradGraph, path: Path) -> None:
+    from gradscope.run.directory.layout import write_bytes
+
     if path.suffix.lower() == ".json":
-        path.write_text(graph.to_json(), encoding="utf-8")
+        write_bytes(path.resolve(), graph.to_json().encode())
     elif path.suffix.lower() == ".txt":
         text = graph.to_text(width=READABLE_WIDTH)
-        path.write_text(f"{text}\n", encoding="utf-8", errors="replace")
+        write_bytes(path.resolve(), f"{text}\n".encode("utf-8", "replace"))
     else:
         graph.render(path)
 

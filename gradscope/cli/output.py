@@ -7,10 +7,12 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
-from gradscope.errors import OutputExistsError, UsageError
+from gradscope.errors import GradscopeError, OutputExistsError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -89,6 +91,21 @@ def _quoted(word: str) -> str:
     if "'" in word and not set(word) & set('"$`\\!\n'):
         return f'"{word}"'
     return shlex.quote(word)
+
+
+@contextmanager
+def written_to(output: str | os.PathLike[str]) -> Iterator[None]:
+    """Say of what file it is that a full disk, or whatever it was, has kept it from being written.
+
+    Raises:
+        UsageError: in the place of an :class:`OSError` of the block.
+    """
+    try:
+        yield
+    except GradscopeError:
+        raise
+    except OSError as error:
+        raise UsageError(f"--output {output}: cannot be written: {error}") from error
 
 
 def checked_output(path: str, *, force: bool) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gradscope.cli.output import checked_output, tell
+from gradscope.cli.output import checked_output, tell, written_to
 from gradscope.cli.recorded import add_output, add_run, opened, tell_notes
 
 
@@ -31,7 +31,8 @@ def execute(arguments: argparse.Namespace) -> int:
     """
     path = checked_output(arguments.output or "report.html", force=arguments.force)
     run = opened(arguments)
-    run.report(path, force=arguments.force)
+    with written_to(path):
+        run.report(path, force=arguments.force)
     tell_notes(run, len(run.about.get("notes") or ()))
     tell(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, complete in itself")
     tell(f"next: open {Path(path).absolute().as_uri()} in a browser, or send the file")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from gradscope.cli.output import checked_output, command, harmless, tell, width_of
+from gradscope.cli.output import checked_output, command, harmless, tell, width_of, written_to
 from gradscope.cli.recorded import add_output, add_run, opened, tell_notes
 from gradscope.errors import UsageError
 
@@ -128,7 +128,7 @@ def last_rows(parts: Iterator[pa.Table], n: int) -> list[pa.Table]:
 def _write_text(
     run: Run, arguments: argparse.Namespace, chosen: _Chosen, columns: Any, file: IO[str]
 ) -> None:
-    from gradscope.run.schema import TABLES, Table
+    from gradscope.run.schema import Table
     from gradscope.views.table_text import table_text
 
     # Who asks for a number of rows gets them all.
@@ -143,7 +143,7 @@ def _write_text(
             yield part.slice(taken.num_rows)
 
     last = [row for part in last_rows(after_first(), half) for row in part.to_pylist()]
-    table = TABLES[arguments.table]
+    table = run.declared(arguments.table)
     if columns is not None:
         by_name = {column.name: column for column in table.columns}
         table = Table(table.name, table.row, tuple(by_name[name] for name in columns))
@@ -203,16 +203,13 @@ def _opened(output: str | None, *, binary: bool) -> Iterator[Any]:
         return
     from pathlib import Path
 
-    from gradscope.run.directory.layout import hidden_name
+    from gradscope.run.directory.layout import written_whole
 
     path = Path(output).resolve()  # what a link leads to is written, and the link stays
-    hidden = hidden_name(path)
     opening: Callable[..., IO[Any]] = open
-    try:
-        with opening(hidden, "wb") if binary else opening(hidden, "w", encoding="utf-8") as file:
-            yield file
-        hidden.replace(path)
-    except OSError as error:
-        raise UsageError(f"--output {output}: cannot be written: {error}") from error
-    finally:
-        hidden.unlink(missing_ok=True)
+    with (
+        written_to(output),
+        written_whole(path) as hidden,
+        opening(hidden, "wb") if binary else opening(hidden, "w", encoding="utf-8") as file,
+    ):
+        yield file

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,17 +21,15 @@ from gradscope.cli.program import (
 )
 from gradscope.config import (
     ProjectConfig,
-    WatchOptions,
     as_directory,
     project_config,
     switched_off,
 )
-from gradscope.errors import OutputExistsError, UsageError
+from gradscope.errors import GradscopeError, OutputExistsError, UsageError, text_of
 
 if TYPE_CHECKING:
     from gradscope.rules.finding import Findings
     from gradscope.run.recording import Recording
-    from gradscope.session.session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,45 +99,78 @@ def run_watched(arguments: argparse.Namespace) -> Watched:
     """
     program = _program(arguments)
     if switched_off():
-        ended = program.run()
-        if ended.error is not None:
-            print_exception(ended.error)
-        return Watched(ended)
+        return Watched(_run_alone(program))
     config = _configured(arguments, program)
     if arguments.findings:
         _refuse_to_overwrite(arguments.findings, force=arguments.force)
 
-    from gradscope.run.directory.layout import make_room
-
-    output = as_directory("--output", getattr(arguments, "output", None))
-    if output is not None:
-        make_room("--output", output, force=arguments.force)
+    from gradscope.cli import ranks
+    from gradscope.cli.children import Watching, end_of_child, watch_children
+    from gradscope.cli.watching import begin_session
+    from gradscope.run.recording import Recording
     from gradscope.session.ending import note_ending
 
-    session, process = _start(arguments.steps, output, config), os.getpid()
+    output = as_directory("--output", getattr(arguments, "output", None))
+    place = ranks.place_of_program()
+    if output is not None:
+        ranks.make_room(output, place, force=arguments.force)
+    shared, process = output, os.getpid()
+    try:
+        if output is None and place.world_size > 1:
+            shared = ranks.shared_folder()
+            if shared is not None and place.rank == 0:
+                ranks.remove_at_exit(shared)
+        watching = Watching(
+            None if shared is None else str(shared), _plain(config), arguments.steps
+        )
+        session = begin_session(shared, watching.criteria, watching.n_steps)
+        children = watch_children(watching, session)
+    except GradscopeError:
+        raise
+    except Exception as error:
+        _tell_failed("watching", error)
+        return Watched(_run_alone(program), config.fail_on, Recording())  # seen, but not judged
     try:
         ended = program.run()
         if ended.error is not None:
-            note_ending(session, ended.error)
+            guarded(lambda: note_ending(session, ended.error))
     finally:
         was_running = session.running
-        session.stop()
-    session.finish_saving("finished" if ended.error is None else type(ended.error).__name__)
+        guarded(session.stop)
+        guarded(children.stop)
+    how = "finished" if ended.error is None else type(ended.error).__name__
     if os.getpid() != process:  # a child of the program's own that came back up here
+        guarded(lambda: end_of_child(how))
         if ended.error is not None:
             print_exception(ended.error)
         return Watched(ended)
-    recording = session.recording
     if ended.error is not None:
         print_exception(ended.error)
         if was_running:
-            guarded(lambda: _explain(recording, ended.error))
+            guarded(lambda: _explain(session.recording, ended.error))
+    try:
+        children.wait()
+    except KeyboardInterrupt as error:
+        ended, how = Ended(130, error), "KeyboardInterrupt"
+    is_alone = children.written is None and place.rank == 0
+    guarded(lambda: session.finish_saving(how, even_if_idle=is_alone))
+    if place.rank > 0:  # the first speaks for all
+        return Watched(ended)
+    found = guarded(lambda: ranks.together(session, children, place, shared, how))
+    recording = session.recording if found is None else found
     findings = guarded(lambda: _judge(recording, config))
-    saved_to = output if session.is_saved else None
+    saved_to = output if session.is_saved or recording is not session.recording else None
     watched = Watched(ended, config.fail_on, recording, findings, saved_to)
     if arguments.findings and findings is not None:
         guarded(lambda: _write(arguments.findings, watched))
     return watched
+
+
+def _run_alone(program: Program) -> Ended:
+    ended = program.run()
+    if ended.error is not None:
+        print_exception(ended.error)
+    return ended
 
 
 def leave(watched: Watched, status: int) -> int:
@@ -195,27 +227,15 @@ def _program(arguments: argparse.Namespace) -> Program:
     return script_program(arguments.script, arguments.args)
 
 
-def _start(n_steps: int | None, output: Path | None, config: ProjectConfig) -> Session:
-    from gradscope.session.session import Session
-
-    session = Session(WatchOptions(save=output), discovers=True)
-    if output is not None:
-        session.save_to(
-            output,
-            {
-                "select": list(config.select),
-                "ignore": list(config.ignore),
-                "ignore_params": {k: list(v) for k, v in config.ignore_params.items()},
-                "thresholds": config.thresholds,
-                "own_rules": [],
-            },
-        )
-    session.start()
-    if n_steps is not None:
-        from gradscope.session.step_limit import StepLimit
-
-        StepLimit(session, n_steps).start()
-    return session
+def _plain(config: ProjectConfig) -> dict[str, Any]:
+    """By what the run is judged, as plain data."""
+    return {
+        "select": list(config.select),
+        "ignore": list(config.ignore),
+        "ignore_params": {k: list(v) for k, v in config.ignore_params.items()},
+        "thresholds": config.thresholds,
+        "own_rules": [],
+    }
 
 
 def _explain(recording: Recording, error: BaseException | None) -> None:
@@ -278,9 +298,14 @@ def document(watched: Watched) -> dict[str, Any]:
 
 
 def _write(path: str, watched: Watched) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(document(watched), file, indent=1, ensure_ascii=False)
-        file.write("\n")
+    from gradscope.run.directory.layout import write_bytes
+
+    text = json.dumps(document(watched), indent=1, ensure_ascii=False) + "\n"
+    if os.path.isfile(path) or not os.path.exists(path):
+        write_bytes(Path(path).resolve(), text.encode("utf-8", "backslashreplace"))
+    else:  # /dev/stderr, a named pipe
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 def guarded(function: Any) -> Any:
@@ -288,8 +313,13 @@ def guarded(function: Any) -> Any:
     try:
         return function()
     except Exception as error:
-        print(f"gradscope: the verdict failed ({type(error).__name__}: {error})", file=sys.stderr)
+        _tell_failed("the verdict", error)
         return None
+
+
+def _tell_failed(what: str, error: Exception) -> None:
+    with suppress(Exception):  # standard error may be closed
+        print(f"gradscope: {what} failed ({text_of(error)})", file=sys.stderr)
 
 
 def _listed(given: list[str] | None) -> tuple[str, ...]:

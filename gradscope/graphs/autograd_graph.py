@@ -15,6 +15,7 @@ from gradscope.graphs.likeness import checked_likeness
 from gradscope.graphs.overlay import StepFacts, overlay_named, saved_bytes_of_nodes
 from gradscope.graphs.tables import edges_frame, modules_frame, nodes_frame, unreached_frame
 from gradscope.graphs.theme import theme_named
+from gradscope.run.directory.layout import write_bytes
 
 if TYPE_CHECKING:
     import os
@@ -194,23 +195,24 @@ class AutogradGraph:
         Raises:
             UsageError: if the suffix is none of these, or as for :meth:`to_graphviz`.
             ScopeStateError: if nothing is known of what the overlay shows.
-            RenderError: if Graphviz is missing, or refuses even the coarsest picture. No file is
-                written then.
+            RenderError: if Graphviz is missing, or refuses even the coarsest picture.
+            OSError: if it cannot be written. Whatever is raised, a file that was there stays.
         """
         path = Path(path)
         suffix = path.suffix.lower()
         options = (fold, depth, max_nodes, overlay, theme)
         if suffix == _AS_PAGE:
             self._overlay(overlay, theme_named(theme))  # chosen on the page, but checked here
-            path.write_text(self.to_html(fold=fold), encoding="utf-8", errors="replace")
+            content = self.to_html(fold=fold).encode("utf-8", "replace")
         elif suffix in _AS_DOT:
-            path.write_text(next(self._pictures(*options)).source, encoding="utf-8")
+            content = next(self._pictures(*options)).source.encode()
         elif suffix in _LAID_OUT:
-            path.write_bytes(self._lay_out(suffix[1:], self._pictures(*options), time_limit))
+            content = self._lay_out(suffix[1:], self._pictures(*options), time_limit)
         else:
             supported = ", ".join((*_LAID_OUT, _AS_PAGE, *_AS_DOT))
             what = f"the suffix {path.suffix!r}" if suffix else "no suffix"
             raise UsageError(f"cannot render {str(path)!r}: it has {what}; use one of {supported}")
+        write_bytes(path.resolve(), content)  # what a link leads to is written, and the link stays
         return path
 
     @no_collection()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -52,17 +53,24 @@ class CallLog:
         self.forget()
 
     def __del__(self) -> None:
-        self._release()
+        with suppress(Exception):
+            self._release()
 
     def start(self) -> None:
         """Begin to listen."""
-        module_calls.add(self)
-        engine.add(self)
+        try:
+            module_calls.add(self)
+            engine.add(self)
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """Listen no more; what was noted stays."""
-        module_calls.remove(self)
-        engine.remove(self)
+        try:
+            module_calls.remove(self)
+        finally:
+            engine.remove(self)
 
     def forget(self) -> None:
         """Drop everything noted so far."""

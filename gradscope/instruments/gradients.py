@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from gradscope.instruments.late import Late
 from gradscope.instruments.statistics import Reals, Statistics, StatisticsReader
 
-Integers = npt.NDArray[np.int64]
 Gradients = Sequence[torch.Tensor | None]
 
 _NO_GRADIENT = id(None)
@@ -29,7 +26,7 @@ class GradientReader:
 
     def __init__(self, parameters: Gradients) -> None:
         self._statistics = StatisticsReader(parameters)
-        self._nothing = np.zeros(len(parameters), np.int64)
+        self._nothing = [0] * len(parameters)
         # Asking a tensor that is no leaf for its .grad makes torch warn.
         self._are_leaves = all(p is None or p.is_leaf for p in parameters)
 
@@ -42,8 +39,8 @@ class GradientReader:
                 pass
         return [p.grad if p is not None and p.is_leaf else None for p in parameters]
 
-    def identities(self, gradients: Gradients) -> tuple[Integers, Integers, bool]:
-        """Return token int64[n] (0 for None), version int64[n], and whether any gradient is there.
+    def identities(self, gradients: Gradients) -> tuple[list[int], list[int], int]:
+        """Return the token of each (0 for None), its version, and how many gradients there are.
 
         The token is the gradient object's id. It holds as long as the gradient is in its place:
         torch keeps the Python object of a tensor for as long as the tensor lives.
@@ -52,17 +49,15 @@ class GradientReader:
         absent = tokens.count(_NO_GRADIENT)
         if absent == len(tokens):
             nothing = self._nothing[: len(tokens)]
-            return nothing, nothing, False
-        token = np.array(tokens, np.int64)
+            return nothing, nothing, 0
         if not absent:
             try:
-                versions = [gradient._version for gradient in gradients]  # type: ignore[union-attr]
-                return token, np.array(versions, np.int64), True
+                return tokens, [gradient._version for gradient in gradients], len(tokens)  # type: ignore[union-attr]
             except RuntimeError:  # a tensor made in inference mode counts no versions
                 pass
-        token[token == _NO_GRADIENT] = 0
         versions = [0 if g is None or g.is_inference() else g._version for g in gradients]
-        return token, np.array(versions, np.int64), True
+        tokens = [0 if token == _NO_GRADIENT else token for token in tokens]
+        return tokens, versions, len(tokens) - absent
 
     def sums_of_squares(self, gradients: Gradients) -> Late[Reals]:
         """Return float64[n], NaN where there is no gradient."""

@@ -101,9 +101,13 @@ class GraphCutFinder:
         self._suspended_by: nn.Module | None = None
         self._thread = threading.get_ident()
         self._torch_functions = TorchFunctionTap()
-        self._torch_functions.add(self)
         self._also: list[Listener] = []
-        module_calls.add(self)
+        try:
+            self._torch_functions.add(self)
+            module_calls.add(self)
+        except BaseException:
+            self.disarm()
+            raise
 
     def failed(self, where: str, error: Exception) -> None:
         """Follow nothing more; the mode itself cannot be removed while it handles a call."""
@@ -115,6 +119,11 @@ class GraphCutFinder:
     def can_be_disarmed(self) -> bool:
         """Whether :meth:`disarm` would leave nothing behind: not in the middle of a call."""
         return self._torch_functions.can_be_removed
+
+    @property
+    def seconds(self) -> float:
+        """What following calls of torch functions has taken so far."""
+        return self._torch_functions.seconds
 
     def tell(self, listener: Listener) -> None:
         """Let somebody else listen to the calls, as long as they are followed."""
@@ -131,12 +140,12 @@ class GraphCutFinder:
 
     def disarm(self) -> None:
         """See no more calls, and drop what was seen."""
-        if self._suspended_by is not None:
-            self._suspended_by = None
-            self._torch_functions.resume()
-        for listener in (self, *self._also):
-            self._torch_functions.remove(listener)
-        module_calls.remove(self)
+        self._suspended_by = None
+        try:
+            for listener in (self, *self._also):
+                self._torch_functions.remove(listener)
+        finally:
+            module_calls.remove(self)
         self._origins.clear()
 
     def module_started(self, module: nn.Module, args: Any) -> None:

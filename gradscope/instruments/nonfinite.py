@@ -96,6 +96,7 @@ class Origin:
     count: int
 
 
+@torch.no_grad()  # else what is looked at here would count as nodes of the program's
 def first_nonfinite(roots: Sequence[torch.Tensor]) -> Origin | None:
     """Return the operation that gave the first non-finite value.
 
@@ -128,6 +129,7 @@ def first_nonfinite(roots: Sequence[torch.Tensor]) -> Origin | None:
     return _origin(nodes[-1], nodes, "it gave a value that is not finite", 1)
 
 
+@torch.no_grad()
 def first_singular(roots: Sequence[torch.Tensor]) -> Origin | None:
     """Return the operation, first in order, at a point where its derivative is infinite."""
     nodes = operations_behind(roots)

@@ -1,10 +1,8 @@
 """Norms and other statistics of many tensors at once.
 
-What dominates is the number of calls, not of bytes: one call of torch on a small tensor costs more
-than reading it. So small tensors are copied into one flat buffer with a single call and reduced
-there by numpy; large ones are read in blocks, whose sums are added in double precision (a float32
-sum of squares over four million elements is off by 1e-4, over a block of 2¹⁵ by 2e-8; how much in a
-larger block depends on the machine, and bfloat16 is worst).
+Small ones are read together (``small_tensors.py``), large ones in blocks, whose sums are added in
+double precision (a float32 sum of squares over four million elements is off by 1e-4, over a block
+of 2¹⁵ by 2e-8; how much in a larger block depends on the machine, and bfloat16 is worst).
 """
 
 from __future__ import annotations
@@ -20,14 +18,16 @@ import torch
 from torch.nn.parameter import UninitializedParameter
 
 from gradscope.instruments.late import Known, Late, Numbers
+from gradscope.instruments.small_tensors import (
+    HUGE,
+    TINY,
+    Singles,
+    SmallTensors,
+)
 
 Reals = npt.NDArray[np.float64]
 
-_SMALL = 16_384
 _BLOCK = 32_768
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# Outside of these a float32 sum of squares has lost digits to underflow or overflow.
-_TINY, _HUGE = 1e-30, 1e37
 
 
 @dataclass(slots=True)
@@ -96,40 +96,17 @@ class StatisticsReader:
 
     def __init__(self, like: Sequence[torch.Tensor | None]) -> None:
         self.n = len(like)
-        shapes = {i: t.shape for i, t in enumerate(like) if t is not None and _is_small(t)}
-        sizes = [shape.numel() for shape in shapes.values()]
-        # Where the program has set a default device, it is not meant for us.
-        flat = torch.zeros(sum(sizes), dtype=torch.float32, device="cpu")
-        self._small = np.array(list(shapes), np.int64)
-        self._small_list = list(shapes)
-        self._all_present = np.ones(len(shapes), np.bool_)
-        self._rest = [i for i in range(self.n) if i not in shapes]
-        self._sizes = np.array(sizes, np.int64)
-        self._starts = np.cumsum(self._sizes) - self._sizes
-        self._views = (
-            [
-                part.view(shape)
-                for part, shape in zip(flat.split(sizes), shapes.values(), strict=True)
-            ]
-            if sizes
-            else []
-        )
-        self._flat = flat.numpy()
-        self._scratch = np.zeros(len(self._flat), np.float32)
-        self._is_zero = np.zeros(len(self._flat), np.bool_)
+        self._small = SmallTensors(like)
 
     def sums_of_squares(self, tensors: Sequence[torch.Tensor | None]) -> Late[Reals]:
         """Return float64[n]: the sum of squares of each tensor, NaN where there is none."""
         result = np.full(self.n, np.nan)
-        present, others = self._flatten(tensors)
-        if len(self._small):
-            result[self._small[present]] = self._squares()[present]
-        readings = [_sum_of_squares(plain) for _, plain in others]
+        single = list(self._small.others)
+        self._small.sums_of_squares(tensors, result, single)
+        at, plain = _those_there_are(tensors, single)
+        readings = [_sum_of_squares(tensor) for tensor in plain]
         return _Filled(
-            result,
-            [i for i, _ in others],
-            readings,
-            lambda target, at, values: target.__setitem__(at, values[0]),
+            result, at, readings, lambda target, at, values: target.__setitem__(at, values[0])
         )
 
     def statistics(
@@ -137,89 +114,43 @@ class StatisticsReader:
     ) -> Late[Statistics]:
         """Return all statistics of each tensor; without ``count_zeros`` ``n_zero`` stays NaN."""
         result = Statistics.empty(self.n)
-        present, others = self._flatten(tensors)
-        if len(self._small):
-            with np.errstate(invalid="ignore"):
-                self._reduce_flat(result, present, count_zeros)
-        readings = [_all_statistics(plain, count_zeros) for _, plain in others]
-        return _Filled(result, [i for i, _ in others], readings, _put_statistics)
+        single = list(self._small.others)
+        for places, rows in self._small.rows(tensors, single):
+            _reduce(result, places, rows, count_zeros)
+        at, plain = _those_there_are(tensors, single)
+        readings = [_all_statistics(tensor, count_zeros) for tensor in plain]
+        return _Filled(result, at, readings, _put_statistics)
 
-    def _flatten(
-        self, tensors: Sequence[torch.Tensor | None]
-    ) -> tuple[npt.NDArray[np.bool_], list[tuple[int, torch.Tensor]]]:
-        """Copy the small tensors into the buffer.
 
-        Returns:
-            Which of them there are, and the tensors that have to be read one by one.
-        """
-        rest = self._rest
-        sources = [tensors[i] for i in self._small_list] if rest else tensors
-        present = self._all_present
-        if self._views:
-            try:
-                with torch.no_grad():
-                    torch._foreach_copy_(self._views, sources)  # type: ignore[arg-type]
-            except (TypeError, RuntimeError):  # one is absent, or sparse
-                present, irregular = self._flatten_those_there_are(sources)
-                rest = rest + irregular
-        others = [(i, _plain(t)) for i in rest if (t := tensors[i]) is not None]
-        return present, [(i, t) for i, t in others if t is not None]
+def _reduce(result: Statistics, places: Any, rows: Singles, count_zeros: bool) -> None:
+    """Fill in the statistics of the tensors that are the rows of ``rows``."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        # numpy adds pairwise, so that float32 loses no more than its last digit.
+        sums = rows.sum(axis=1).astype(np.float64)
+        result.min[places], result.max[places] = rows.min(axis=1), rows.max(axis=1)
+    for i in np.flatnonzero(np.isinf(sums)).tolist():
+        sums[i] = rows[i].sum(dtype=np.float64)
+    wide = rows.astype(np.float64)
+    squares = np.einsum("ij,ij->i", wide, wide)
+    result.numel[places], result.sum[places] = rows.shape[1], sums
+    result.sum_of_squares[places] = squares
+    if count_zeros:
+        result.n_zero[places] = np.count_nonzero(rows == 0, axis=1)
+    nonfinite = np.zeros(len(rows))
+    # Their squares cannot overflow in double: where the sum is not finite, an element is not.
+    for i in np.flatnonzero(~np.isfinite(squares)).tolist():
+        nonfinite[i] = np.count_nonzero(~np.isfinite(rows[i]))
+    result.n_nonfinite[places] = nonfinite
 
-    def _flatten_those_there_are(
-        self, sources: Sequence[torch.Tensor | None]
-    ) -> tuple[npt.NDArray[np.bool_], list[int]]:
-        regular = [t is not None and t.layout is torch.strided for t in sources]
-        views = [view for view, use in zip(self._views, regular, strict=True) if use]
-        dense = [t for t, use in zip(sources, regular, strict=True) if t is not None and use]
-        if dense:
-            with torch.no_grad():
-                torch._foreach_copy_(views, dense)
-        irregular = [
-            i
-            for i, t, use in zip(self._small_list, sources, regular, strict=True)
-            if t is not None and not use
-        ]
-        return np.array(regular, np.bool_), irregular
 
-    def _squares(self) -> Reals:
-        """float64[k], the sums of squares of the buffered tensors."""
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            np.multiply(self._flat, self._flat, out=self._scratch)
-            # numpy adds pairwise, so that float32 loses no more than its last digit.
-            squares = np.add.reduceat(self._scratch, self._starts).astype(np.float64)
-            for i in np.flatnonzero(~((squares > _TINY) & (squares < _HUGE))).tolist():
-                part = self._part(i).astype(np.float64)
-                squares[i] = np.dot(part, part)
-        return squares
-
-    def _part(self, i: int) -> npt.NDArray[np.float32]:
-        return self._flat[self._starts[i] : self._starts[i] + self._sizes[i]]
-
-    def _reduce_flat(
-        self, result: Statistics, present: npt.NDArray[np.bool_], count_zeros: bool
-    ) -> None:
-        at, starts = self._small[present], self._starts
-        result.numel[at] = self._sizes[present]
-        result.min[at] = np.minimum.reduceat(self._flat, starts)[present]
-        result.max[at] = np.maximum.reduceat(self._flat, starts)[present]
-        with np.errstate(over="ignore"):
-            sums = np.add.reduceat(self._flat, starts).astype(np.float64)
-        for i in np.flatnonzero(np.isinf(sums)).tolist():
-            sums[i] = self._part(i).sum(dtype=np.float64)
-        result.sum[at] = sums[present]
-        squares = self._squares()
-        result.sum_of_squares[at] = squares[present]
-        if count_zeros:
-            np.equal(self._flat, 0, out=self._is_zero)
-            result.n_zero[at] = 0
-        if count_zeros and self._is_zero.any():
-            zeros = np.add.reduceat(self._is_zero.view(np.uint8), starts, dtype=np.uint32)
-            result.n_zero[at] = zeros[present]
-        nonfinite = np.zeros(len(starts))
-        # Their squares cannot overflow in double: where the sum is not finite, an element is not.
-        for i in np.flatnonzero(~np.isfinite(squares)).tolist():
-            nonfinite[i] = np.count_nonzero(~np.isfinite(self._part(i)))
-        result.n_nonfinite[at] = nonfinite[present]
+def _those_there_are(
+    tensors: Sequence[torch.Tensor | None], at: list[int]
+) -> tuple[list[int], list[torch.Tensor]]:
+    """Those of some tensors that there are and that can be read, and their places."""
+    readable = [
+        (i, plain) for i in at if (t := tensors[i]) is not None and (plain := _plain(t)) is not None
+    ]
+    return [i for i, _ in readable], [plain for _, plain in readable]
 
 
 class _Filled(Late[Any]):
@@ -243,17 +174,6 @@ class _Filled(Late[Any]):
 def _put_statistics(result: Statistics, at: int, values: Reals) -> None:
     for field, value in zip(fields(Statistics), values, strict=True):
         getattr(result, field.name)[at] = value
-
-
-def _is_small(tensor: torch.Tensor) -> bool:
-    return (
-        not isinstance(tensor, UninitializedParameter)
-        and tensor.device.type == "cpu"
-        and tensor.dtype in _FLOATS
-        and tensor.layout is torch.strided
-        and 0 < tensor.numel() <= _SMALL
-        and not hasattr(tensor, "to_local")
-    )
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -296,7 +216,7 @@ def _squares_on_host(tensor: torch.Tensor, elements: npt.NDArray[Any]) -> float:
         for start in range(0, len(elements), _BLOCK):
             block = elements[start : start + _BLOCK]
             total += float(np.dot(block, block))
-    if not _TINY < total < _HUGE and (total != 0.0 or elements.any()):
+    if not TINY < total < HUGE and (total != 0.0 or elements.any()):
         total = float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
     return total
 

@@ -21,6 +21,7 @@ from gradscope.instruments.flat_copies import (
     working_dtype,
 )
 from gradscope.instruments.late import Known, Late, scalar_of
+from gradscope.instruments.local import is_spread, local
 from gradscope.run.weight_step import GivenTogether, TrackedWeights, WeightStep
 
 TRACKED = 16
@@ -62,8 +63,13 @@ class StepCopies:
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Tensors) -> None:
         self.formula = formula_of(optimizer)
         self._n = len(parameters)
+        # What a rule does to single elements it does to a rank's part of them; else a part tells
+        # nothing. Nor does a place in a part tell which weight it is.
+        self._is_spread = any(map(is_spread, parameters))
+        self._reads_parts = self._is_spread and (self.formula is None or self.formula.elementwise)
+        wholes, parameters = parameters, self._here(parameters)
         self._empty = [i for i, p in enumerate(parameters) if p is not None and _is_empty(p)]
-        self._groups = group_numbers(optimizer, parameters)
+        self._groups = group_numbers(optimizer, wholes)
         self._parts = [
             _Part(copies, self._groups[copies.places], self.formula)
             for copies in _copies(parameters, self._groups, self.formula)
@@ -72,8 +78,11 @@ class StepCopies:
     def before(self, optimizer: torch.optim.Optimizer, parameters: Tensors) -> None:
         """Copy weights and state as an update finds them."""
         with torch.no_grad():
+            # The state is a defaultdict: asking for what is not there would create it.
+            states = [{} if p is None else optimizer.state.get(p) or {} for p in parameters]
+            own = self._here(parameters)
             for part in self._parts:
-                part.before(optimizer, parameters)
+                part.before(optimizer, own, states)
 
     def gradients(self, gradients: Tensors, scale: torch.Tensor | None) -> None:
         """Copy the gradients that an update is about to read.
@@ -83,14 +92,20 @@ class StepCopies:
             scale: what they are still multiplied by, and the update will divide them by.
         """
         with torch.no_grad():
+            own = self._here(gradients)
             for part in self._parts:
-                part.gradients(gradients, scale)
+                part.gradients(own, scale)
 
     def after(self, parameters: Tensors) -> Late[Anatomy]:
         """Copy the weights as an update left them, and take the update apart."""
         with torch.no_grad():
-            worked_out = [(part.copies, part.after(parameters)) for part in self._parts]
+            own = self._here(parameters)
+            worked_out = [(part.copies, part.after(own)) for part in self._parts]
         return WorkedOut(self._n, self._empty, worked_out)
+
+    def _here(self, tensors: Tensors) -> Tensors:
+        """Tensors as they are, or what this rank holds of them."""
+        return [local(tensor) for tensor in tensors] if self._reads_parts else tensors
 
     def tracked(self, params: Any) -> Late[TrackedWeights | None]:
         """Return :data:`TRACKED` weights of each parameter around the step that is just over.
@@ -98,6 +113,8 @@ class StepCopies:
         Args:
             params: int64[n], the numbers of the parameters.
         """
+        if self._is_spread:
+            return Known(None)
         return _Tracked([part.tracked(params) for part in self._parts])
 
     def weight(self, place: int, position: int, index: tuple[int, ...]) -> WeightStep | None:
@@ -108,7 +125,7 @@ class StepCopies:
             position: of the weight in the flattened parameter.
             index: of the weight in the parameter, to be kept with it.
         """
-        for part in self._parts:
+        for part in self._parts if not self._is_spread else ():
             members = np.flatnonzero(part.copies.places == place)
             if len(members):
                 return part.weight(int(members[0]), position, index)
@@ -121,7 +138,7 @@ class StepCopies:
             Arrays by their names on the worksheet and ``weight_after``; and what the rule was given
             besides.
         """
-        for part in self._parts:
+        for part in self._parts if not self._is_spread else ():
             members = np.flatnonzero(part.copies.places == place)
             if len(members):
                 return part.whole(int(members[0]))
@@ -154,7 +171,12 @@ class _Part:
         self._runs: list[Run] = []
         self._positions: tuple[tuple[int, int], Any, Any] | None = None
 
-    def before(self, optimizer: torch.optim.Optimizer, parameters: Tensors) -> None:
+    def before(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Tensors,
+        states: Sequence[dict[str, Any]],
+    ) -> None:
         copies = self.copies
         copies.next_turn()
         everybody = [parameters[place] for place in copies.places]
@@ -162,14 +184,13 @@ class _Part:
         self.late = {}
         self._given = [_given(group, copies.device, self.late) for group in optimizer.param_groups]
         first, last = copies.turn
-        # The state is a defaultdict: asking for what is not there would create it.
-        self._states = [optimizer.state.get(p) or {} for p in everybody[first:last]]
+        self._states = [states[place] for place in copies.places[first:last]]
         self._present, self._numbers, self._shaped, self._spread = {}, {}, {}, set()
         self._is_first = np.array([not state for state in self._states], np.bool_)
         if self._formula is None:
             return
         for key, name in self._formula.state.items():
-            held = [state.get(key) for state in self._states]
+            held = [local(state.get(key)) for state in self._states]
             if name in self._formula.scalars:
                 if any(map(is_elsewhere, held)) and not self._formula.elementwise:
                     self._shaped[name] = [_copy(value, copies.dtype) for value in held]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gradscope.instruments.late import Known, Late, Numbers
+from gradscope.instruments.local import local
 from gradscope.instruments.tensor_summary import is_readable
 
 
@@ -33,11 +34,14 @@ class Norms(Late[dict[int, float]]):
 def read_norms(tensors: Sequence[tuple[int, torch.Tensor]]) -> Late[dict[int, float]]:
     """Read the L2 norms of dense real tensors; others are left out.
 
+    Of one that is spread over ranks that of this rank's part.
+
     Args:
         tensors: a key and a tensor each.
     """
     by_place: dict[Any, list[tuple[int, torch.Tensor]]] = {}
-    for key, tensor in tensors:
+    for key, each in tensors:
+        tensor = local(each)
         if is_readable(tensor) and tensor.is_floating_point():
             by_place.setdefault((tensor.device, tensor.dtype), []).append((key, tensor.detach()))
     parts: list[tuple[list[int], Late[Any]]] = []

@@ -9,10 +9,11 @@ import linecache
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from gradscope.errors import GradscopeError, UsageError
+from gradscope.errors import GradscopeError, UsageError, text_of
 
 if TYPE_CHECKING:
     from gradscope.scope import Scope
@@ -67,6 +68,9 @@ class _Magics:
             watch = _watch(_options(line), _optimizers(tree, self._shell.user_ns))
         except GradscopeError as error:
             _refuse(str(error))
+        except Exception as error:  # of ours: the cell runs all the same
+            print(f"gradscope: watching failed ({text_of(error)})", file=sys.stderr)
+            return run()
         self._last = watch.scope
         try:
             value = run()
@@ -77,6 +81,14 @@ class _Magics:
         return value
 
     def _finish(self, watch: _Watch, error: BaseException | None = None) -> None:
+        """End the watch; what fails here hides neither the cell's value nor its exception."""
+        try:
+            self._end(watch, error)
+        except Exception as failure:
+            with suppress(Exception):
+                print(f"gradscope: the verdict failed ({text_of(failure)})", file=sys.stderr)
+
+    def _end(self, watch: _Watch, error: BaseException | None) -> None:
         from IPython.display import display
 
         from gradscope.session.ending import note_ending, raised_at

@@ -7,6 +7,7 @@ needs it is imported before a test asks to be watched.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
@@ -105,9 +106,10 @@ def _watched(item: pytest.Item, fail_on: str, options: dict[str, Any]) -> Genera
         result = yield
     except BaseException:
         session.stop()
-        found = judged_by.judge(session.recording).at_least(_severity("warning"))
-        if found:  # perhaps the reason why it failed
-            item.add_report_section("call", "gradscope", repr(found))
+        with suppress(Exception):  # the test's own failure is what is told, whatever fails here
+            found = judged_by.judge(session.recording).at_least(_severity("warning"))
+            if found:  # perhaps the reason why it failed
+                item.add_report_section("call", "gradscope", repr(found))
         raise
     session.stop()
     _fail(judged_by.judge(session.recording), fail_on)

@@ -9,9 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gradscope.errors import UnknownRuleError
-from gradscope.rules import backward, forward, learning, ourselves, parameters, step, zero_grad
+from gradscope.rules import (
+    backward,
+    distributed,
+    forward,
+    learning,
+    ourselves,
+    parameters,
+    step,
+    zero_grad,
+)
 from gradscope.rules.causes import causes_first
-from gradscope.rules.finding import Finding, Findings, Severity
+from gradscope.rules.facts import listed
+from gradscope.rules.finding import UNREAD, Finding, Findings, Severity
+from gradscope.rules.ranks import of_all_ranks
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
@@ -26,6 +37,7 @@ RULES: tuple[type[Rule], ...] = tuple(
             *backward.RULES,
             *step.RULES,
             *learning.RULES,
+            *distributed.RULES,
             *ourselves.RULES,
         ),
         key=lambda rule: rule.code,
@@ -36,7 +48,8 @@ RULES: tuple[type[Rule], ...] = tuple(
 def diagnose(run: Recording, rules: Sequence[type[Rule]] = RULES) -> Findings:
     """Judge a recording; causes come before their symptoms, and errors before warnings.
 
-    A rule that raises takes nothing but itself out; ``Findings.unchecked`` names it.
+    A rule that raises takes nothing but itself out; ``Findings.unchecked`` names it. So it does
+    rules about tables that cannot be read as a whole: what is missing in them was not amiss.
 
     Args:
         run: the recording.
@@ -46,7 +59,11 @@ def diagnose(run: Recording, rules: Sequence[type[Rule]] = RULES) -> Findings:
     unchecked: dict[str, str] = {}
     for rule in rules:
         try:
-            found += rule().check(run)
+            unread = run.unreadable(rule.tables or ("steps",))
+            if unread:
+                unchecked[rule.code] = f"{UNREAD} {listed(unread, len(unread))} can be read"
+                continue
+            found += rule().check(run) if rule.compares_ranks else of_all_ranks(rule(), run)
         except Exception as error:
             unchecked[rule.code] = f"{type(error).__name__}: {error}"
     return Findings(causes_first(found, rules), unchecked)

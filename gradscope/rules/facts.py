@@ -185,6 +185,16 @@ def events_of(run: Recording, event: str, subject: str | None = None) -> pd.Data
     return events if subject is None else events.loc[events["subject"] == subject]
 
 
+def first_unread(run: Recording) -> int:
+    """Return the step from which on no norms of gradients were read, far off if they always were.
+
+    A norm that is NaN says nothing there. Before, it is that of a gradient that is not finite.
+    """
+    failed = events_of(run, "instrument_failed")
+    failed = failed.loc[failed["detail"].str.startswith("gradient_norms:")]
+    return int(failed["step"].min()) if len(failed) else 2**62
+
+
 def made_at(run: Recording, optimizer: str) -> dict[str, Any]:
     """Where the program made an optimizer, as a finding takes it; unknown if it was passed in."""
     return first_place(events_of(run, "optimizer_found", optimizer))

@@ -31,6 +31,9 @@ class Severity(IntEnum):
 NOT_SELECTED = "not selected"
 """Why a rule that is not wanted is in :attr:`Findings.unchecked`."""
 
+UNREAD = "not all of"
+"""How it begins in :attr:`Findings.unchecked` why a rule was not applied to damaged files."""
+
 _MARKS = {Severity.INFO: "i", Severity.WARNING: "!", Severity.ERROR: "✗"}
 # As in the views: they read on light and on dark backgrounds.
 _COLOURS = {Severity.INFO: "#888888", Severity.WARNING: "#d58b1d", Severity.ERROR: "#d9534f"}
@@ -198,7 +201,18 @@ class Findings(Sequence[Finding]):
         return ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts if n)
 
     def _not_checked(self) -> list[str]:
-        return [f"{code} ({why})" for code, why in self.unchecked.items() if why != NOT_SELECTED]
+        return [f"{who} ({why})" for who, why in self.failed()]
+
+    def failed(self) -> list[tuple[str, str]]:
+        """Return which rules could not be applied, and why; how many, where that is the same."""
+        codes: dict[str, list[str]] = {}
+        for code, why in self.unchecked.items():
+            if why != NOT_SELECTED:
+                codes.setdefault(why, []).append(code)
+        return [
+            (each[0] if len(each) == 1 else f"{len(each)} rules", why)
+            for why, each in codes.items()
+        ]
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one row per finding, with the attributes of :class:`Finding` as columns."""

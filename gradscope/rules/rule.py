@@ -36,6 +36,8 @@ class Rule(ABC):
             :mod:`gradscope.rules.causes`.
         thresholds: the numbers that it compares with, by name, for :meth:`threshold`. A watch, or
             a project, may put others in their place.
+        compares_ranks: whether it looks at all processes of a run at once (``run.ranks``). Any
+            other rule judges each by itself, and what several have in common is told once.
     """
 
     code: ClassVar[str]
@@ -44,6 +46,7 @@ class Rule(ABC):
     tables: ClassVar[tuple[str, ...]] = ()
     symptom_of: ClassVar[tuple[str, ...]] = ()
     thresholds: ClassVar[Mapping[str, float]] = {}
+    compares_ranks: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, run: Recording) -> list[Finding]:

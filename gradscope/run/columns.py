@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ _STORED_AS: dict[Kind, np.dtype[Any]] = {
     Kind.PARAM: np.dtype(np.int32),
     Kind.OPTIMIZER: np.dtype(np.int32),
 }
+
+_NOTHING = nullcontext()
 
 _BYTES_OF_TEXT = 150
 """What one more text takes besides its characters: an object, and its place in list and dict."""
@@ -62,11 +65,13 @@ class Columns:
         self.n_taken = 0
         self._capacity = 64
         self._kinds = {column.name: column.kind for column in table.columns}
+        # Rows that are still to come hold what a column has that is left out.
         self._arrays = {
-            name: np.zeros(self._capacity, _STORED_AS[kind]) for name, kind in self._kinds.items()
+            name: np.full(self._capacity, _EMPTY[kind], _STORED_AS[kind])
+            for name, kind in self._kinds.items()
         }
-        self._texts: list[str] = []
-        self._text_numbers: dict[str, int] = {}
+        self._texts: list[str] = [""]
+        self._text_numbers: dict[str, int] = {"": 0}
         self._row_bytes = sum(array.itemsize for array in self._arrays.values())
         self._has_single = Kind.SINGLE in self._kinds.values()
 
@@ -81,38 +86,63 @@ class Columns:
         return self._row_bytes
 
     def append(self, values: Mapping[str, Any]) -> None:
-        """Append one row; a column left out gets its empty value (0, NaN, missing, ``""``)."""
-        self.extend(1, values)
+        """Append one row; a column left out, or given None, gets its empty value.
+
+        That is 0, NaN, missing or ``""``.
+
+        Raises:
+            KeyError: if ``values`` names a column that the table has not.
+        """
+        self._put(self.n_rows, self.n_rows + 1, self.n_rows, values)
 
     def extend(self, n: int, values: Mapping[str, Any]) -> None:
         """Append ``n`` rows at once.
 
         Args:
             n: how many rows.
-            values: for each column an array or list of ``n`` values, or one value for all.
+            values: for each column an array or list of ``n`` values, or one value for all; a
+                column left out gets its empty value.
 
         Raises:
             KeyError: if ``values`` names a column that the table has not.
         """
-        start, stop = self.n_rows, self.n_rows + n
+        self._put(self.n_rows, self.n_rows + n, slice(self.n_rows, self.n_rows + n), values)
+
+    def extend_by_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows, each as for :meth:`append`, column by column."""
+        if not rows:
+            return
+        values: dict[str, list[Any]] = {}
+        for name in dict.fromkeys(name for row in rows for name in row):
+            kind = self._kinds.get(name)
+            empty = "" if kind is None or kind is Kind.TEXT else _EMPTY[kind]
+            given = [row.get(name) for row in rows]
+            values[name] = [empty if value is None else value for value in given]
+        self.extend(len(rows), values)
+
+    def _put(self, start: int, stop: int, at: int | slice, values: Mapping[str, Any]) -> None:
         if stop > self._capacity:
             self._grow(stop)
-        for name in values:
-            if name not in self._kinds:
-                raise KeyError(f"table {self.table.name!r} has no column {name!r}")
-        for name, kind in self._kinds.items():
-            value = values.get(name)
-            if value is None:
-                value = _EMPTY[kind]
-            if kind is Kind.TEXT:
-                value = self._numbers_of(value)
-            elif kind is Kind.OPTIONAL_COUNT and isinstance(value, list):
-                value = [MISSING if item is None else item for item in value]
-            elif kind is Kind.SINGLE:
-                with np.errstate(over="ignore"):  # what single precision cannot hold is infinite
-                    self._arrays[name][start:stop] = value
-                continue
-            self._arrays[name][start:stop] = value
+        arrays, kinds = self._arrays, self._kinds
+        # What single precision cannot hold is infinite.
+        quiet = np.errstate(over="ignore") if self._has_single else _NOTHING
+        try:
+            with quiet:
+                for name, value in values.items():
+                    if value is None:
+                        continue
+                    array, kind = arrays[name], kinds[name]
+                    if kind is Kind.TEXT:
+                        value = self._numbers_of(value)
+                    elif kind is Kind.OPTIONAL_COUNT and isinstance(value, list):
+                        value = [MISSING if item is None else item for item in value]
+                    array[at] = value
+        except BaseException as error:
+            for name, array in arrays.items():
+                array[start:stop] = _EMPTY[kinds[name]]
+            if isinstance(error, KeyError):
+                raise KeyError(f"table {self.table.name!r} has no column {error}") from None
+            raise
         self.n_rows = stop
 
     def adopt(self, other: Columns, params: list[int], optimizers: list[int]) -> None:
@@ -173,22 +203,25 @@ class Columns:
             wanted: bool[n], which rows stay.
         """
         n = int(wanted.sum())
-        self.n_taken = int(wanted[: self.n_taken].sum())
+        n_taken = int(wanted[: self.n_taken].sum())
         capacity = max(n, 64)
         coded = [name for name, kind in self._kinds.items() if kind is Kind.TEXT]
+        # Made as a whole before anything takes its place: half of it would be rows of nothing.
+        arrays = {}
         for name, array in self._arrays.items():
-            kept = np.zeros(capacity, array.dtype)
-            kept[:n] = array[: self.n_rows][wanted]
-            self._arrays[name] = kept
-        self._capacity, self.n_rows = capacity, n
+            arrays[name] = np.full(capacity, _EMPTY[self._kinds[name]], array.dtype)
+            arrays[name][:n] = array[: self.n_rows][wanted]
+        texts, text_numbers = self._texts, self._text_numbers
         if coded:
-            used = np.unique(np.concatenate([self.array(name) for name in coded]))
-            numbers = np.zeros(len(self._texts) + 1, np.int32)
+            used = np.unique(np.concatenate([[0], *(arrays[name][:n] for name in coded)]))
+            numbers = np.zeros(len(texts) + 1, np.int32)
             numbers[used] = np.arange(len(used))
             for name in coded:
-                self._arrays[name][:n] = numbers[self.array(name)]
-            self._texts = [self._texts[number] for number in used]
-            self._text_numbers = {text: number for number, text in enumerate(self._texts)}
+                arrays[name][:n] = numbers[arrays[name][:n]]
+            texts = [texts[number] for number in used]
+            text_numbers = {text: number for number, text in enumerate(texts)}
+        self._arrays, self._texts, self._text_numbers = arrays, texts, text_numbers
+        self._capacity, self.n_rows, self.n_taken = capacity, n, n_taken
 
     def frame(self, params: list[str], optimizers: list[str], rows: Any = None) -> pd.DataFrame:
         """Return the rows as a DataFrame of its own, that later rows do not change.
@@ -243,20 +276,23 @@ class Columns:
         return number
 
     def _grow(self, needed: int) -> None:
-        self._capacity = max(needed, 2 * self._capacity)
+        capacity = max(needed, 2 * self._capacity)
+        arrays = {}
         for name, array in self._arrays.items():
-            grown = np.zeros(self._capacity, array.dtype)
-            grown[: self.n_rows] = array[: self.n_rows]
-            self._arrays[name] = grown
+            arrays[name] = np.empty(capacity, array.dtype)
+            arrays[name][: self.n_rows] = array[: self.n_rows]
+            arrays[name][self.n_rows :] = _EMPTY[self._kinds[name]]
+        self._arrays, self._capacity = arrays, capacity
 
 
+# As stored: the text of number 0 is the empty one.
 _EMPTY: dict[Kind, Any] = {
     Kind.COUNT: 0,
     Kind.OPTIONAL_COUNT: MISSING,
     Kind.REAL: np.nan,
     Kind.SINGLE: np.nan,
     Kind.FLAG: False,
-    Kind.TEXT: "",
+    Kind.TEXT: 0,
     Kind.PARAM: -1,
     Kind.OPTIMIZER: -1,
 }

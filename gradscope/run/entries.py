@@ -31,6 +31,9 @@ class ParameterEntry:
         n_symmetric_columns_looks: likewise of the columns of a matrix.
         n_looks: at how many closer looks both were read.
         copy_of: number of the parameter whose very values it began with, or None.
+        replicas: the ranks that hold replicas of it, as a wrapper of torch's says.
+        placements: how it is spread over ranks, in words; empty for one that is whole.
+        n_local: how many numbers of one that is spread this rank holds; None for one that is whole.
     """
 
     name: str
@@ -51,6 +54,9 @@ class ParameterEntry:
     n_symmetric_columns_looks: int = 0
     n_looks: int = 0
     copy_of: int | None = None
+    replicas: tuple[int, ...] = ()
+    placements: str = ""
+    n_local: int | None = None
 
     @property
     def numel(self) -> int:

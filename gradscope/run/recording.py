@@ -73,6 +73,7 @@ class Recording:
         tracked_before: of the steps before this one, tracked weights of some were forgotten.
         most_row_bytes: what the rows may take before some are forgotten.
         before_thinning: called before rows are forgotten.
+        rank_in_group, world_size: which of how many processes that train together this one is.
     """
 
     def __init__(self) -> None:
@@ -94,6 +95,8 @@ class Recording:
         self.most_row_bytes = MOST_ROW_BYTES
         self.before_thinning: Callable[[], None] = lambda: None
         self.tracked_before = 0
+        self.rank_in_group, self.world_size = 0, 1
+        self._ranks: dict[int, Recording] = {}
         self._memory: tuple[Any, dict[str, Any]] | None = None
         self._n_steps = 0
         self._n_reached = 0
@@ -105,9 +108,24 @@ class Recording:
         self._frames: dict[str, tuple[Any, pd.DataFrame]] = {}
         _recordings.add(self)
 
+    @property
+    def ranks(self) -> dict[int, Recording]:
+        """This recording, and those of the other processes of its run, by rank."""
+        return self._ranks or {0: self}
+
+    def add_rank(self, rank: int, other: Recording) -> None:
+        """Take in the recording of another process of the run."""
+        if not self._ranks:
+            self._ranks = {getattr(self, "rank", 0): self}
+        self._ranks[rank] = other
+
     def rows(self, table: str) -> Columns:
         """Return the stored rows of a table, to append to or to read as arrays."""
         return self._columns[table]
+
+    def unreadable(self, tables: Iterable[str]) -> tuple[str, ...]:
+        """Return those of some tables of which a part lies in a file that cannot be read."""
+        return ()
 
     def frame(self, table: str) -> pd.DataFrame:
         """Return a table as a DataFrame; changing it changes nothing that was recorded."""
@@ -260,12 +278,13 @@ class Recording:
         """Return facts of some parameters that do not change, remembered for the same array.
 
         Returns:
-            float64[n], how many numbers each holds, and float64[n], the unit roundoff of its dtype,
-            NaN where there is none.
+            float64[n], how many numbers of each this process holds, and float64[n], the unit
+            roundoff of its dtype, NaN where there is none.
         """
         if self._facts is None or self._facts[0] is not params:
             entries = [self.parameters[param] for param in params.tolist()]
-            numels = np.array([entry.numel for entry in entries], np.float64)
+            held = [e.numel if e.n_local is None else e.n_local for e in entries]
+            numels = np.array(held, np.float64)
             roundoffs = np.array([_UNIT_ROUNDOFF.get(entry.dtype, np.nan) for entry in entries])
             self._facts = (params, numels, roundoffs)
         return self._facts[1:]
@@ -371,6 +390,8 @@ class Recording:
                     "copy_of": ""
                     if parameter.copy_of is None
                     else self.parameters[parameter.copy_of].name,
+                    "replicas": ", ".join(map(str, parameter.replicas)),
+                    "placements": parameter.placements,
                 }
             )
         return columns

@@ -69,6 +69,19 @@ C, O, R, S, F, T, P, Z = (  # noqa: E741
     Kind.OPTIMIZER,
 )
 
+RANK = Column(
+    "rank",
+    C,
+    "the rank of the process, of those that trained together; the first column of every table of a "
+    "run that several processes have written, and of no other",
+)
+
+
+def with_rank(table: Table) -> Table:
+    """Return a table as it is where several processes have written it."""
+    return Table(table.name, table.row, (RANK, *table.columns))
+
+
 _STEP = ("step", C, "the step, counted from 0 over all watched optimizers")
 _PARAM = ("param", P, "the parameter, as `model.named_parameters()` names it")
 _OPTIMIZER = ("optimizer", Z, "the optimizer, as the program names it")
@@ -111,6 +124,18 @@ PARAMS = Table(
             T,
             "the parameter of another kind of module that began with the very same values: an "
             "output layer and an embedding",
+        ),
+        (
+            "replicas",
+            T,
+            "the ranks that hold replicas of it, as `DistributedDataParallel` says, comma "
+            "separated; empty where none says so",
+        ),
+        (
+            "placements",
+            T,
+            "of a DTensor how it is spread over ranks, as in `Shard(dim=0) of 4`; then all numbers "
+            "about it are of this rank's part. Empty for any other",
         ),
     ),
 )
@@ -408,6 +433,34 @@ UPDATES = Table(
     ),
 )
 
+CHECKSUMS = Table(
+    "checksums",
+    "parameter, and step at whose beginning ranks are compared: an optimizer's first and those "
+    "after 1, 2, 4, 8 … of its attempts; only where several processes train together",
+    _columns(
+        _STEP,
+        _PARAM,
+        _OPTIMIZER,
+        (
+            "attempt",
+            C,
+            "the attempt of this optimizer, counted from 0 since the watch began: what ranks have "
+            "in common",
+        ),
+        (
+            "weight",
+            O,
+            "a number made of the weight before the step, the same on two ranks if the weight is, "
+            "to the last bit; missing where this rank holds but a part of it",
+        ),
+        (
+            "gradient",
+            O,
+            "likewise of the gradient that the step reads; 0 for zeros, missing for none",
+        ),
+    ),
+)
+
 BACKWARDS = Table(
     "backwards",
     "call of backward or autograd.grad",
@@ -461,7 +514,7 @@ EVENTS = Table(
             "`watch_started`, `watch_stopped`, `paused`, `resumed`, `zero_grad`, `clip`, "
             "`unscale`, `scale_update`, `scheduler`, `armed`, `cut`, `exception`, "
             "`optimizer_found`, `model_found`, `parameters_changed`, `instrument_failed`, "
-            "`unobserved`, `nonfinite`, `non_leaf`, `ended`, `seam`",
+            "`unobserved`, `nonfinite`, `non_leaf`, `ended`, `seam`, `out_of_sync`",
         ),
         ("detail", T, "what exactly"),
         ("subject", T, "the optimizer concerned, as the program names it; empty if none is"),
@@ -629,6 +682,7 @@ TABLES: dict[str, Table] = {
         STATE,
         MOMENTS,
         UPDATES,
+        CHECKSUMS,
         BACKWARDS,
         CALLS,
         ACTIVATIONS,

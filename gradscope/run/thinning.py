@@ -134,13 +134,14 @@ def thin(
         keeps_heavy &= keeps_light
     found = Thinning(before, numbers[keeps_light], numbers[keeps_heavy])
 
-    for table in HEAVY:
-        columns[table].keep(np.isin(columns[table].array("step"), found.heavy))
+    kept = {table: np.isin(columns[table].array("step"), found.heavy) for table in HEAVY}
     if not keeps_light.all():
         for table in LIGHT:
-            columns[table].keep(np.isin(columns[table].array("step"), found.light))
+            kept[table] = np.isin(columns[table].array("step"), found.light)
         for table in ("backwards", "events"):
-            columns[table].keep(is_held(table, columns[table], found))
+            kept[table] = is_held(table, columns[table], found)
+    for table, wanted in kept.items():
+        columns[table].keep(wanted)
     return found
 
 

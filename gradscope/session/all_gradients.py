@@ -51,23 +51,21 @@ class AllGradients:
         self._at = as_slice(self.params)
         self._reader = GradientReader([reference() for reference in self._references])
         self._generation = self._census.generation
-        self._last = (self.params, self.params)
+        self._last: tuple[list[int], list[int]] = ([], [])
 
     def look(self) -> Late[GradientLook]:
         """Look at every gradient, and read those that are there for whether they are zero."""
         gradients = self._reader.gradients([reference() for reference in self._references])
-        token, version, any_there = self._reader.identities(gradients)
-        self._last = (token, version)
-        look = GradientLook(self._at, token, version)
-        if not any_there:
+        tokens, versions, n_there = self._reader.identities(gradients)
+        self._last = (tokens, versions)
+        look = GradientLook(self._at, tokens, versions)
+        if not n_there:
             return Known(look)
         return _LookWithZeros(look, self._reader.sums_of_squares(gradients))
 
     def look_at_identities(self) -> GradientLook:
         """Look at every gradient without reading any."""
         gradients = self._reader.gradients([reference() for reference in self._references])
-        token, version, _ = self._reader.identities(gradients)
-        self.changed = not (
-            np.array_equal(token, self._last[0]) and np.array_equal(version, self._last[1])
-        )
-        return GradientLook(self._at, token, version)
+        tokens, versions, _ = self._reader.identities(gradients)
+        self.changed = (tokens, versions) != self._last
+        return GradientLook(self._at, tokens, versions)

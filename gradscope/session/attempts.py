@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from gradscope.config import WatchOptions
+from gradscope.instruments.checksums import Checksums
 from gradscope.instruments.late import Late
 from gradscope.run.captured_graph import CapturedGraph
+from gradscope.run.columns import MISSING
 from gradscope.run.kept_tensors import MOST_BYTES
 from gradscope.run.recording import Recording
 from gradscope.run.weight_step import WeightStep
@@ -22,6 +25,8 @@ from gradscope.session.failures import Failures
 from gradscope.session.gradients import Consumption, GradientLook
 from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger, StepRecord
+from gradscope.session.live_comparison import ranks_apart
+from gradscope.session.ranks import is_in_group
 from gradscope.session.schedule import DENSE, Schedule
 from gradscope.session.step_observer import StepObserver, StepReading
 
@@ -42,6 +47,18 @@ _MOST_GONE = 2
 """Of how many optimizers that are gone the copies around the last step are kept."""
 
 
+def _is_compared(attempt: int) -> bool:
+    """Whether ranks are compared at an attempt: all of them at the same ones, whatever time is.
+
+    At 0, 1, 2, 4, 8 …: early, where ranks part, and rarely in a long run.
+    """
+    return attempt & (attempt - 1) == 0
+
+
+def _or_missing(checksums: Any) -> Any:
+    return np.where(checksums < 0, MISSING, checksums)
+
+
 class _Follower:
     """What is kept for one optimizer."""
 
@@ -56,8 +73,11 @@ class _Follower:
         self.open: StepReading | None = None
         self.consumption: Consumption | None = None
         self.before_clipping: Late[Reals] | None = None
-        # What watching had cost in all when its last attempt was accounted for.
+        # When its last attempt ended, and what watching had cost until then: in all, and by what
+        # was chosen.
+        self.ended = time.perf_counter()
         self.cost_before = 0.0
+        self.chosen_before = 0.0
         # autograd's sequence number at the end of its last attempt: where this step's nodes begin.
         self.first_node = _sequence_nr()
         # The step whose copies are still there.
@@ -90,7 +110,10 @@ class Attempts:
             is over.
         n_ended: how many attempts have ended, of all optimizers together. The rows of the latest
             may not have been written yet.
-        on_read: told the norm of the gradients and the loss of each step, once they are known.
+        compares_ranks: whether checksums are taken, by which ranks are compared.
+        on_ranks_apart: told the optimizer and the ranks whose weights differ and are not meant to.
+        on_end: asked at the end of each attempt whom to tell the norm of its gradients and its
+            loss, once they are known.
     """
 
     def __init__(
@@ -114,7 +137,11 @@ class Attempts:
         self._gone: list[_Follower] = []
         self.graphs: dict[int, CapturedGraph] = {}
         self.n_ended = 0
-        self.on_read: Callable[[float, float], None] = lambda grad_norm, loss: None
+        self.compares_ranks = False
+        self._checksums = Checksums()
+        self.on_ranks_apart: Callable[[int, list[int]], None] = lambda optimizer, ranks: None
+        self._chosen = 0.0
+        self.on_end: Callable[[], Callable[[float, float], None]] = lambda: lambda norm, loss: None
         self._n_new = 0
         if isinstance(options.keep_steps, int):
             recording.kept.n_last = options.keep_steps
@@ -154,6 +181,13 @@ class Attempts:
         """Whether one of the first optimizers, if there is any, has made no attempt yet."""
         return self._n_new > 0 or not self._followers
 
+    def spend(self, seconds: float, *, is_free: bool) -> None:
+        """Take note of what a closer look took, which the budget has to pay unless it is free."""
+        self._chosen += seconds
+        if not is_free:
+            for follower in self._followers.values():
+                follower.schedule.spend(seconds / len(self._followers))
+
     def is_open(self, optimizer: int) -> bool:
         """Whether a step of an optimizer has begun and not ended."""
         return self._followers[optimizer].open is not None
@@ -189,6 +223,51 @@ class Attempts:
         if not has_closure:
             follower.observer.read_gradients(reading)
         reading.seconds += time.perf_counter() - began
+        if self.compares_ranks and not has_closure:
+            attempt, every = follower.n_attempts, options.sync_every
+            is_live = every is not None and attempt % every == 0
+            if is_live or _is_compared(attempt):
+                self._failures.run("checksums", self._take_checksums, optimizer, attempt, is_live)
+
+    def _take_checksums(self, optimizer: int, attempt: int, is_live: bool) -> None:
+        """Read what weights and gradients are, to compare them with those of other ranks.
+
+        Args:
+            optimizer: whose.
+            attempt: which one.
+            is_live: whether the others are asked now.
+        """
+        params, step = self._census.params_of(optimizer), self.n_ended
+        tensors = [reference() for reference in self._census.references(params.tolist())]
+        weights = self._checksums.read(tensors)
+        gradients = self._checksums.read(
+            [None if t is None or not t.is_leaf else t.grad for t in tensors]
+        )
+
+        def account() -> None:
+            self._recording.rows("checksums").extend(
+                len(params),
+                {
+                    "step": step,
+                    "param": params,
+                    "optimizer": optimizer,
+                    "attempt": attempt,
+                    "weight": _or_missing(weights.value()),
+                    "gradient": _or_missing(gradients.value()),
+                },
+            )
+
+        self._in_order.do(account, weights, gradients)
+        if is_live and is_in_group():
+            entries = [self._recording.parameters[param] for param in params.tolist()]
+            ranks = ranks_apart(
+                [entry.name for entry in entries],
+                weights.value(),
+                gradients.value(),
+                are_replicas=bool(entries) and all(entry.replicas for entry in entries),
+            )
+            if ranks:
+                self.on_ranks_apart(optimizer, ranks)
 
     def versions(self) -> dict[int, tuple[int, list[int] | None]]:
         """Return of each optimizer how many attempts it has made, and versions of some weights."""
@@ -325,40 +404,69 @@ class Attempts:
         observed = self._costs.total - follower.cost_before
         follower.cost_before += observed
         first_node, follower.first_node = follower.first_node, _sequence_nr()
+        tell = self.on_end()
 
         def account() -> None:
-            began = time.perf_counter()
             self._costs.begin()
-            look, consumption = reading.look, follower.consumption
-            assert look is not None
-            if consumption is None:
-                look.squares = reading.squares()
-                consumption = self._ledger.describe(optimizer, look)
-            follower.consumption = None
-            if after is not None:
-                self._ledger.gradients.look_after_step(after)
-            elif reading.scaled:
-                # The fused kernel writes unscaled gradients back, and moves no version.
-                self._ledger.gradients.look_after_step(look)
-            skipped = outcome == "stepped" and reading.skips()
-            record = self._ledger.end_attempt(
-                optimizer, consumption, outcome="skipped" if skipped else outcome, now=now
-            )
-            self._write(record, reading, observed, first_node)
-            self._costs.end("tables")
-            writing = time.perf_counter() - began
-            follower.schedule.measured(
-                number,
-                recorded=reading.recorded,
-                cost=reading.seconds + writing,
-                step_time=max(record.seconds - observed, 1e-9),
-            )
+            try:
+                # By then the optimizer may be gone, and its follower with it.
+                record = self._end_attempt(follower, optimizer, reading, after, outcome, now)
+                norm_and_loss = self._write(record, reading, observed, first_node)
+                if reading.anatomy is not None and record.outcome != "skipped":
+                    follower.copied_step = record.step
+                if record.attempt.taken:
+                    tell(*norm_and_loss)
+            finally:
+                self._costs.end("tables")
 
         self._in_order.do(account, *reading.awaited())
+        # The buffers that a recorded step was read into are those of the next one.
+        writing = time.perf_counter()
+        self._in_order.step_ended(is_urgent=reading.recorded or not reading.is_finite())
+        cost = 0.0
+        if reading.recorded:
+            cost = reading.seconds + time.perf_counter() - writing
+        usual = observed - (self._chosen - follower.chosen_before)
+        follower.schedule.ended(
+            number,
+            training=max(now - follower.ended - observed, 0.0),
+            watching=max(usual, 0.0),
+            cost=cost,
+            share=1 / len(self._followers),
+        )
+        self._chosen += cost
+        follower.chosen_before, follower.ended = self._chosen, now
+
+    def _end_attempt(
+        self,
+        follower: _Follower,
+        optimizer: int,
+        reading: StepReading,
+        after: GradientLook | None,
+        outcome: str,
+        now: float,
+    ) -> StepRecord:
+        """Tell the ledger of the end of an attempt."""
+        look, consumption = reading.look, follower.consumption
+        assert look is not None
+        if consumption is None:
+            look.squares = reading.squares()
+            consumption = self._ledger.describe(optimizer, look)
+        follower.consumption = None
+        if after is not None:
+            self._ledger.gradients.look_after_step(after)
+        elif reading.scaled:
+            # The fused kernel writes unscaled gradients back, and moves no version.
+            self._ledger.gradients.look_after_step(look)
+        skipped = outcome == "stepped" and reading.skips()
+        return self._ledger.end_attempt(
+            optimizer, consumption, outcome="skipped" if skipped else outcome, now=now
+        )
 
     def _write(
         self, record: StepRecord, reading: StepReading, observed: float, first_node: int
-    ) -> None:
+    ) -> tuple[float, float]:
+        """Write the rows of an attempt; returns the norm of its gradients, and its loss."""
         run, step, optimizer = self._recording, record.step, record.optimizer
         if record.outcome == "skipped":
             # A fused step that found infinite gradients did nothing that could be taken apart.
@@ -380,8 +488,6 @@ class Attempts:
         grad_norm, grad_norm_before_clipping = recorder.record_gradients(
             run, step, optimizer, params, record.consumption, statistics, sums, unclipped
         )
-        if record.attempt.taken:
-            self.on_read(grad_norm, record.attempt.loss)
         weight_norm = update_norm = float("nan")
         anatomy = None if reading.anatomy is None else reading.anatomy.value()
         if anatomy is not None:
@@ -393,8 +499,6 @@ class Attempts:
                 recorder.record_state(run, step, optimizer, params, when, state)
         if reading.state_after is not None:
             recorder.record_moments(run, step, optimizer, params, reading, anatomy)
-        if reading.anatomy is not None:
-            self._followers[optimizer].copied_step = step
         self._keep(step, reading)
         if reading.tracked is not None and (tracked := reading.tracked.value()) is not None:
             run.track(step, tracked)
@@ -417,6 +521,8 @@ class Attempts:
             if number in self.graphs:
                 run.keep_graph(step, replace(self.graphs.pop(number), began=first_node))
         run.step_ended(self._ledger.first_open_backward())
+        # A norm that nobody could read is no sign of anything.
+        return 0.0 if sums is None else grad_norm, record.attempt.loss
 
     def _keep(self, step: int, reading: StepReading) -> None:
         """Keep the tensors that the program asked for."""

@@ -19,6 +19,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from gradscope.instruments.call_log import paths_of
+from gradscope.instruments.local import local, placements_of
+from gradscope.instruments.replicas import replicated_by_wrappers
 from gradscope.instruments.weight_facts import are_copies
 from gradscope.run.captured_graph import Registered
 from gradscope.run.columns import storable
@@ -376,6 +378,12 @@ class Census:
             self._optimizers[number].signature = ()
             self.refresh_groups(number)
 
+    def find_replicas(self) -> None:
+        """Note which parameters are replicas of those of other ranks."""
+        ranks = replicated_by_wrappers()
+        for number, parameter in self.alive():
+            self._recording.parameters[number].replicas = ranks.get(id(parameter), ())
+
     def _find_copies(self) -> None:
         """Note embeddings whose very values another kind of module began with."""
         entries = self._recording.parameters
@@ -517,6 +525,8 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 def _describe(parameter: torch.Tensor, entry: ParameterEntry) -> None:
     entry.dtype = str(parameter.dtype).removeprefix("torch.")
     entry.device = str(parameter.device)
+    entry.placements = placements_of(parameter)
+    entry.n_local = local(parameter).numel() if entry.placements else None
     entry.requires_grad = parameter.requires_grad
     if not isinstance(parameter, UninitializedParameter):
         entry.shape = tuple(parameter.shape)

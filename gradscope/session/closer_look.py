@@ -65,6 +65,11 @@ class CloserLook:
             self._is_blind = True
             self._on_failure(error)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing has failed: of half a look nobody could tell what it did not see."""
+        return not self._is_blind
+
     def end(self) -> None:
         """Listen no more."""
         module_calls.remove(self)

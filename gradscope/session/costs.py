@@ -34,6 +34,11 @@ class Costs:
         else:
             self._total += seconds
 
+    def add(self, part: str, seconds: float) -> None:
+        """Count time that was taken outside of every part."""
+        self._recording.spend(part, seconds)
+        self._total += seconds
+
     @property
     def total(self) -> float:
         """Seconds spent so far, those of the parts that are running included."""

@@ -33,6 +33,12 @@ class CutSearch:
         self._suspicious = False
         self._is_over = False
         self._looks_away = False
+        self._seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """What following calls of torch functions has taken so far."""
+        return self._seconds + (0.0 if self._finder is None else self._finder.seconds)
 
     @property
     def is_armed(self) -> bool:
@@ -114,8 +120,9 @@ class CutSearch:
     def give_up(self) -> None:
         """Disarm now."""
         if self._finder is not None:
-            finder, self._finder = self._finder, None
-            finder.disarm()
+            self._seconds += self._finder.seconds
+            self._finder.disarm()
+            self._finder = None
 
     @property
     def can_give_up(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gradscope.errors import text_of
 from gradscope.session.session import Session
 from gradscope.taps.user_frame import Location, user_frame
 
@@ -14,11 +15,7 @@ def note_ending(session: Session, error: BaseException) -> None:
 
 def in_words(error: BaseException) -> str:
     """Return the class of an exception and the first line of what it says."""
-    try:
-        first = str(error).partition("\n")[0]
-    except Exception:  # an exception of the program's that cannot be printed
-        first = ""
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return text_of(error).partition("\n")[0].removesuffix(": ")
 
 
 def raised_at(error: BaseException) -> Location | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-from gradscope.errors import GradscopeWarning
+from gradscope.errors import GradscopeWarning, text_of
 from gradscope.session.costs import Costs
 
 
@@ -42,21 +43,27 @@ class Failures:
             self._costs.end(part)
 
     def silence(self, part: str, slug: str, error: Exception) -> None:
-        """Use ``part`` no more, and say so the first time."""
+        """Use ``part`` no more, and say so the first time; raises nothing unless asked to."""
         if self._raises:
             raise error
         if part in self._silent:
             return
         self._silent.add(part)
-        text = f"{type(error).__name__}: {error}"
-        self._note(part, text)
-        warn(slug, f"{part} failed and is switched off; training goes on ({text})")
+        text = text_of(error)
+        with suppress(Exception):  # the warning says it all the same
+            self._note(part, text)
+        with suppress(Exception):
+            warn(slug, f"{part} failed and is switched off; training goes on ({text})")
 
 
 def warn(slug: str, text: str) -> None:
-    """Warn, on standard error where the program turns warnings into exceptions."""
+    """Warn, on standard error where the program turns warnings into exceptions.
+
+    There, too, if what the program shows warnings with fails.
+    """
     warning = GradscopeWarning(slug, text)
     try:
         warnings.warn(warning, stacklevel=2)
-    except GradscopeWarning:
-        print(warning, file=sys.stderr)
+    except Exception:
+        with suppress(Exception):  # it may be closed
+            print(warning, file=sys.stderr)

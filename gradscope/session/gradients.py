@@ -8,6 +8,7 @@ in ``(cleared, written]``, of which the owner has used those up to where the lin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,23 +26,46 @@ NO_GRADIENT = 0
 NONE, FRESH, ACCUMULATED, COMPOUNDED, STALE, ASSIGNED, ZEROED = range(7)
 
 
-@dataclass(slots=True)
 class GradientLook:
     """Gradients at one moment.
 
+    Made while training waits, and looked into later: what is noted then are lists.
+
     Attributes:
         at: numbers of the parameters looked at: int64[n], or a slice where they are consecutive.
-        token: int64[n], identity of the ``.grad`` object, ``NO_GRADIENT`` for None.
-        version: int64[n], autograd's version counter of it (0 for None).
+        tokens: of each the identity of the ``.grad`` object, ``NO_GRADIENT`` for None.
+        versions: of each autograd's version counter (0 for None).
         squares: float64[n], sum of the squares of its elements (NaN for None), or None if nobody
             read them. A version counter cannot tell everything: ``p.grad.data.zero_()`` does not
             move it.
     """
 
-    at: Integers | slice
-    token: Integers
-    version: Integers
-    squares: Reals | None = None
+    __slots__ = ("_token", "_version", "at", "squares", "tokens", "versions")
+
+    def __init__(
+        self,
+        at: Integers | slice,
+        tokens: Sequence[int],
+        versions: Sequence[int],
+        squares: Reals | None = None,
+    ) -> None:
+        self.at, self.tokens, self.versions, self.squares = at, tokens, versions, squares
+        self._token: Integers | None = None
+        self._version: Integers | None = None
+
+    @property
+    def token(self) -> Integers:
+        """int64[n], the tokens."""
+        if self._token is None:
+            self._token = np.array(self.tokens, np.int64)
+        return self._token
+
+    @property
+    def version(self) -> Integers:
+        """int64[n], the versions."""
+        if self._version is None:
+            self._version = np.array(self.versions, np.int64)
+        return self._version
 
     @property
     def zero(self) -> Flags | None:
@@ -68,6 +92,19 @@ class Consumption:
     edited: Flags
     edited_after_use: Flags
     used_by_another: Flags
+
+    @classmethod
+    def of_fresh(cls, edited: Flags, used_by_another: Flags) -> Consumption:
+        """What a step reads that finds one new write in every gradient, and nothing older."""
+        n = len(edited)
+        return cls(
+            status=np.full(n, FRESH),
+            n_writes=np.ones(n, np.int64),
+            carried_from=np.full(n, -1),
+            edited=edited,
+            edited_after_use=np.zeros(n, np.bool_),
+            used_by_another=used_by_another,
+        )
 
     @property
     def holds_something(self) -> bool:
@@ -237,6 +274,12 @@ class GradientHistory:
         used = self._used[optimizer][at]
         used_by_any = self._integers["used"][at]
         gone = look.token == NO_GRADIENT
+        if (
+            not gone.any()
+            and (written - cleared == 1).all()
+            and (np.maximum(used, assigned) <= cleared).all()
+        ):  # the usual case: one backward since they were cleared, and nothing else
+            return Consumption.of_fresh(edited == written, used_by_any == written)
         held = ~gone & (written > cleared)
         carried = held & (used > cleared)
         n_writes = np.where(held, written - np.maximum(used, cleared), 0)

@@ -121,8 +121,8 @@ class GraphCapture:
         """Follow module calls no more, and forget what was noted."""
         self._lines.forget()
         if self._log is not None:
-            log, self._log = self._log, None
-            log.stop()
+            self._log.stop()
+            self._log = None
 
     def _follow(self) -> None:
         if self._paths_of != self._census.generation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from gradscope.instruments.weight_facts import read_norms
 from gradscope.run.recording import Recording
 from gradscope.session.census import Census
 from gradscope.session.closer_look import CloserLook
+from gradscope.session.costs import Costs
 from gradscope.session.failures import Failures
 from gradscope.session.in_order import InOrder
 from gradscope.taps.compiled_code import compiled_code
@@ -24,6 +26,12 @@ from gradscope.taps.user_frame import Location
 
 _FIRST_LOOKS = 2
 _MOST_LOOKS = 24
+
+_FREE = 16
+"""Up to this step looks are due whatever they cost."""
+
+_SHARE = 0.5
+"""The share of the budget that later looks may take."""
 
 _MOST_MADE = 100_000
 
@@ -41,10 +49,23 @@ class Looks:
         census: who is who.
         in_order: does things once their values have arrived.
         failures: runs the instruments.
+        costs: what watching costs.
+        budget: the share of the step time that watching may take.
+
+    Attributes:
+        now: the look that is under way.
+        cost: seconds that the last look took.
+        is_free: whether it was due whatever it cost.
     """
 
     def __init__(
-        self, recording: Recording, census: Census, in_order: InOrder, failures: Failures
+        self,
+        recording: Recording,
+        census: Census,
+        in_order: InOrder,
+        failures: Failures,
+        costs: Costs,
+        budget: float,
     ) -> None:
         self._recording = recording
         self._census = census
@@ -58,6 +79,13 @@ class Looks:
         self._ends: deque[int] = deque([0], maxlen=9)
         self._made: dict[int, tuple[weakref.ref[nn.Module], Location]] = {}
         self.now: CloserLook | None = None
+        self._costs = costs
+        self._share = _SHARE * budget
+        self._next = 0
+        self._cost_before = 0.0
+        self._not_before = 0.0
+        self.cost = 0.0
+        self.is_free = True
 
     def is_due(self, n_attempts: int) -> bool:
         """Whether it is time for a look."""
@@ -66,7 +94,9 @@ class Looks:
             self.end()
         if self.now is not None or self._n_looks >= _MOST_LOOKS or _has_compiled():
             return False
-        return self._n_looks < _FIRST_LOOKS or n_attempts >= 1 << self._n_looks
+        if n_attempts < self._next:
+            return False
+        return n_attempts <= _FREE or time.perf_counter() >= self._not_before
 
     def begin(self, step: int) -> CloserLook | None:
         """Begin a look; None if it fails.
@@ -76,6 +106,10 @@ class Looks:
         """
         self._n_looks += 1
         self._n_calls = 0
+        if self._n_looks >= _FIRST_LOOKS:
+            self._next = max(1 << self._n_looks, 2 * step)
+        self._cost_before = self._costs.total
+        self.is_free = step <= _FREE
         self._stepped.clear()
         self.now = self._failures.run(
             "closer_look",
@@ -105,6 +139,8 @@ class Looks:
         facts: dict[str, Any] | None = self._failures.run(
             "closer_look", self.now.backward_started, roots, oldest
         )
+        if facts is None:  # what it has not reached would be told to be cut off
+            self.give_up()
         return facts or {}
 
     def step_started(self, optimizer: int) -> None:
@@ -143,10 +179,13 @@ class Looks:
     def end(self) -> None:
         """End a look, and write its rows once all values are there."""
         self._stepped.clear()
-        look, self.now = self.now, None
+        look = self.now
         if look is None:
             return
         look.end()
+        self.now = None
+        if not look.is_whole:
+            return
         self._strangers = look.strangers
         awaited: list[Late[Any]] = look.awaited
         # Models of a function are gone when the watch ends.
@@ -158,10 +197,11 @@ class Looks:
 
         def account() -> None:
             for table, rows in look.rows().items():
-                for row in rows:
-                    self._recording.rows(table).append(row)
+                self._recording.rows(table).extend_by_rows(rows)
 
         self._in_order.do(account, *awaited)
+        self.cost = self._costs.total - self._cost_before
+        self._not_before = time.perf_counter() + self.cost / self._share
 
     def give_up(self) -> None:
         """Leave nothing behind, whatever has failed."""

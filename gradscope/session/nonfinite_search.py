@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from gradscope.taps.user_frame import Location
 _MOST_TOLD = 4
 _SHARE = 0.1
 """The share of the time that looking at singular points may take, after the first backwards."""
+
+_MOST_SUSPECTS = 64
 
 _ALWAYS = 32
 """So many first backwards are looked at whatever it costs."""
@@ -45,7 +48,8 @@ class NonfiniteSearch:
         self._event = event
         self._n_told = 0
         self._is_suspicious = False
-        self._suspect: Origin | None = None
+        # By the number of the backward that came past it.
+        self._suspects: dict[int, Origin] = {}
         self._next_look = 0.0
         self._has_singular = False
         self._captured: CapturedGraph | None = None
@@ -78,17 +82,22 @@ class NonfiniteSearch:
         if not self._has_singular or (now < self._next_look and not is_early):
             return
         found: Origin | None = self._failures.run("nonfinite", first_singular, roots)
-        self._suspect = self._suspect or found
+        if found is not None and len(self._suspects) < _MOST_SUSPECTS:
+            self._suspects[self._n_backwards] = found
         spent = time.perf_counter() - now
         self._next_look = now + spent / _SHARE if found is None else 0.0
 
-    def step_read(self, grad_norm: float, loss: float) -> None:
-        """Take note of what a step read, once it is known."""
-        suspect, self._suspect = self._suspect, None
+    def step_ended(self) -> Callable[[float, float], None]:
+        """Return whom to tell what a step that has ended read, once it is known."""
+        return functools.partial(self._step_read, self._n_backwards)
+
+    def _step_read(self, n_backwards: int, grad_norm: float, loss: float) -> None:
+        earlier = [number for number in self._suspects if number <= n_backwards]
+        suspects = [self._suspects.pop(number) for number in earlier]
         if math.isfinite(grad_norm) and not math.isnan(loss):
             return
-        if suspect is not None and self._n_told < _MOST_TOLD:
-            self._tell(suspect)
+        if suspects and self._n_told < _MOST_TOLD:
+            self._tell(suspects[0])
         elif self._n_told == 0:
             self._is_suspicious = True
 

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections import ChainMap
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from gradscope.run.directory.people import NameHistory
 from gradscope.run.directory.writer import DirectoryWriter, now
 from gradscope.run.recording import MADE_WHEN_ASKED, Recording
 from gradscope.run.schema import TABLES
+from gradscope.session.ranks import Place, place_now
 
 if TYPE_CHECKING:
     from gradscope.run.directory.stored import StoredRecording
@@ -40,9 +42,13 @@ class Saving:
         recording: what is written.
         elapsed: tells for how many seconds the program has been watched.
         last_copies: gives whole tensors around the last steps, by step.
+        waits: whether nothing is written before something trains, since only then it is known
+            which rank this is; and others may write there too.
 
     Attributes:
         path: the directory.
+        place: of this process among those that train together.
+        waits: whether it waits still.
         criteria: by what the run is judged, as plain data.
         earlier: what is told of the starts before this one, if the run is gone on with.
     """
@@ -53,8 +59,12 @@ class Saving:
         recording: Recording,
         elapsed: Callable[[], float],
         last_copies: Callable[[], dict[int, dict[int, Any]]],
+        *,
+        waits: bool = False,
     ) -> None:
         self.path = path
+        self.place = place_now()
+        self.waits = self._shares = waits
         self.criteria: dict[str, Any] = {}
         self.earlier: list[dict[str, Any]] = []
         self._recording = recording
@@ -75,20 +85,36 @@ class Saving:
         """What ended the writing before its time, the first time it is asked for."""
         if self._is_told or self._writer is None or self._writer.failure is None:
             return None
-        self._is_told = True
+        self.failure_is_told()
         return self._writer.failure
+
+    def failure_is_told(self) -> None:
+        """Take note that writing has failed, and that whoever watches knows."""
+        self._is_told = True
+        if self._writer is not None:
+            self._writer.is_told = True
 
     def start(self) -> None:
         """Begin to write, or go on after a stop.
 
         Raises:
-            OSError: if the directory cannot be made or written.
+            OSError, RuntimeError: if the directory cannot be made or written, or no thread begun.
         """
-        if self._is_told:
+        if self._is_told or self.waits:
             return
         if self._writer is None:
+            self.place = place_now()
+            recording, place = self._recording, self.place
+            recording.rank_in_group, recording.world_size = place.rank, place.world_size
+            number = place.rank
+            try:
+                if self._shares:
+                    number = layout.claim(self.path, place.rank, max(1, place.world_size))
+            except Exception:
+                self._is_told = True
+                raise
             facts = {
-                **facts_of_process(),
+                **facts_of_process(place),
                 "criteria": self.criteria,
                 "earlier_starts": self.earlier,
             }
@@ -99,19 +125,37 @@ class Saving:
                 self._elapsed,
                 self._history,
                 self._first_part,
+                number,
+                says_rank=place.world_size > 1 or number > 0,
             )
         _written_here.add(self.path)
         try:
             self._writer.start()
-        except OSError:
+        except Exception:
             self._is_told = True
             raise
 
+    def something_trains(self) -> None:
+        """Begin to write, if that has waited for something to be written.
+
+        Raises:
+            OSError: as :meth:`start`.
+        """
+        if self.waits:
+            self.waits = False
+            self.start()
+
     def stop(self, ended: str) -> None:
         """Write what is left."""
-        if self._writer is not None and self._writer.is_running:
-            self._writer.stop(ended, last_files(self._last_copies()))
-        _written_here.discard(self.path)
+        try:
+            if self._writer is not None and self._writer.is_running:
+                last: dict[str, Any] = {}
+                try:
+                    last = last_files(self._last_copies())
+                finally:  # all else is written even if these are lost
+                    self._writer.stop(ended, last)
+        finally:
+            _written_here.discard(self.path)
 
     def take_up(self, stored: StoredRecording) -> dict[int, int]:
         """Enter what was recorded before into the recording, which goes on from there.
@@ -127,6 +171,11 @@ class Saving:
         """
         recording = self._recording
         self._refuse_if_alive(stored.facts)
+        if stored.rank != self.place.rank:
+            raise UsageError(
+                f"save={str(self.path)!r}: the run that lies there has nothing of rank "
+                f"{self.place.rank}; name another directory"
+            )
         params, optimizers = _numbers_here(self.path, stored, recording)
         for old, new in enumerate(params):
             if new >= 0:
@@ -146,7 +195,10 @@ class Saving:
         recording.go_on(stored.n_steps)
         self._history = stored.history
         numbers = [
-            number for table in TABLES for _, _, number in layout.parts_in(self.path / table, [])
+            number
+            for table in TABLES
+            for _, rank, number in layout.parts_in(self.path / table, [])
+            if rank == stored.rank
         ]
         self._first_part = max(numbers, default=-1) + 1
         earlier = stored.facts.get("earlier_starts")
@@ -197,18 +249,46 @@ def save_now(
     elapsed: float,
     criteria: dict[str, Any],
     copies: dict[int, dict[int, Any]],
+    number: int | None = None,
 ) -> None:
     """Write everything that memory holds to a directory.
 
+    Args:
+        path: the directory.
+        recording: what is written.
+        elapsed: for how many seconds the program has been watched.
+        criteria: by what the run is judged, as plain data.
+        copies: whole tensors around the last steps, by step.
+        number: under which it is written; None for the rank of this process.
+
     Raises:
-        OSError: if it cannot be written.
+        OSError: if it cannot be written; nothing is left of it.
     """
-    facts = {**facts_of_process(), "criteria": criteria, "earlier_starts": []}
-    writer = DirectoryWriter(path, recording, facts, lambda: elapsed, writes_all=True)
-    writer.write_all(last_files(copies))
+    place = place_now()
+    number = place.rank if number is None else number
+    facts = {**facts_of_process(place), "criteria": criteria, "earlier_starts": []}
+    is_one_of_several = place.world_size > 1 or number > 0
+    writer = DirectoryWriter(
+        path,
+        recording,
+        facts,
+        lambda: elapsed,
+        rank=number,
+        says_rank=is_one_of_several,
+        writes_all=True,
+    )
+    try:
+        writer.write_all(last_files(copies))
+    except BaseException:
+        if not is_one_of_several:
+            with suppress(OSError):  # half of a run would pass for a killed one
+                layout.remove_run(path)
+                for folder in path.iterdir():
+                    folder.rmdir()
+        raise
 
 
-def facts_of_process() -> dict[str, Any]:
+def facts_of_process(place: Place) -> dict[str, Any]:
     """Return what ``run.json`` says of the program and where it runs."""
     return {
         "gradscope": __version__,
@@ -220,9 +300,10 @@ def facts_of_process() -> dict[str, Any]:
         "folder": os.getcwd(),
         "git_commit": git_commit(Path.cwd()),
         "pid": os.getpid(),
+        "parent_pid": os.getppid(),
         "host": socket.gethostname(),
-        "rank": 0,
-        "world_size": 1,
+        "rank": place.rank,
+        "world_size": place.world_size,
         "started": now(),
     }
 
@@ -311,6 +392,25 @@ def _join(entry: Any, before: Any) -> None:
     for name in ("n_symmetric_looks", "n_symmetric_columns_looks", "n_looks"):
         setattr(entry, name, getattr(before, name))
     entry.copy_of = entry.copy_of if before.copy_of is None else before.copy_of
+
+
+def begins_beside(facts: dict[str, Any]) -> bool:
+    """Whether a run is being written by a process that the same process as this has started."""
+    pid = facts.get("pid")
+    return (
+        facts.get("how_it_ended") is None
+        and facts.get("host") == socket.gethostname()
+        and facts.get("parent_pid") == os.getppid()
+        and type(pid) is int
+        and pid != os.getpid()
+        and _lives(pid)
+    )
+
+
+def is_gone(facts: dict[str, Any]) -> bool:
+    """Whether the process that has written a run was one of this machine and lives no more."""
+    pid = facts.get("pid")
+    return facts.get("host") == socket.gethostname() and type(pid) is int and not _lives(pid)
 
 
 def _lives(pid: int) -> bool:

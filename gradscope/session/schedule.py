@@ -1,21 +1,27 @@
-"""Which steps are recorded in full."""
+"""Which steps are recorded in full, and when a closer look is affordable."""
 
 from __future__ import annotations
 
-import math
-
 DENSE = 3
-"""How many first steps are recorded whatever they cost: most defects show in the first step."""
+"""How many first steps are recorded whatever they cost: most defects show in the first step. After
+these it is every step whose number is a power of two, which in a long run costs nothing."""
 
 _SMOOTHING = 0.3
-"""Weight of the newest measurement in the running means of costs and step times."""
+"""Weight of the newest measurement in the running means of costs."""
+
+_LEAST = 0.25
+"""The share of the budget that recording gets even where what is seen at every step takes more:
+a loop of very short steps would otherwise never be looked at again."""
 
 
 class Schedule:
-    """Spaces the recorded steps so that what recording them costs stays inside the budget.
+    """Records a step whenever enough of the budget has been saved for it.
+
+    What training takes brings in seconds, what watching takes spends them: so the budget holds
+    whether steps are long or short, alike or not, and however costs and step times change.
 
     Args:
-        budget: the share of the step time that recording may take.
+        budget: the share of the step time that watching may take.
         every: record every n-th step, whatever it costs; None for the budget.
         dense: how many first steps are recorded whatever they cost.
     """
@@ -24,40 +30,43 @@ class Schedule:
         self._budget = budget
         self._every = every
         self._dense = dense
-        self._next = dense
-        self._cost: float | None = None
-        self._step_time: float | None = None
+        self._saved = 0.0
+        self._cost = 0.0
 
     def is_recorded(self, step: int) -> bool:
         """Tell whether a step, counted from 0 for its optimizer, is to be recorded in full."""
         if self._every is not None:
             return step % self._every == 0
-        return step < self._dense or step >= self._next
+        return self._is_free(step) or self._saved >= self._cost
 
-    def measured(self, step: int, *, recorded: bool, cost: float, step_time: float) -> None:
-        """Take note of what a step cost.
+    def ended(
+        self, step: int, *, training: float, watching: float, cost: float, share: float = 1.0
+    ) -> None:
+        """Take note of what a step took.
 
         Args:
             step: as in :meth:`is_recorded`.
-            recorded: whether it was recorded in full.
-            cost: seconds that recording took, beyond what is seen at every step.
-            step_time: seconds the whole step took without ``cost``.
+            training: seconds since the optimizer's step before, without watching.
+            watching: seconds that watching took meanwhile as it does at every step.
+            cost: seconds that it took to record the step in full, 0 if it was not.
+            share: the part of the budget that is this optimizer's.
         """
-        # The first step is slow for reasons of its own, such as memory being allocated.
-        if step > 0 or self._step_time is None:
-            self._step_time = _smoothed(self._step_time if step > 1 else None, step_time)
-        if recorded:
+        income = self._budget * share * training
+        self._saved += max(income - share * watching, _LEAST * income)
+        if cost:
+            # The first step takes long for reasons of its own, such as memory being allocated.
             self._cost = _smoothed(self._cost if step > 1 else None, cost)
-            self._next = step + self.stride
+            if not self._is_free(step):
+                self._saved -= cost
+        # After a long pause, an evaluation say, two steps are recorded and not many.
+        self._saved = min(self._saved, 2 * self._cost)
 
-    @property
-    def stride(self) -> int:
-        """From how many steps one is recorded at the present costs."""
-        if self._every is not None:
-            return self._every
-        if not self._cost or not self._step_time:
-            return 1
-        return max(1, math.ceil(self._cost / (self._budget * self._step_time)))
+    def spend(self, seconds: float) -> None:
+        """Take note of what something else took that the same budget has to pay."""
+        self._saved -= seconds
+
+    def _is_free(self, step: int) -> bool:
+        return step < self._dense or (self._dense > 0 and step & (step - 1) == 0)
 
 
 def _smoothed(mean: float | None, newest: float) -> float:

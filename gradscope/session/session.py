@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from gradscope.config import WatchOptions
+from gradscope.errors import text_of
 from gradscope.instruments.late import Known, Late, scalar_of
 from gradscope.instruments.precomputed import precomputed_weights
 from gradscope.instruments.roots import Roots
@@ -41,6 +43,7 @@ from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger
 from gradscope.session.looks import Looks
 from gradscope.session.nonfinite_search import NonfiniteSearch
+from gradscope.session.ranks import Place, is_in_group, place_now
 from gradscope.session.saving import Saving
 from gradscope.session.source_names import assigned_name, called_name
 from gradscope.taps.clipping import clipping
@@ -48,12 +51,20 @@ from gradscope.taps.compiled_code import compiled_code
 from gradscope.taps.engine import BackwardCall, engine, inside_backward, inside_transform
 from gradscope.taps.grad_scaler import grad_scaler
 from gradscope.taps.model_calls import model_calls
+from gradscope.taps.module_calls import module_calls
 from gradscope.taps.module_creation import module_creation
 from gradscope.taps.optimizer_creation import optimizer_creation
 from gradscope.taps.optimizer_steps import optimizer_steps
 from gradscope.taps.schedulers import schedulers
 from gradscope.taps.tap import Tap
-from gradscope.taps.user_frame import Location, columns_of, making_frame, user_frame, user_location
+from gradscope.taps.user_frame import (
+    Location,
+    columns_of,
+    inside_method_of,
+    making_frame,
+    user_frame,
+    user_location,
+)
 from gradscope.taps.zero_grad import zero_grad
 
 _TAPS: tuple[Tap, ...] = (
@@ -66,6 +77,8 @@ _TAPS: tuple[Tap, ...] = (
     schedulers,
     compiled_code,  # after the steps, which see the edges of a compiled step first
 )
+
+_EVERY_TAP: tuple[Tap, ...] = (*_TAPS, optimizer_creation, module_creation)
 
 _MOST_GRAPHS_WAITING = 8
 """How many captured graphs wait for the step they belong to; a loop may never step."""
@@ -80,10 +93,15 @@ _sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 
 def _timed(handle: Callable[..., Any]) -> Callable[..., Any]:
-    """Count the time that a handler takes, instruments left out, as that of the structure."""
+    """Count the time that a handler takes, instruments left out, as that of the structure.
+
+    A broken watch that could not be stopped yet handles nothing, and is stopped if it can be.
+    """
 
     @functools.wraps(handle)
     def timed(self: Session, *arguments: Any) -> Any:
+        if self._broken and self._retire():
+            return None
         if threading.get_ident() not in (self._thread, self._started_in):
             return handle(self, *arguments)
         self._costs.begin()
@@ -170,9 +188,18 @@ class Session:
         lines = SourceLines()
         self._cuts = CutSearch(self._failures, self.event, lines)
         self._nonfinite = NonfiniteSearch(self.recording, self._failures, self.event)
-        self._attempts.on_read = self._nonfinite.step_read
-        self._looks = Looks(self.recording, self._census, self._in_order, self._failures)
+        self._attempts.on_ranks_apart = self._ranks_apart
+        self._attempts.on_end = self._nonfinite.step_ended
+        self._looks = Looks(
+            self.recording,
+            self._census,
+            self._in_order,
+            self._failures,
+            self._costs,
+            options.budget,
+        )
         self._graphs = GraphCapture(options.graph, self._census, self._failures, lines)
+        self._followed = 0.0
         self._call: tuple[float, int] = (0.0, 0)
         self._backward: _Backward | None = None
         self._scale: Late[Any] | None = None
@@ -186,6 +213,7 @@ class Session:
         self._told_compiled: weakref.WeakSet[Any] = weakref.WeakSet()
         self._broken = False
         self._saving: Saving | None = None
+        self._place: Place | None = None
         self._began = 0.0
         self._next_look = 0.0
         self._started_in = 0
@@ -211,18 +239,21 @@ class Session:
             )
         self._tell_holdings()
 
-    def save_to(self, path: Path, criteria: dict[str, Any], stored: Any = None) -> None:
+    def save_to(
+        self, path: Path, criteria: dict[str, Any], stored: Any = None, *, waits: bool = False
+    ) -> None:
         """Write the recording to a directory, from the start on; to be called before that.
 
         Args:
             path: the directory.
             criteria: by what the run is judged, as plain data.
             stored: the run that lies there, to be gone on with; None if there is none.
+            waits: whether nothing is written before something trains.
 
         Raises:
             UsageError: if the run that lies there is of another training.
         """
-        saving = Saving(path, self.recording, lambda: self.elapsed, self.last_copies)
+        saving = Saving(path, self.recording, lambda: self.elapsed, self.last_copies, waits=waits)
         saving.criteria = criteria
         if stored is not None:
             made = saving.take_up(stored)
@@ -235,56 +266,99 @@ class Session:
         self._saving = saving
 
     @property
+    def has_trained(self) -> bool:
+        """Whether a backward or a step was seen."""
+        return self._place is not None
+
+    @property
     def is_saved(self) -> bool:
         """Whether the recording is in its directory, as far as was written."""
-        return self._saving is not None and not self._saving.has_failed
+        saving = self._saving
+        return saving is not None and not saving.has_failed and not saving.waits
 
-    def finish_saving(self, ended: str) -> None:
-        """Write what is left, once nothing more comes."""
+    def finish_saving(self, ended: str, *, even_if_idle: bool = False) -> None:
+        """Write what is left, once nothing more comes.
+
+        Args:
+            ended: how the run ended, in a few words.
+            even_if_idle: whether that is written too in which nothing has trained.
+        """
         if self._saving is not None:
             saving = self._saving
             try:
+                if even_if_idle:
+                    saving.something_trains()
                 saving.stop(ended)
+                self._tell_saving_failed()
             except Exception as error:
-                self._failures.silence("run_directory", "saving-failed", error)
-            self._tell_saving_failed()
+                self.saving_failed(error)
 
     def start(self) -> None:
         """Begin to listen."""
         if not self._broken:
             self.running = True
-            self._listen()
+            self._guarded("taps", self._listen)
             if self._saving is not None:
-                try:
-                    self._saving.start()
-                except OSError as error:
-                    self._failures.silence("run_directory", "saving-failed", error)
+                self._begin_saving(self._saving.start)
+
+    def _begin_saving(self, begin: Callable[[], None]) -> None:
+        try:
+            begin()
+        except Exception as error:
+            self.saving_failed(error)
+
+    def part_failed(self, part: str, error: Exception) -> None:
+        """Take note that something that goes along with the watch has failed."""
+        self._failures.silence(part, "instrument-failed", error)
+
+    def saving_failed(self, error: Exception) -> None:
+        """Take note that the recording is written no more."""
+        if self._saving is not None:
+            self._saving.failure_is_told()
+        self._failures.silence("run_directory", "saving-failed", error)
 
     def stop(self) -> None:
         """Listen no more, and close what is still open."""
         if self.running:
             self.running = False
             if not self.paused:
-                self._hush()
+                self._guarded("taps", self._hush)
             self.paused = False
             if not self._broken:
                 self._guarded("ledger", self._close)
+
+    def abandon(self) -> None:
+        """Listen no more, in a process that was forked from the one that is watched.
+
+        Nothing is accounted for: another thread may have held any lock when this one was copied.
+        """
+        self.running = False
+        self._saving = None
+        self._looks.give_up()
+        self._guarded("graph_cut", self._cuts.give_up)
+        self._guarded("module_calls", self._graphs.give_up)
+        for tap in (*_TAPS, optimizer_creation, module_creation):
+            tap.remove(self)
 
     def pause(self) -> None:
         """Listen no more for a while."""
         if self.running and not self.paused:
             self.paused = True
-            self._hush()
+            self._guarded("taps", self._hush)
 
     def resume(self) -> None:
         """Listen again after a pause."""
         if self.running and self.paused:
             self.paused = False
-            self._listen()
+            self._guarded("taps", self._listen)
 
-    def settle(self) -> None:
-        """Wait for values that are still under way, and account for everything seen so far."""
-        self._guarded("ledger", lambda: self._in_order.settle(wait=True))
+    def settle(self, *, wait: bool = True) -> None:
+        """Account for what was seen so far.
+
+        Args:
+            wait: whether to wait for values that are still under way, so that this is everything.
+        """
+        self._guarded("ledger", lambda: self._in_order.settle(wait=wait))
 
     @property
     def elapsed(self) -> float:
@@ -337,8 +411,9 @@ class Session:
 
     def _retire(self) -> bool:
         """Stop a broken watch once that leaves nothing behind; returns whether it is broken."""
-        if self._broken and self._cuts.can_give_up and not optimizer_steps.inside_hook:
-            self.stop()
+        with suppress(Exception):  # what failed may fail again; then it stops at the next call
+            if self._broken and self._cuts.can_give_up and not optimizer_steps.inside_hook:
+                self.stop()
         return self._broken
 
     # -- what the taps tell -----------------------------------------------------------------
@@ -346,8 +421,6 @@ class Session:
     @_timed
     def takes_call(self, module: nn.Module) -> bool:
         """Take the outermost call of a watched model."""
-        if self._broken and self._retire():
-            return False
         if not self._discovers and not self._census.is_member(module):
             return False
         # A checkpoint that computes its forward again, and calls that only trace the model.
@@ -436,16 +509,22 @@ class Session:
 
     def loss_scaled(self, scaler: Any, outputs: Any) -> None:
         """Remember that a backward from this tensor gives scaled gradients."""
+        if self._broken:
+            return
         for output in outputs if isinstance(outputs, list | tuple) else (outputs,):
             if isinstance(output, torch.Tensor):
                 self._roots.scaled(output)
 
     def scale_updated(self, scaler: Any, location: Location | None) -> None:
         """Account for ``GradScaler.update``."""
+        if self._broken:
+            return
         self.event("scale_update", "", location)
 
     def scaler_step_started(self, scaler: Any, optimizer: Any) -> None:
         """Remember that the optimizer's next step, if it comes, is the scaler's doing."""
+        if self._broken:
+            return
         self._scaler_stepped = False
         self._in_scaler_step = bool(scaler.is_enabled())
         scale = getattr(scaler, "_scale", None)
@@ -466,6 +545,8 @@ class Session:
         """Look at the gradients as a backward finds them, and at the graph it walks."""
         if self._broken or not self._is_here(binding=True):
             return
+        if self._place is None:
+            self._something_trains()
         captured = None
         if call.accumulates:
             self._tell_holdings()
@@ -494,7 +575,8 @@ class Session:
         if self._broken or self._backward is None or not self._is_here():
             return
         backward, self._backward = self._backward, None
-        captured = backward.captured
+        # What is done later holds none of the roots, and so keeps no graph alive.
+        started, last_node, captured = backward.began, backward.last_node, backward.captured
         value = _root_value(call)
         row = _row(call, error) | backward.root_facts
         if not call.accumulates:
@@ -526,8 +608,8 @@ class Session:
             number, wrote = self._ledger.backward_ended(
                 look,
                 root=float(value.value()),
-                last_node=backward.last_node,
-                seconds=began - backward.began,
+                last_node=last_node,
+                seconds=began - started,
                 is_foreign=is_foreign,
                 used_inside=bool(used_inside),
             )
@@ -541,18 +623,20 @@ class Session:
             self.recording.reached(reached)
 
         self._in_order.do(account, value)
+        if captured is not None:  # large, and counted only once it is accounted for
+            self._in_order.settle()
         self._attempts.backward_ended()
         if error is not None:
-            self.event("exception", f"backward: {type(error).__name__}: {error}", call.location)
+            self.event("exception", f"backward: {text_of(error)}", call.location)
 
     @_timed
     @_exclusive
     def step_started(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
         """Begin to read around an update."""
-        if self._broken and self._retire():
-            return
         if not self._is_here(binding=True):
             return
+        if self._place is None:
+            self._something_trains()
         number = self._census.number_of_optimizer(optimizer)
         if number is None and self._discovers:
             self.optimizer_created(optimizer)
@@ -595,8 +679,10 @@ class Session:
         self._cuts.look_back()
         recorded = self._attempts.end(number)
         if self._looks.step_ended(number, self._attempts.optimizers):
-            self._looks.end()
+            self._count_followed()
+            self._end_look()
         if self._looks.now is None:
+            self._count_followed()
             self._cuts.step_ended()
         if self._discovers and not self.recording.models and not compiled_code.is_inside:
             # Tensors without a module: there is no call with which a step begins.
@@ -638,9 +724,13 @@ class Session:
     @_exclusive
     def optimizer_created(self, optimizer: torch.optim.Optimizer) -> None:
         """Take in an optimizer that the program has just made."""
+        if self._broken:
+            return
         # One made by another thread than the watched one is taken in when the watched one steps it.
         if self._thread not in (None, threading.get_ident()):
             return
+        if inside_method_of(torch.optim.Optimizer, "torch.distributed.", optimizer):
+            return  # the part of ZeroRedundancyOptimizer that steps this rank's share
         frame = making_frame(optimizer)
         self.watch_optimizer(optimizer, assigned_name(frame) or "optimizer")
         self.event(
@@ -652,14 +742,36 @@ class Session:
 
     def module_created(self, module: nn.Module, location: Location | None) -> None:
         """Remember where a module was made."""
+        if self._broken:
+            return
         self._looks.module_created(module, location)
 
     # -- inside -----------------------------------------------------------------------------
 
+    def _something_trains(self) -> None:
+        """Take note of which rank this is: who trains with others has met them by now."""
+        self._place = place_now()
+        place, recording = self._place, self.recording
+        recording.rank_in_group, recording.world_size = place.rank, place.world_size
+        if place.world_size > 1 and is_in_group():
+            self._attempts.compares_ranks = True
+            self._failures.run("replicas", self._census.find_replicas)
+            spread = sorted({e.placements for e in recording.parameters if "Shard" in e.placements})
+            if spread:
+                recording.notes.append(
+                    f"parameters are spread over ranks ({'; '.join(spread[:3])}): norms are those "
+                    "of this rank's part, which run.global_norms() of an opened run adds up"
+                )
+        if self._saving is not None:
+            self._begin_saving(self._saving.something_trains)
+
+    def _ranks_apart(self, optimizer: int, ranks: list[int]) -> None:
+        self.event("out_of_sync", ", ".join(map(str, ranks)), None, optimizer)
+
     def _tell_saving_failed(self) -> None:
         error = None if self._saving is None else self._saving.failure
         if error is not None:
-            self._failures.silence("run_directory", "saving-failed", error)
+            self.saving_failed(error)
 
     def _tell_compiled_parts(self, module: nn.Module) -> None:
         for path, kind in self._census.note_compiled(module):
@@ -702,6 +814,17 @@ class Session:
         if is_due and not self._broken:
             self._cuts.tell(self._looks.begin(self._attempts.n_ended))
 
+    def _end_look(self) -> None:
+        self._looks.end()
+        self._attempts.spend(self._looks.cost, is_free=self._looks.is_free)
+
+    def _count_followed(self) -> None:
+        """Count what following every call has taken: it lies between all other parts."""
+        followed = module_calls.seconds + self._cuts.seconds
+        if followed > self._followed:
+            self._costs.add("followed_calls", followed - self._followed)
+            self._followed = followed
+
     def _account_inside_backward(self, number: int, backward: _Backward) -> None:
         """Let an optimizer that steps before a backward is over have its share of it.
 
@@ -711,7 +834,7 @@ class Session:
         params = self._census.params_of(number)[look.token != NO_GRADIENT]
         backward.used_inside.append(params)
         captured, backward.captured = backward.captured, None
-        value = _root_value(backward.call)
+        value, last_node = _root_value(backward.call), backward.last_node
         seconds = time.perf_counter() - backward.began
 
         def account() -> None:
@@ -719,7 +842,7 @@ class Session:
                 number,
                 look,
                 root=float(value.value()),
-                last_node=backward.last_node,
+                last_node=last_node,
                 seconds=seconds,
             )
             if captured is not None:
@@ -754,6 +877,7 @@ class Session:
         self._began = time.perf_counter()
         self._started_in = threading.get_ident()
         self._thread = None if self._discovers else self._started_in
+        self._followed = module_calls.seconds + self._cuts.seconds
         self._guarded("census", self._adopt_gradients)
         if self._broken:
             return
@@ -764,13 +888,21 @@ class Session:
             module_creation.add(self)
 
     def _hush(self) -> None:
-        self._guarded("closer_look", self._looks.end)
-        self._looks.give_up()
-        self._guarded("graph_cut", self._cuts.give_up)
-        self._guarded("module_calls", self._graphs.give_up)
-        for tap in (*_TAPS, optimizer_creation, module_creation):
-            tap.remove(self)
-        self.recording.seconds += time.perf_counter() - self._began
+        if not self._broken:
+            self._guarded("closer_look", self._looks.end)
+        leaving: list[Callable[[], None]] = [
+            self._looks.give_up,
+            self._cuts.give_up,
+            self._graphs.give_up,
+            *(functools.partial(tap.remove, self) for tap in _EVERY_TAP),
+        ]
+        for leave in leaving:
+            try:
+                leave()
+            except Exception as error:  # the others are left all the same
+                self.failed("taps", error)
+                self._guarded("taps", leave)
+        self.recording.seconds += time.perf_counter() - self._began if self._began else 0.0
         self._began = 0.0
         self._backward = None
 
@@ -817,6 +949,7 @@ class Session:
         if self.running:
             self._read_first_norms()
         self._all.prepare()
+        self._in_order.expect(len(self._all.params))
         now = time.perf_counter()
         holdings = {n: self._census.params_of(n) for n in self._attempts.optimizers}
         everybody = self._all.params

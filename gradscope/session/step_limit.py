@@ -32,19 +32,28 @@ class StepLimit:
         self._n_steps = n_steps
         self._open: set[int] = set()  # by id: one whose step raised is in it until its next
         self._thread: int | None = None
+        self._is_over = False
 
     def start(self) -> None:
         """Begin to count."""
-        for tap in _TAPS:
-            tap.add(self)
+        try:
+            for tap in _TAPS:
+                tap.add(self)
+        except Exception as error:
+            self.failed("start", error)
+            self.stop()
 
     def stop(self) -> None:
         """Count no more."""
+        self._is_over = True
         for tap in _TAPS:
             tap.remove(self)
 
     def takes_call(self, module: Any) -> bool:
         """Stop if it is time; take the call, so that those inside of it cost nothing."""
+        if self._is_over:
+            self.stop()
+            return False
         self._stop_if_done()
         return True
 
@@ -53,7 +62,8 @@ class StepLimit:
 
     def zero_grad_called(self, owner: Any, location: Any) -> None:
         """Stop if it is time."""
-        self._stop_if_done()
+        if not self._is_over:
+            self._stop_if_done()
 
     def step_started(self, optimizer: Any, has_closure: bool) -> None:
         """Note that a step is under way."""
@@ -66,7 +76,10 @@ class StepLimit:
 
     def failed(self, where: str, error: Exception) -> None:
         """Watch to the end: the limit is a convenience."""
-        self.stop()
+        self._is_over = True
+        self._session.part_failed("step_limit", error)
+        if self._session.running or not optimizer_steps.inside_hook:
+            self.stop()  # while the session listens, too, no hook is removed by this
 
     def _stop_if_done(self) -> None:
         if not self._session.running:

@@ -38,6 +38,7 @@ class StepReading:
         recorded: whether this step is recorded in full.
         params: int64[n], numbers of the optimizer's parameters; what follows is aligned with it.
         look: gradients right before the update, without their zeros.
+        n_there: how many of them there are.
         sums_of_squares: of those gradients; on a recorded step ``statistics`` has them.
         statistics: of those gradients, on a recorded step.
         before_clipping: float64[n], the sums of squares of the gradients that were clipped, as the
@@ -63,6 +64,7 @@ class StepReading:
     recorded: bool
     params: Integers
     look: GradientLook | None = None
+    n_there: int = 0
     sums_of_squares: Late[Reals] | None = None
     statistics: Late[Statistics] | None = None
     before_clipping: Late[Reals] | None = None
@@ -91,6 +93,16 @@ class StepReading:
             sums: Reals = self.statistics.value().sum_of_squares
             return sums
         return None if self.sums_of_squares is None else self.sums_of_squares.value()
+
+    def is_finite(self) -> bool:
+        """Whether every gradient is finite, or that is not known yet."""
+        squares = self.sums_of_squares
+        if self.look is None or squares is None or not squares.ready():
+            return True
+        values = squares.value()
+        if math.isfinite(values.sum()):
+            return True
+        return bool(np.count_nonzero(np.isfinite(values)) == self.n_there)
 
     def skips(self) -> bool:
         """Whether a fused optimizer found infinite gradients under a scaler and does nothing."""
@@ -192,8 +204,8 @@ class StepObserver:
         """Read the gradients as the update is about to read them."""
         self._prepare()
         gradients = self._gradients.gradients(self._tensors())
-        token, version, any_there = self._gradients.identities(gradients)
-        reading.look = GradientLook(self._at, token, version)
+        tokens, versions, reading.n_there = self._gradients.identities(gradients)
+        reading.look = GradientLook(self._at, tokens, versions)
         reading.sums_of_squares = reading.statistics = None
         if reading.recorded and self._are_copied:
             self._are_copied = (
@@ -203,7 +215,7 @@ class StepObserver:
             reading.keeps = (
                 self._attempt("kept_tensors", self._keeper.gradients, gradients) or False
             )
-        if not any_there:
+        if not reading.n_there:
             return
         if reading.recorded:
             reading.statistics = self._attempt(
@@ -298,18 +310,19 @@ class StepObserver:
         """Look at the gradients again if the update has changed them, which few optimizers do."""
         before = reading.look
         assert before is not None
-        at = self._sample
-        token, version, _ = self._gradients.identities(
-            self._gradients.gradients([tensors[i] for i in at])
+        tokens, versions, _ = self._gradients.identities(
+            self._gradients.gradients([tensors[i] for i in self._sample])
         )
-        if (token == before.token[at]).all() and (version == before.version[at]).all():
+        if tokens == [before.tokens[i] for i in self._sample] and versions == [
+            before.versions[i] for i in self._sample
+        ]:
             return None
-        token, version, _ = self._gradients.identities(self._gradients.gradients(tensors))
-        return GradientLook(self._at, token, version)
+        tokens, versions, _ = self._gradients.identities(self._gradients.gradients(tensors))
+        return GradientLook(self._at, tokens, versions)
 
     def _versions(self) -> list[int] | None:
         try:
-            return [self._references[i]()._version for i in self._sample.tolist()]
+            return [self._references[i]()._version for i in self._sample]  # type: ignore[union-attr]
         except (AttributeError, RuntimeError):  # one is gone, or was made in inference mode
             return None
 
@@ -334,8 +347,5 @@ class StepObserver:
         self._versions_left = None
         self._generation = self._census.generation
         # An update treats the gradients of a group alike: a few tell of all.
-        self._sample = (
-            np.unique(np.linspace(0, len(tensors) - 1, _SAMPLE).astype(np.int64))
-            if tensors
-            else (np.zeros(0, np.int64))
-        )
+        places = np.linspace(0, len(tensors) - 1, min(_SAMPLE, len(tensors)))
+        self._sample = [int(place) for place in places]

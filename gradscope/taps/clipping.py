@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import clip_grad
 
-from gradscope.taps.patch import Patch
+from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
 from gradscope.taps.uncompiled import uncompiled
 from gradscope.taps.user_frame import user_location
@@ -30,17 +31,10 @@ class ClippingTap(Tap):
 
     events = ("gradients_clipped",)
 
-    def install(self) -> None:
+    def install(self, undo: ExitStack) -> None:
         """Replace the inner functions."""
-        self._patches = [
-            Patch(clip_grad, "_clip_grads_with_norm_", self._wrap_norm),
-            Patch(clip_grad, "_group_tensors_by_device_and_dtype", self._wrap_grouping),
-        ]
-
-    def uninstall(self) -> None:
-        """Restore the inner functions."""
-        for patch in self._patches:
-            patch.restore()
+        replace(undo, clip_grad, "_clip_grads_with_norm_", self._wrap_norm)
+        replace(undo, clip_grad, "_group_tensors_by_device_and_dtype", self._wrap_grouping)
 
     def _wrap_norm(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -50,12 +44,14 @@ class ClippingTap(Tap):
             if is_dynamo_compiling():  # a constant to the compiler, which so sees nothing of us
                 return original(parameters, max_norm, *args, **kwargs)
             # Listed once: an iterator can be read only once, and torch has to read it too.
-            parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+            parameters = [parameters] if isinstance(parameters, torch.Tensor) else [*parameters]
             if self.listeners:
-                gradients = _gradients(parameters)
-                self.emit(
-                    "gradients_clipped", "clip_grad_norm_", gradients, max_norm, user_location()
-                )
+                try:
+                    gradients, location = _gradients(parameters), user_location()
+                except Exception as error:
+                    self.failed("gradients_clipped", error)
+                else:
+                    self.emit("gradients_clipped", "clip_grad_norm_", gradients, max_norm, location)
             return original(parameters, max_norm, *args, **kwargs)
 
         return _clip_grads_with_norm_
@@ -68,11 +64,13 @@ class ClippingTap(Tap):
             caller = sys._getframe(1)
             # clip_grad_norm_ groups its tensors too, and is told of elsewhere.
             if self.listeners and caller.f_code.co_name == "clip_grad_value_":
-                limit = caller.f_locals.get("clip_value")
-                gradients = list(tensorlists[0])
-                self.emit(
-                    "gradients_clipped", "clip_grad_value_", gradients, limit, user_location()
-                )
+                try:
+                    limit = caller.f_locals.get("clip_value")
+                    gradients, location = list(tensorlists[0]), user_location()
+                except Exception as error:
+                    self.failed("gradients_clipped", error)
+                else:
+                    self.emit("gradients_clipped", "clip_grad_value_", gradients, limit, location)
             return original(tensorlists, *args, **kwargs)
 
         return _group_tensors_by_device_and_dtype

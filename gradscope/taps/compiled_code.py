@@ -12,13 +12,14 @@ import functools
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
 import torch
 
-from gradscope.taps.patch import Patch
+from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
 from gradscope.taps.uncompiled import uncompiled
 
@@ -46,22 +47,18 @@ class CompiledCodeTap(Tap):
     def __init__(self) -> None:
         super().__init__()
         self._here = threading.local()
-        self._patches: list[Patch] = []
+        self._sees_edges: Callable[[], bool] | None = None
 
-    def install(self) -> None:
+    def install(self, undo: ExitStack) -> None:
         """Replace the switch; where nothing was compiled yet, as soon as something is."""
         self._here = threading.local()
-        self._patches = []
+        self._sees_edges = None
+        self._undo_later = ExitStack()
+        undo.callback(self._undo_later.close)
         if EVAL_FRAME in sys.modules:
             self._replace_switch()
         else:  # importing the compiler takes seconds
-            self._patches.append(Patch(torch, "compile", self._wrap_compile))
-
-    def uninstall(self) -> None:
-        """Restore what was replaced."""
-        for patch in self._patches:
-            patch.restore()
-        self._patches = []
+            replace(undo, torch, "compile", self._wrap_compile)
 
     @property
     def is_inside(self) -> bool:
@@ -71,17 +68,19 @@ class CompiledCodeTap(Tap):
     @property
     def sees_edges(self) -> bool:
         """Whether code that was compiled so far cannot be run without being noticed."""
-        return any(patch.name == _SWITCH and patch.in_place for patch in self._patches)
+        return self._sees_edges is not None and self._sees_edges()
 
     def _replace_switch(self) -> None:
         with contextlib.suppress(KeyError):
-            self._patches.append(Patch(sys.modules[EVAL_FRAME], _SWITCH, self._wrap_switch))
+            self._sees_edges = replace(
+                self._undo_later, sys.modules[EVAL_FRAME], _SWITCH, self._wrap_switch
+            )
 
     def _wrap_compile(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def compile(*args: Any, **kwargs: Any) -> Any:  # noqa: A001
             compiled = original(*args, **kwargs)
-            if self.listeners and len(self._patches) == 1 and EVAL_FRAME in sys.modules:
+            if self.listeners and self._sees_edges is None and EVAL_FRAME in sys.modules:
                 self._replace_switch()
                 self.emit("compiler_loaded")
             return compiled

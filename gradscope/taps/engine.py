@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import torch.autograd.graph
 from torch._guards import TracingContext
 
-from gradscope.taps.patch import Patch
+from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
 from gradscope.taps.uncompiled import uncompiled
 from gradscope.taps.user_frame import Location, user_location
@@ -72,24 +73,23 @@ class EngineTap(Tap):
 
     events = ("backward_started", "backward_ended")
 
-    def install(self) -> None:
+    def install(self, undo: ExitStack) -> None:
         """Replace the engine's entry in both modules that hold it."""
-        self._patches = [
-            Patch(torch.autograd.graph, "_engine_run_backward", self._wrap),
-            Patch(torch.autograd, "_engine_run_backward", self._wrap),
-        ]
-
-    def uninstall(self) -> None:
-        """Restore both entries."""
-        for patch in self._patches:
-            patch.restore()
+        replace(undo, torch.autograd.graph, "_engine_run_backward", self._wrap)
+        replace(undo, torch.autograd, "_engine_run_backward", self._wrap)
 
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def _engine_run_backward(t_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self.listeners or inside_backward() or inside_transform():
+            call = None
+            if self.listeners:
+                try:
+                    if not (inside_backward() or inside_transform()):
+                        call = _describe(t_outputs, args, kwargs)
+                except Exception as error:
+                    self.failed("backward_started", error)
+            if call is None:
                 return original(t_outputs, *args, **kwargs)
-            call = _describe(t_outputs, args, kwargs)
             self.emit("backward_started", call)
             try:
                 result = original(t_outputs, *args, **kwargs)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from torch.amp.grad_scaler import GradScaler
 from torch.compiler import is_dynamo_compiling
 
-from gradscope.taps.patch import Patch
+from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
-from gradscope.taps.user_frame import user_location
 
 
 class GradScalerTap(Tap):
@@ -32,27 +32,26 @@ class GradScalerTap(Tap):
         "scale_updated",
     )
 
-    def install(self) -> None:
+    def install(self, undo: ExitStack) -> None:
         """Replace the methods on the class; ``torch.cuda.amp.GradScaler`` inherits them."""
         self._stepping = threading.local()
-        self._patches = [
-            Patch(GradScaler, "scale", self._wrap_scale),
-            Patch(GradScaler, "step", self._wrap_step),
-            Patch(GradScaler, "unscale_", self._wrap_unscale),
-            Patch(GradScaler, "update", self._wrap_update),
-        ]
-
-    def uninstall(self) -> None:
-        """Restore the methods."""
-        for patch in self._patches:
-            patch.restore()
+        replace(undo, GradScaler, "scale", self._wrap_scale)
+        replace(undo, GradScaler, "step", self._wrap_step)
+        replace(undo, GradScaler, "unscale_", self._wrap_unscale)
+        replace(undo, GradScaler, "update", self._wrap_update)
 
     def _wrap_scale(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def scale(scaler: Any, outputs: Any) -> Any:
             result = original(scaler, outputs)
-            if self.listeners and not is_dynamo_compiling() and scaler.is_enabled():
-                self.emit("loss_scaled", scaler, result)
+            if self.listeners and not is_dynamo_compiling():
+                try:
+                    is_enabled = scaler.is_enabled()
+                except Exception as error:
+                    self.failed("loss_scaled", error)
+                else:
+                    if is_enabled:
+                        self.emit("loss_scaled", scaler, result)
             return result
 
         return scale
@@ -82,7 +81,7 @@ class GradScalerTap(Tap):
                 and not is_dynamo_compiling()
                 and not getattr(self._stepping, "now", False)
             ):
-                self.emit("gradients_unscaled", scaler, optimizer, user_location())
+                self.emit_with_line("gradients_unscaled", scaler, optimizer)
             return result
 
         return unscale_
@@ -92,7 +91,7 @@ class GradScalerTap(Tap):
         def update(scaler: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(scaler, *args, **kwargs)
             if self.listeners and not is_dynamo_compiling():
-                self.emit("scale_updated", scaler, user_location())
+                self.emit_with_line("scale_updated", scaler)
             return result
 
         return update

@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -21,7 +23,7 @@ from torch.nn.modules.module import (
 )
 
 from gradscope.taps.compiled_code import EVAL_FRAME, compiled_code
-from gradscope.taps.patch import Patch
+from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
 from gradscope.taps.uncompiled import uncompiled
 
@@ -31,28 +33,29 @@ class ModuleCallTap(Tap):
 
     The latter also comes after a call that raised, with None for a result. Inside of compiled code
     there are no calls: of a compiled module there is its own, and nothing in it.
+
+    Attributes:
+        seconds: what telling of calls has taken so far.
     """
 
     events = ("module_started", "module_ended")
 
-    def install(self) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+
+    def install(self, undo: ExitStack) -> None:
         """Register the two global hooks."""
         self._n_looking_away = 0
         self._here = threading.local()
+        undo.callback(self._end)
         self._look()
         compiled_code.add(self)
 
-    def uninstall(self) -> None:
-        """Remove the two global hooks."""
+    def _end(self) -> None:
         compiled_code.remove(self)
-        if not self._n_looking_away:
-            self._stop_looking()
         self._n_looking_away = 0
-
-    def failed(self, where: str, error: Exception) -> None:
-        """Pass an error of ours on to whoever listens."""
-        for listener in self.listeners:
-            listener.failed(where, error)
+        self._stop_looking()
 
     def compiled_code_entered(self, function: Any, args: Any, kwargs: Any) -> None:
         """See no calls; a module that was compiled in place begins its own."""
@@ -77,22 +80,16 @@ class ModuleCallTap(Tap):
         self._look_back()
 
     def _look(self) -> None:
-        self._handles = [
-            register_module_forward_pre_hook(self._before),
-            register_module_forward_hook(self._after, always_call=True),
-        ]
-        wrapper = getattr(sys.modules.get(EVAL_FRAME), "OptimizedModule", None)
-        self._compiled_call = (
-            Patch(wrapper, "__call__", self._wrap_compiled_call)
-            if wrapper is not None and "__call__" in vars(wrapper)
-            else None
-        )
+        with ExitStack() as undo:
+            undo.callback(register_module_forward_pre_hook(self._before).remove)
+            undo.callback(register_module_forward_hook(self._after, always_call=True).remove)
+            wrapper = getattr(sys.modules.get(EVAL_FRAME), "OptimizedModule", None)
+            if wrapper is not None and "__call__" in vars(wrapper):
+                replace(undo, wrapper, "__call__", self._wrap_compiled_call)
+            self._looking = undo.pop_all()
 
     def _stop_looking(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        if self._compiled_call is not None:
-            self._compiled_call.restore()
+        self._looking.close()
 
     def _look_away(self) -> None:
         """Take the hooks out, which are those of all threads: they would be compiled in."""
@@ -129,12 +126,16 @@ class ModuleCallTap(Tap):
     @uncompiled
     def _before(self, module: nn.Module, args: Any) -> None:
         if not is_dynamo_compiling():  # a constant to the compiler, which so sees nothing of us
+            began = time.perf_counter()
             self.emit("module_started", module, args)
+            self.seconds += time.perf_counter() - began
 
     @uncompiled
     def _after(self, module: nn.Module, args: Any, result: Any) -> None:
         if not is_dynamo_compiling():
+            began = time.perf_counter()
             self.emit("module_ended", module, result)
+            self.seconds += time.perf_counter() - began
 
 
 module_calls = ModuleCallTap()

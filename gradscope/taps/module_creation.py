@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
-from gradscope.taps.patch import Patch
+from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
-from gradscope.taps.user_frame import user_location
 
 
 class ModuleCreationTap(Tap):
@@ -21,20 +21,16 @@ class ModuleCreationTap(Tap):
 
     events = ("module_created",)
 
-    def install(self) -> None:
+    def install(self, undo: ExitStack) -> None:
         """Replace the base class's ``__init__``, which every module calls."""
-        self._patch = Patch(nn.Module, "__init__", self._wrap)
-
-    def uninstall(self) -> None:
-        """Restore it."""
-        self._patch.restore()
+        replace(undo, nn.Module, "__init__", self._wrap)
 
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def __init__(module: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
             original(module, *args, **kwargs)
             if self.listeners and type(module).__module__.startswith("torch.nn"):
-                self.emit("module_created", module, user_location())
+                self.emit_with_line("module_created", module)
 
         return __init__
 

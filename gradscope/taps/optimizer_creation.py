@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from gradscope.taps.patch import Patch
+from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
 
 
@@ -17,13 +18,9 @@ class OptimizerCreationTap(Tap):
 
     events = ("optimizer_created",)
 
-    def install(self) -> None:
+    def install(self, undo: ExitStack) -> None:
         """Replace the base class's ``__init__``, which every optimizer calls."""
-        self._patch = Patch(torch.optim.Optimizer, "__init__", self._wrap)
-
-    def uninstall(self) -> None:
-        """Restore it."""
-        self._patch.restore()
+        replace(undo, torch.optim.Optimizer, "__init__", self._wrap)
 
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any
 
@@ -66,25 +67,13 @@ class OptimizerStepTap(Tap):
         """
         return bool(getattr(self._here, "inside_hook", False))
 
-    def install(self) -> None:
+    def install(self, undo: ExitStack) -> None:
         """Register the two global hooks."""
         self._here = threading.local()
-        self._handles = [
-            register_optimizer_step_pre_hook(self._before),
-            register_optimizer_step_post_hook(self._after),
-        ]
+        undo.callback(register_optimizer_step_pre_hook(self._before).remove)
+        undo.callback(register_optimizer_step_post_hook(self._after).remove)
+        undo.callback(compiled_code.remove, self)
         compiled_code.add(self)
-
-    def uninstall(self) -> None:
-        """Remove the two global hooks."""
-        compiled_code.remove(self)
-        for handle in self._handles:
-            handle.remove()
-
-    def failed(self, where: str, error: Exception) -> None:
-        """Pass an error of ours on to whoever listens."""
-        for listener in self.listeners:
-            listener.failed(where, error)
 
     def compiled_code_entered(self, function: Any, args: Any, kwargs: Any) -> None:
         """See a compiled step begin; one with a closure cannot be seen from outside."""
@@ -113,15 +102,26 @@ class OptimizerStepTap(Tap):
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if is_dynamo_compiling() or self._enter(optimizer):
+        if is_dynamo_compiling():
             return None
-        # In the hook's args the optimizer itself stands first (torch 2.13).
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if not isinstance(closure, _FUNCTIONS):
-            self._emit_inside_hook("step_started", optimizer, False)
+        watched = None
+        self._here.inside_hook = True
+        try:
+            try:
+                if self._enter(optimizer):
+                    return None
+                # In the hook's args the optimizer itself stands first (torch 2.13).
+                closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+                if isinstance(closure, _FUNCTIONS):
+                    watched = self._watch_closure(optimizer, closure)
+            except Exception as error:
+                self.failed("step_started", error)
+                return None
+            self.emit("step_started", optimizer, watched is not None)
+        finally:
+            self._here.inside_hook = False
+        if watched is None:
             return None
-        self._emit_inside_hook("step_started", optimizer, True)
-        watched = self._watch_closure(optimizer, closure)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": watched}
         return (args[0], watched, *args[2:]), kwargs
@@ -135,14 +135,11 @@ class OptimizerStepTap(Tap):
             return
         steps.pop()
         if not any(step() is optimizer for step in steps):
-            self._emit_inside_hook("step_ended", optimizer)
-
-    def _emit_inside_hook(self, event: str, *arguments: Any) -> None:
-        self._here.inside_hook = True
-        try:
-            self.emit(event, *arguments)
-        finally:
-            self._here.inside_hook = False
+            self._here.inside_hook = True
+            try:
+                self.emit("step_ended", optimizer)
+            finally:
+                self._here.inside_hook = False
 
     def _enter(self, optimizer: Optimizer, n_frames: int = 1) -> bool:
         """Note that a step begins; returns whether it runs inside a step of the same optimizer.

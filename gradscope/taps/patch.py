@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from gradscope.taps.uncompiled import passed_over
 
 
-class Patch:
-    """One replaced attribute of a module or class.
+def replace(
+    undo: ExitStack, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Any]
+) -> Callable[[], bool]:
+    """Replace one attribute of a module or class.
 
-    Restoring checks that the attribute still is ours: if someone else has replaced it since, their
-    replacement stays (it may call ours, which then only passes the call on).
+    What puts it back checks that the attribute still is ours: if someone else has replaced it
+    since, their replacement stays (it may call ours, which then only passes the call on).
+
+    Args:
+        undo: is given what puts the original back.
+        owner: the module or class.
+        name: of the attribute.
+        wrap: given the original, returns what takes its place.
+
+    Returns:
+        What tells whether it still is in its place.
     """
+    # Taken from __dict__, so that the very object is put back that a class held, and not a
+    # function bound or inherited on the way.
+    original = vars(owner)[name]
+    replacement = passed_over(wrap(original))
 
-    def __init__(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Any]) -> None:
-        self.owner = owner
-        self.name = name
-        # Taken from __dict__, so that restoring puts back the very object a class held,
-        # and not a function bound or inherited on the way.
-        self.original = vars(owner)[name]
-        self.replacement = passed_over(wrap(self.original))
-        setattr(owner, name, self.replacement)
+    def is_in_place() -> bool:
+        return vars(owner).get(name) is replacement
 
-    @property
-    def in_place(self) -> bool:
-        """Whether the attribute is still the one this patch has put there."""
-        return vars(self.owner).get(self.name) is self.replacement
+    def restore() -> None:
+        if is_in_place():
+            setattr(owner, name, original)
 
-    def restore(self) -> None:
-        """Put the original back, unless someone else has taken the place since."""
-        if self.in_place:
-            setattr(self.owner, self.name, self.original)
+    undo.callback(restore)
+    setattr(owner, name, replacement)
+    return is_in_place

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from torch.compiler import is_dynamo_compiling
 from torch.optim import lr_scheduler
 
-from gradscope.taps.patch import Patch
+from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
-from gradscope.taps.user_frame import user_location
 
 
 class SchedulerTap(Tap):
@@ -24,21 +24,13 @@ class SchedulerTap(Tap):
 
     events = ("scheduler_stepped",)
 
-    def install(self) -> None:
+    def install(self, undo: ExitStack) -> None:
         """Replace ``step`` in each class of the module that defines one."""
         self._stepping = threading.local()
-        self._patches = [
-            Patch(kind, "step", self._wrap)
-            for kind in vars(lr_scheduler).values()
-            if isinstance(kind, type)
-            and issubclass(kind, lr_scheduler.LRScheduler)
-            and "step" in vars(kind)
-        ]
-
-    def uninstall(self) -> None:
-        """Restore them."""
-        for patch in self._patches:
-            patch.restore()
+        for kind in vars(lr_scheduler).values():
+            is_scheduler = isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler)
+            if is_scheduler and "step" in vars(kind):
+                replace(undo, kind, "step", self._wrap)
 
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -52,7 +44,7 @@ class SchedulerTap(Tap):
             finally:
                 self._stepping.now = nested
             if self.listeners and not nested and not getattr(scheduler, "_is_initial", False):
-                self.emit("scheduler_stepped", scheduler, user_location())
+                self.emit_with_line("scheduler_stepped", scheduler)
             return result
 
         return step

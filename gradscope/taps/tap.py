@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any, ClassVar, Protocol
 
 from torch._C import DisableTorchFunction as _DisableTorchFunction
@@ -12,6 +12,7 @@ from torch._C import _len_torch_dispatch_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gradscope.taps.uncompiled import uncompiled
+from gradscope.taps.user_frame import user_location
 
 
 class Listener(Protocol):
@@ -36,8 +37,9 @@ def out_of_sight(handle: Callable[..., Any], *arguments: Any) -> Any:
 class Tap:
     """One seam of torch, process-wide.
 
-    Subclasses implement :meth:`install` and :meth:`uninstall` and call :meth:`emit` with the name
-    of a listener's method; a listener that lacks the method is passed over.
+    Subclasses implement :meth:`install` and call :meth:`emit` with the name of a listener's method;
+    a listener that lacks the method is passed over. What a tap does besides, around a call of the
+    program's, it tries, and tells an error with :meth:`failed`.
     """
 
     events: ClassVar[tuple[str, ...]] = ()
@@ -45,13 +47,15 @@ class Tap:
     def __init__(self) -> None:
         self.listeners: tuple[Any, ...] = ()
         self._lock = threading.Lock()
+        self._undo = ExitStack()
 
-    def install(self) -> None:
-        """Hook into torch. Called with the first listener."""
-        raise NotImplementedError
+    def install(self, undo: ExitStack) -> None:
+        """Hook into torch. Called with the first listener.
 
-    def uninstall(self) -> None:
-        """Leave torch as it was found. Called with the last listener."""
+        Args:
+            undo: is given what leaves torch as it was found, piece by piece; called with the last
+                listener, or at once if a later piece cannot be put in place.
+        """
         raise NotImplementedError
 
     def add(self, listener: Listener) -> None:
@@ -60,7 +64,9 @@ class Tap:
             if any(known is listener for known in self.listeners):
                 return
             if not self.listeners:
-                self.install()
+                with ExitStack() as undo:
+                    self.install(undo)
+                    self._undo = undo.pop_all()
             self.listeners = (*self.listeners, listener)
 
     def remove(self, listener: Listener) -> None:
@@ -69,9 +75,9 @@ class Tap:
             rest = tuple(known for known in self.listeners if known is not listener)
             if len(rest) == len(self.listeners):
                 return
-            self.listeners = rest
             if not rest:
-                self.uninstall()
+                self._undo.close()
+            self.listeners = rest  # now: if something stays in place, it can be tried again
 
     @uncompiled
     def emit(self, event: str, *arguments: Any) -> None:
@@ -88,3 +94,17 @@ class Tap:
                         handle(*arguments)
             except Exception as error:
                 listener.failed(event, error)
+
+    def emit_with_line(self, event: str, *arguments: Any) -> None:
+        """Tell every listener, the line of the program being the last argument."""
+        try:
+            location = user_location()
+        except Exception as error:
+            self.failed(event, error)
+        else:
+            self.emit(event, *arguments, location)
+
+    def failed(self, event: str, error: Exception) -> None:
+        """Tell every listener of an error of the tap's own; ``event`` is what will not come."""
+        for listener in self.listeners:
+            listener.failed(event, error)

@@ -7,7 +7,9 @@ for single, armed steps, and whoever arms it suspends it where bits could change
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -37,9 +39,15 @@ class _CallMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        first_node = _sequence_nr()
+        try:
+            first_node = _sequence_nr()
+        except Exception as error:
+            self.tap.failed("torch_function_called", error)
+            return func(*args, **kwargs)
         result = func(*args, **kwargs)
+        began = time.perf_counter()
         self.tap.emit("torch_function_called", func, args, kwargs, result, first_node)
+        self.tap.seconds += time.perf_counter() - began
         return result
 
 
@@ -56,6 +64,9 @@ class TorchFunctionTap(Tap):
     program's would be removed in its place, at a ``with torch.device(...)`` for instance.
 
     Inside of compiled code there is no mode: see :mod:`gradscope.taps.compiled_code`.
+
+    Attributes:
+        seconds: what telling of calls has taken so far.
     """
 
     events = ("torch_function_called",)
@@ -64,25 +75,22 @@ class TorchFunctionTap(Tap):
         super().__init__()
         self._mode = _CallMode(self)
         self.suspended = 0
+        self.seconds = 0.0
 
-    def install(self) -> None:
+    def install(self, undo: ExitStack) -> None:
         """Slip the mode in below the others."""
         self.suspended = 0
         self._thread = threading.get_ident()
         self._is_inside_compiled_code = False
+        for _ in range(2):  # a second time if the first fails: left in place it would outlive us
+            undo.callback(self._end)
         self._insert()
         compiled_code.add(self)
 
-    def uninstall(self) -> None:
-        """Take the mode out from wherever it lies."""
+    def _end(self) -> None:
         compiled_code.remove(self)
         self._is_inside_compiled_code = False
         self._take_out()
-
-    def failed(self, where: str, error: Exception) -> None:
-        """Pass an error of ours on to whoever listens."""
-        for listener in self.listeners:
-            listener.failed(where, error)
 
     def compiled_code_entered(self, function: Any, args: Any, kwargs: Any) -> None:
         """See no calls, unless the compiled code runs inside of a call, where none are seen."""
@@ -132,6 +140,16 @@ class TorchFunctionTap(Tap):
 
 
 def _rebuild(modes: list[Any]) -> None:
+    """Put other modes in the place of those that are active; these stay if that fails."""
+    before = _get_current_function_mode_stack()
+    try:
+        _replace_all(modes)
+    except BaseException:
+        _replace_all(before)
+        raise
+
+
+def _replace_all(modes: list[Any]) -> None:
     for _ in _get_current_function_mode_stack():
         _pop_mode()
     for mode in modes:

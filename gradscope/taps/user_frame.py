@@ -16,7 +16,8 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _STANDARD = (os.path.dirname(os.path.abspath(os.__file__)) + os.sep, "<frozen ")
 _SITE_PACKAGES = f"{os.sep}site-packages{os.sep}"
 
-_is_user_code: dict[CodeType, bool] = {}
+# By id, for a code object is hashed by all that is in it; held, so that the id is nobody else's.
+_is_user_code: dict[int, tuple[CodeType, bool]] = {}
 
 
 class Location(NamedTuple):
@@ -42,10 +43,10 @@ def user_frame(start: FrameType | None = None) -> FrameType | None:
     frame: FrameType | None = start if start is not None else sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        known = _is_user_code.get(code)
+        known = _is_user_code.get(id(code))
         if known is None:
-            known = _is_user_code[code] = _belongs_to_user(code.co_filename)
-        if known:
+            known = _is_user_code[id(code)] = (code, _belongs_to_user(code.co_filename))
+        if known[1]:
             return frame
         frame = frame.f_back
     return None
@@ -63,6 +64,20 @@ def making_frame(thing: object) -> FrameType | None:
             break
         frame = user_frame(frame.f_back) if frame.f_back is not None else None
     return frame
+
+
+def inside_method_of(kind: type, package: str, other_than: object) -> bool:
+    """Whether a method of another object of a kind is running, whose class is in a package."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        # Before the locals are asked for, which takes long: only of methods of that package.
+        if code.co_argcount and frame.f_globals.get("__name__", "").startswith(package):
+            first = frame.f_locals.get(code.co_varnames[0])
+            if issubclass(type(first), kind) and first is not other_than:
+                return type(first).__module__.startswith(package)
+        frame = frame.f_back
+    return False
 
 
 @uncompiled

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from gradscope.taps.patch import Patch
+from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
-from gradscope.taps.user_frame import user_location
 
 
 class ZeroGradTap(Tap):
@@ -22,24 +22,17 @@ class ZeroGradTap(Tap):
 
     events = ("zero_grad_called",)
 
-    def install(self) -> None:
+    def install(self, undo: ExitStack) -> None:
         """Replace both methods on their classes."""
-        self._patches = [
-            Patch(torch.optim.Optimizer, "zero_grad", self._wrap),
-            Patch(torch.nn.Module, "zero_grad", self._wrap),
-        ]
-
-    def uninstall(self) -> None:
-        """Restore both methods."""
-        for patch in self._patches:
-            patch.restore()
+        replace(undo, torch.optim.Optimizer, "zero_grad", self._wrap)
+        replace(undo, torch.nn.Module, "zero_grad", self._wrap)
 
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def zero_grad(owner: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(owner, *args, **kwargs)
             if self.listeners and not is_dynamo_compiling():
-                self.emit("zero_grad_called", owner, user_location())
+                self.emit_with_line("zero_grad_called", owner)
             return result
 
         return zero_grad

@@ -12,7 +12,9 @@ import numpy as np
 import pandas as pd
 
 from gradscope.rules import RULES, Finding, Findings, Severity, diagnose
-from gradscope.rules.finding import NOT_SELECTED
+from gradscope.rules.facts import listed
+from gradscope.rules.finding import NOT_SELECTED, UNREAD
+from gradscope.rules.ranks import is_one_training
 from gradscope.run.recording import Recording
 from gradscope.run.schema import STATUSES
 
@@ -68,6 +70,8 @@ _LINE_OF_FAMILY = {"1": "parameters", "2": "zero_grad", "3": "forward", "4": "ba
                    "5": "step", "6": "loss"}  # fmt: skip
 
 
+_READ_HERE = ("steps", "backwards", "events", "groups", "grads")
+
 _UNFINISHED = " so far: the run has not ended, or was killed"
 
 
@@ -85,6 +89,7 @@ def summarize(
     findings = Findings([f for f in everything if f.severity >= shows], everything.unchecked)
     ended = _ended(run)
     steps, backwards = run.frame("steps"), run.frame("backwards")
+    unread = run.unreadable(_READ_HERE)
     lines: tuple[tuple[str, str, Callable[[], list[str]]], ...] = (
         ("parameters", "which numbers will be trained?", lambda: _parameters(run)),
         ("forward", "builds the autograd graph behind loss.grad_fn", lambda: _forward(steps)),
@@ -93,9 +98,11 @@ def summarize(
         ("step", "reads .grad, updates state and weights", lambda: _step(run, steps)),
         ("loss", "should fall", lambda: _loss(steps)),
     )
+    if "steps" in unread and steps.empty:
+        lines = lines[:1]  # of the others nothing is known
     return LoopSummary(
         title=_title(run, steps),
-        verdict=_verdict(findings, steps, ended) + _UNFINISHED * run.is_unfinished,
+        verdict=_verdict(findings, steps, ended, unread) + _UNFINISHED * run.is_unfinished,
         healthy=not any(finding.severity > 0 for finding in findings),
         findings=findings,
         lines=tuple(
@@ -106,7 +113,7 @@ def summarize(
         checked=_checked(run, findings),
         hidden=_hidden(len(everything) - len(findings)),
         ended=ended,
-        seen=not steps.empty,
+        seen=not (steps.empty or unread),
     )
 
 
@@ -132,21 +139,28 @@ def _title(run: Recording, steps: pd.DataFrame) -> str:
     optimizers = ", ".join(_named(each.name, each.kind) for each in run.optimizers)
     who = " · ".join(part for part in (models, optimizers) if part) or "nothing watched"
     number = _counted(len(steps), "step")
+    if run.unreadable(("steps",)):
+        number = f"{len(steps):,} of {run.n_steps:,} steps that can be read"
     if run.total_steps is not None and len(steps) < run.total_steps:
         number = f"{len(steps):,} of {run.total_steps:,} steps"
     events = run.frame("events")
     seams = events.loc[events["event"] == "seam", "step"]
     if len(seams):
         number += f", gone on with at step {', '.join(map(str, seams))},"
+    if len(run.ranks) > 1:
+        noun = "rank" if is_one_training(run) else "process"
+        number = f"{noun} {min(run.ranks)} of {len(run.ranks)} · {number}"
     return f"{who} · {number} in {_duration(run.seconds)}"
 
 
-def _verdict(findings: Findings, steps: pd.DataFrame, ended: str) -> str:
+def _verdict(findings: Findings, steps: pd.DataFrame, ended: str, unread: tuple[str, ...]) -> str:
     if findings:
         worst = max(findings, key=lambda finding: finding.severity)
         return worst.name if len(findings) == 1 else f"{worst.name}: {len(findings)} findings"
     verdict = "no defect found"
-    if steps.empty:
+    if unread:
+        verdict = f"not all of {listed(unread, len(unread))} can be read: see what is not observed"
+    elif steps.empty:
         verdict = "no step of a watched optimizer was seen"
     return f"{verdict} before {ended} ended the program" if ended else verdict
 
@@ -330,13 +344,18 @@ def _cost(run: Recording, steps: pd.DataFrame) -> str:
 def _checked(run: Recording, findings: Findings) -> tuple[str, ...]:
     n_applied = len(RULES) - len(findings.unchecked)
     unwanted = sum(why == NOT_SELECTED for why in findings.unchecked.values())
+    n_ranks = len(run.ranks)
+    noun = "ranks" if is_one_training(run) else "processes"
     return (
-        f"checked: {_counted(n_applied, 'rule')} (gradscope rule --all)"
+        f"checked: {_counted(n_applied, 'rule')}"
+        + (f" on {n_ranks} {noun}" if n_ranks > 1 else "")
+        + " (gradscope rule --all)"
         + (f"; not selected: {unwanted}" if unwanted else ""),
         *(
-            f"not checked: {code}, which failed ({why})"
-            for code, why in findings.unchecked.items()
-            if why != NOT_SELECTED
+            f"not checked: {who}: {why}"
+            if why.startswith(UNREAD)
+            else f"not checked: {who}, which failed ({why})"
+            for who, why in findings.failed()
         ),
         *(f"not observed: {note}" for note in run.notes),
     )

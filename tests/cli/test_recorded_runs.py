@@ -11,6 +11,8 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +279,49 @@ def test_a_full_disk_is_told(
     said = say("table", path, "steps", "-o", "steps.csv")
     assert said.status == 2
     assert "steps.csv: cannot be written: [Errno 28] No space left on device" in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def disk_for(n_bytes: int) -> Iterator[None]:
+    """Let no file become longer than so many bytes, as on a disk that is full."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("graph", "-o", f"g.{ending}") for ending in ("svg", "html", "dot", "txt", "json")),
+        ("report", "-o", "run.html"),
+        *(("table", "grads", "-o", f"grads.{ending}") for ending in ("txt", "csv", "parquet")),
+    ],
+    ids=" ".join,
+)
+def test_on_a_full_disk_what_was_there_stays(
+    path: Path, say: Any, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    output = tmp_path / words[-1]
+    output.write_text("mine")
+    with disk_for(500):
+        said = say(words[0], path, *words[1:], "--force")
+    assert said.status == 2
+    assert f"--output {words[-1]}: cannot be written: [Errno 27] File too large" in said.err
+    assert "Traceback" not in said.err
+    assert output.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_an_export_is_whole_or_not_there(path: Path, say: Any, tmp_path: Path) -> None:
+    with disk_for(500):
+        said = say("export", path, "--to", "csv", "-o", "out")
+    assert said.status == 2
+    assert "File too large" in said.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,59 +1,51 @@
-"""An error inside gradscope is told once, and training goes on as if nobody had watched."""
+"""An error inside gradscope is told once, and training goes on as if nobody had watched.
+
+Here every handler, instrument and rule fails as a whole; ``test_faults.py`` lets every call that
+any of them makes fail.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import io
 import os
 import re
 import subprocess
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fault_loops import cut_loss, everything_at_once
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
-from torch.optim import SGD, AdamW, lr_scheduler
+from torch.optim import SGD, AdamW
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 from traces import snapshot
 from training_loops import batch, perceptron
-from twins import Training, everything_of, seed_everything
+from twins import everything_of, seed_everything
 
 import gradscope
 from gradscope.config import WatchOptions
 from gradscope.errors import GradscopeWarning
-from gradscope.instruments import graph_cut
 from gradscope.instruments.call_log import CallLog
-from gradscope.instruments.gradients import GradientReader
 from gradscope.instruments.graph_cut import GraphCutFinder
 from gradscope.instruments.optimizer_state import StateReader
-from gradscope.instruments.statistics import StatisticsReader
-from gradscope.instruments.step_copies import StepCopies
 from gradscope.rules import RULES
-from gradscope.run.columns import Columns
-from gradscope.run.recording import Recording
 from gradscope.scope import Scope
-from gradscope.session import recorder, session
-from gradscope.session.all_gradients import AllGradients
-from gradscope.session.attempts import Attempts
+from gradscope.session import session
 from gradscope.session.census import Census
-from gradscope.session.cut_search import CutSearch
 from gradscope.session.failures import Failures
-from gradscope.session.gradients import GradientHistory
-from gradscope.session.ledger import Ledger
-from gradscope.session.looks import Looks
-from gradscope.session.nonfinite_search import NonfiniteSearch
-from gradscope.session.schedule import Schedule
 from gradscope.session.session import Session
-from gradscope.session.step_observer import StepObserver
 from gradscope.taps.module_calls import module_calls
 from gradscope.taps.torch_functions import TorchFunctionTap
 
@@ -62,46 +54,6 @@ N_STEPS = 6
 
 class BrokenError(RuntimeError):
     """What a broken part of gradscope raises."""
-
-
-def everything_at_once() -> Training:
-    """A loop in which every tap has something to tell."""
-    seed_everything()
-    model, other = perceptron(dropout=0.2), nn.Linear(6, 3)
-    optimizer = AdamW(model.parameters(), lr=1e-2)
-    closing = SGD(other.parameters(), lr=0.1, momentum=0.9)
-    scheduler = lr_scheduler.StepLR(optimizer, 2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
-    optimizer._opt_called = False  # what the scheduler would add with the first step
-
-    def step(number: int) -> list[torch.Tensor]:
-        x, y = batch()
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        if number == 3:
-            loss = loss * float("inf")
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        nn.utils.clip_grad_value_(model.parameters(), 0.5)
-        scaler.step(optimizer)
-        scaler.update()
-        scheduler.step()
-
-        def closure() -> torch.Tensor:
-            closing.zero_grad()
-            loss = F.cross_entropy(other(x), y)
-            loss.backward()
-            return loss
-
-        other_loss = closing.step(closure)
-        model.eval()
-        with torch.no_grad():
-            held_out = model(x)
-        model.train()
-        return [loss.detach().clone(), other_loss.detach().clone(), held_out]
-
-    return Training([model, other], [optimizer, closing], step, [scaler, scheduler])
 
 
 @functools.cache
@@ -398,23 +350,6 @@ def break_instrument(
     return failing
 
 
-def cut_loss() -> Training:
-    """A loop whose backward reaches no parameter, so that the cut is looked for."""
-    seed_everything()
-    model = perceptron()
-    optimizer = AdamW(model.parameters(), lr=1e-2)
-
-    def step(number: int) -> list[torch.Tensor]:
-        x, y = batch()
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x).detach().requires_grad_(), y)
-        loss.backward()
-        optimizer.step()
-        return [loss.detach().clone()]
-
-    return Training([model], [optimizer], step)
-
-
 def test_the_list_of_instruments_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     used: set[str] = set()
     original = Failures.run
@@ -431,17 +366,18 @@ def test_the_list_of_instruments_is_complete(monkeypatch: pytest.MonkeyPatch) ->
     assert used == {f"{part}: {name}" for part, name in CASES}
 
 
-@pytest.mark.parametrize("first", [0, 2], ids=["first call", "third call"])
+@functools.cache
+def healthy_tables() -> dict[str, Any]:
+    scope, _ = train_watched()
+    return scope.tables
+
+
 @pytest.mark.parametrize(("part", "name"), CASES)
 def test_a_failing_instrument_is_told_once_and_falls_silent(
-    part: str, name: str, first: int, monkeypatch: pytest.MonkeyPatch
+    part: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rare = ("captured", "_follow", "GraphCutFinder", "cut_of", "CloserLook")
-    rarer = ("first_nonfinite", "precomputed_weights", "has_singular", "symmetry")
-    if first and name in (*rare, *rarer):
-        pytest.skip("not called that often where nothing is wrong")
-    healthy, _ = train_watched()
-    failing = break_instrument(monkeypatch, part, name, first)
+    healthy = healthy_tables()
+    failing = break_instrument(monkeypatch, part, name, 0)
     if name == "cut_of":
         training = cut_loss()
         with warnings.catch_warnings(record=True) as record:
@@ -455,83 +391,20 @@ def test_a_failing_instrument_is_told_once_and_falls_silent(
         scope, told = train_watched()
         # What the others measure is as before.
         assert len(scope.steps) == 2 * N_STEPS
-        assert list(scope.steps["order"]) == list(healthy.steps["order"])
-        assert list(scope.grads["status"]) == list(healthy.grads["status"])
+        assert list(scope.steps["order"]) == list(healthy["steps"]["order"])
+        assert list(scope.grads["status"]) == list(healthy["grads"]["status"])
     assert_told_once(failing[0], scope, told)
-    assert failing[0].n_calls == first + 1
+    assert failing[0].n_calls == 1
     assert told[0].slug == "instrument-failed"
     assert part in str(told[0])
 
 
-# -- everything else that runs inside the program's step --------------------------------------
+# -- rules ------------------------------------------------------------------------------------
 
 
-def _own_functions(*owners: Any) -> Iterator[tuple[Any, str]]:
-    for owner in owners:
-        for name, function in vars(owner).items():
-            public = not name.startswith("_") or name == "__init__"
-            if public and inspect.isfunction(function) and function.__module__ == owner.__module__:
-                yield owner, name
-
-
-INNER_PARTS = [
-    *_own_functions(Ledger, GradientHistory, Schedule, AllGradients, StepObserver, Columns),
-    *_own_functions(Attempts),
-    (CutSearch, "wants_to_search"),
-    (CutSearch, "look_away"),
-    (CutSearch, "arm"),
-    (CutSearch, "step_ended"),
-    (Looks, "is_due"),
-    (Looks, "begin"),
-    (Looks, "backward_started"),
-    (Looks, "step_started"),
-    (Looks, "step_ended"),
-    (Looks, "end"),
-    (NonfiniteSearch, "backward_started"),
-    (NonfiniteSearch, "step_read"),
-    *_own_functions(GradientReader, StatisticsReader, StepCopies, StateReader, Census),
-    *(
-        (recorder, name)
-        for name, function in vars(recorder).items()
-        if name.startswith("record_") and inspect.isfunction(function)
-    ),
-    (Recording, "rows"),
-    (session, "scalar_of"),
-    (session, "user_location"),
-    (graph_cut, "user_location"),
-]
-
-
-@pytest.mark.parametrize("first", [0, 3], ids=["first call", "fourth call"])
-@pytest.mark.parametrize(
-    ("owner", "name"), INNER_PARTS, ids=[f"{o.__name__}.{n}" for o, n in INNER_PARTS]
-)
-def test_a_failing_inner_part_does_not_reach_the_program(
-    owner: Any, name: str, first: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    armed: list[Failing] = []
-    start = Scope.start
-
-    # What watch() does before the loop may raise: nothing has begun then. From start() on, nothing.
-    def start_then_break(scope: Scope) -> Scope:
-        armed.append(break_function(monkeypatch, owner, name, first))
-        return start(scope)
-
-    monkeypatch.setattr(Scope, "start", start_then_break)
-    scope, told = train_watched()
-    raised = armed[0].has_raised
-    monkeypatch.undo()
-    if raised and owner in (StatisticsReader, StateReader, GradientReader, Census):
-        # Several instruments use these, and each that fails has its own word.
-        assert 1 <= len({str(warning) for warning in told}) == len(told) <= 3
-        told = told[:1]
-    assert len(told) == raised, [str(warning) for warning in told]
-    if raised:
-        assert_told_once(armed[0], scope, told)
-
-
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
-def test_a_failing_rule_silences_itself_only(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@functools.cache
+def judged() -> tuple[Scope, set[str]]:
+    """A loop in which several things are wrong, and the codes of what is found in it."""
     seed_everything()
     model = perceptron()
     optimizer = AdamW(model.parameters(), lr=1e-2)
@@ -541,14 +414,153 @@ def test_a_failing_rule_silences_itself_only(rule: Any, monkeypatch: pytest.Monk
             logits = model(x) if number else model(x).detach().requires_grad_()
             F.cross_entropy(logits, y).backward()
             optimizer.step()
-    whole = {finding.code for finding in scope.findings}
+    return scope, {finding.code for finding in scope.findings}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_failing_rule_silences_itself_only(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scope, whole = judged()
     break_function(monkeypatch, rule, "check")
-    with warnings.catch_warnings(record=True):
+    found = scope.findings
+    codes = {finding.code for finding in found}
+    assert codes - {"GS901", "GS902", "GS903"} >= whole - {rule.code}
+    assert rule.code not in codes
+    assert found.unchecked[rule.code] == "BrokenError: broken on purpose"
+    # A few rules ask another one.
+    assert len(found.unchecked) <= 2
+
+
+def test_a_rule_that_failed_is_named_on_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    scope, _ = judged()
+    break_function(monkeypatch, RULES[3], "check")
+    assert RULES[3].code in str(scope)
+
+
+# -- what is the program's own ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("event", EVENTS)
+def test_an_interrupt_is_the_programs_own_wherever_it_comes(
+    event: str, kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Session, *args: Any) -> None:
+        raise kind("now")
+
+    training = everything_at_once()
+    before = snapshot(training.models, training.optimizers)
+    monkeypatch.setattr(Session, event, interrupted)
+    scope = gradscope.watch(training.models, training.optimizers, on_finding="warn")
+
+    def train() -> None:
+        for number in range(N_STEPS):
+            training.step(number)
+
+    with pytest.raises(kind, match="now"):
+        scope(train)()
+    assert snapshot(training.models, training.optimizers).differences_from(before) == []
+    assert any(kind.__name__ in detail for detail in scope.events["detail"].tail(5))
+
+
+class UnprintableError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("cannot even be printed")
+
+
+@pytest.mark.parametrize("where", ["loop", "backward"])
+def test_an_exception_that_cannot_be_printed_is_not_hidden(where: str) -> None:
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            raise UnprintableError
+
+    model = nn.Linear(2, 2)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    scope = gradscope.watch(model, optimizer)
+
+    def train() -> None:
+        if where == "loop":
+            raise UnprintableError
+        Fails.apply(model(torch.ones(1, 2))).sum().backward()
+
+    with pytest.raises(UnprintableError):
+        scope(train)()
+    assert scope._recording.notes == []
+    assert scope.events["detail"].iloc[-2] == "UnprintableError"
+
+
+def test_a_watch_that_fails_at_once_is_no_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = everything_at_once()
+    break_function(monkeypatch, Census, "add_model")
+    with pytest.warns(GradscopeWarning, match=r"nothing is watched.*\[watch-failed\]"):
+        scope = gradscope.watch(training.models, training.optimizers)
+    with scope:
+        seen = [t for number in range(N_STEPS) for t in training.step(number)]
+    result = everything_of(training, seen)
+    assert [name for name in result if result[name] != unwatched()[name]] == []
+    assert "BrokenError: broken on purpose" in repr(scope)
+    assert "broken on purpose" in scope._repr_html_()
+    with pytest.raises(BrokenError):
+        gradscope.watch(training.models, training.optimizers, on_error="raise")
+
+
+def test_a_watch_that_broke_off_is_left_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = everything_at_once()
+    break_function(monkeypatch, Session, "step_ended", 2)
+    scope = gradscope.watch(
+        training.models, training.optimizers, save=tmp_path / "run", on_finding="warn"
+    )
+
+    def train() -> None:
+        for number in range(N_STEPS):
+            training.step(number)
+
+    with pytest.warns(GradscopeWarning, match="watch-failed"):
+        scope(train)()
+    run = gradscope.open(tmp_path / "run")
+    assert run.about["how_it_ended"] == "finished"
+    assert len(run.steps) == 2
+    assert any("step_ended failed" in note for note in run.notes)
+    assert "gradscope-writer" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_where_warnings_cannot_be_shown_they_are_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("the program's own way to show warnings fails")
+
+    training = everything_at_once()
+    break_function(monkeypatch, StateReader, "read")
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
-        codes = {finding.code for finding in scope.findings}
-        assert codes - {"GS901", "GS902", "GS903"} >= whole - {rule.code}
-        assert rule.code not in codes
-        assert str(scope)
+        monkeypatch.setattr(warnings, "showwarning", broken)
+        with gradscope.watch(training.models, training.optimizers) as scope:
+            training.step(0)
+    assert capsys.readouterr().err.count("[instrument-failed]") == 1
+    assert len(scope.steps) == 2
+
+
+def test_where_there_is_no_standard_error_training_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    training = everything_at_once()
+    break_function(monkeypatch, StateReader, "read")
+    closed = io.StringIO()
+    closed.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(sys, "stderr", closed)
+        with gradscope.watch(training.models, training.optimizers) as scope:
+            training.step(0)
+        monkeypatch.undo()
+    assert len(scope.steps) == 2
 
 
 # -- where warnings are errors --------------------------------------------------------------

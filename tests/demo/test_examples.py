@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,32 @@ def test_a_recorded_run_is_opened_and_read_by_pandas(tmp_path: Path) -> None:
     assert "no defect found" in output
     assert "2.weight[0, 3]" in output
     assert (tmp_path / "run" / "run.json").exists()
+
+
+def test_two_ranks_past_their_wrapper_are_told_so(tmp_path: Path) -> None:
+    arguments = ["--steps", "6", "--save", str(tmp_path / "run"), "--past-the-wrapper"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(EXAMPLES / "ddp.py"), *arguments],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    first, second = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert "rank 0 of 2" in first
+    assert "GS802 unreduced-gradients" in first
+    assert second == ""

@@ -21,7 +21,7 @@ class Arriving:
         return self.there
 
 
-def test_what_is_ready_is_done_at_once_and_in_order() -> None:
+def test_what_is_ready_is_done_in_order() -> None:
     done: list[str] = []
     first, second = Arriving(), Arriving()
     queue = InOrder(lambda error: done.append(str(error)))
@@ -29,6 +29,8 @@ def test_what_is_ready_is_done_at_once_and_in_order() -> None:
     queue.do(lambda: done.append("b"), first)
     queue.do(lambda: done.append("c"))
     queue.do(lambda: done.append("d"), second)
+    assert done == []
+    queue.step_ended(is_urgent=False)
     assert done == ["a"]
     second.there = True
     queue.settle()
@@ -36,6 +38,29 @@ def test_what_is_ready_is_done_at_once_and_in_order() -> None:
     first.there = True
     queue.settle()
     assert done == ["a", "b", "c", "d"]
+
+
+def test_several_steps_are_done_together_unless_one_is_urgent() -> None:
+    done: list[int] = []
+    queue = InOrder(lambda error: done.append(-1))
+    queue.expect(100)
+    for step in range(40):
+        queue.do(lambda step=step: done.append(step))
+        queue.step_ended(is_urgent=step == 19)
+        if step < 15:
+            assert done == []
+    assert done == list(range(36))  # after 16, at 19, and after 16 more
+    queue.settle()
+    assert done == list(range(40))
+
+
+def test_looks_at_many_parameters_do_not_wait() -> None:
+    done: list[int] = []
+    queue = InOrder(lambda error: done.append(-1))
+    queue.expect(100_000)
+    queue.do(lambda: done.append(1))
+    queue.step_ended(is_urgent=False)
+    assert done == [1]
 
 
 def test_waiting_does_everything_and_tells_of_errors() -> None:

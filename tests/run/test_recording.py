@@ -31,7 +31,7 @@ EXAMPLE = Table(
 def test_rows_come_back_as_they_were_put_in_however_many() -> None:
     columns = Columns(EXAMPLE)
     for i in range(300):
-        columns.append({"n": i, "maybe": [None] if i % 2 else i, "x": i / 2, "word": f"w{i % 3}"})
+        columns.append({"n": i, "maybe": None if i % 2 else i, "x": i / 2, "word": f"w{i % 3}"})
     columns.extend(3, {"n": np.array([7, 8, 9]), "word": Coded(np.array([0, 1, 0]), ("u", "v")),
                        "yes": True, "param": [0, 1, 0]})  # fmt: skip
     frame = columns.frame(["a", "b"], [])

@@ -412,6 +412,53 @@ def test_a_full_disk_is_told_once_and_training_goes_on(
     assert "instrument-failed" in {finding.name for finding in scope.findings}
 
 
+def test_half_of_a_saved_run_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scope = train(*_watched(None))
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer.DirectoryWriter, "_finish", full)
+    with pytest.raises(OSError, match="No space left"):
+        scope.save(tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+    monkeypatch.undo()
+    scope.save(tmp_path / "run")
+    assert len(gradscope.open(tmp_path / "run").steps) == len(scope.steps)
+
+
+def test_what_cannot_be_written_at_exit_is_told_in_one_line(tmp_path: Path) -> None:
+    program = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+from recorded_loops import perceptron
+import gradscope
+from gradscope.run.directory.writer import DirectoryWriter
+
+def full(self, *args):
+    raise OSError(28, "No space left on device")
+
+model = perceptron()
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+gradscope.watch(model, optimizer, save=sys.argv[1]).start()
+model(torch.ones(1, 6)).sum().backward()
+optimizer.step()
+DirectoryWriter._finish = full
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "run"), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("gradscope: run_directory failed at the end of the program")
+    assert "No space left on device" in line
+    assert line.endswith("[saving-failed]")
+    assert len(gradscope.open(tmp_path / "run").steps) == 1
+
+
 def _watched(path: Path | None) -> tuple[Scope, nn.Module, torch.optim.Optimizer]:
     model = perceptron()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -15,7 +15,9 @@ from torch import nn
 
 import gradscope
 from gradscope.errors import GradscopeError, RunDirectoryError
+from gradscope.rules import RULES
 from gradscope.run.directory.layout import read_json, write_json
+from gradscope.run.schema import TABLES
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -104,6 +106,47 @@ def test_torn_files_are_named_and_skipped(healthy: Path, tmp_path: Path) -> None
             assert any(file.name in note for note in run.notes), (file, run.notes)
             if file.parent.name != "steps":
                 assert len(run.steps) == 12
+
+
+@pytest.mark.parametrize("name", [*TABLES, "parameters.json"])
+def test_rules_about_what_cannot_be_read_are_not_applied(
+    healthy: Path, tmp_path: Path, name: str
+) -> None:
+    codes = {finding.code for finding in gradscope.open(healthy).findings}
+    copy = tmp_path / "run"
+    shutil.copytree(healthy, copy)
+    files = [copy / name] if name.endswith("json") else files_of(copy / name)
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-20])
+    run = gradscope.open(copy)
+    assert {finding.code for finding in run.findings} <= codes
+    if name in ("params", "models"):  # made of parameters.json
+        assert run.findings.unchecked == {}
+        return
+    unread = run.findings.unchecked
+    about = {rule.code for rule in RULES if name in rule.tables or name.endswith("json")}
+    assert unread.keys() == about
+    assert all("can be read" in why for why in unread.values())
+
+
+def test_steps_that_cannot_be_read_are_not_said_to_be_missing(
+    healthy: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(healthy, copy)
+    for file in files_of(copy / "steps"):
+        file.write_bytes(file.read_bytes()[:100])
+    shown = repr(gradscope.open(copy))
+    assert "0 of 12 steps that can be read" in shown
+    assert "not all of steps can be read" in shown
+    assert "steps/part-0000-000000.parquet: cannot be read" in shown
+    for wrong in ("no step", "never called", "no defect"):
+        assert wrong not in shown
+    for file in files_of(copy / "steps"):
+        file.unlink()
+    shown = repr(gradscope.open(copy))
+    assert "its files are gone; 12 steps were recorded" in shown
+    assert "no defect" not in shown
 
 
 def test_flipped_bits_crash_nothing(healthy: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from gradscope import Scope
 from gradscope.config import WatchOptions
 from gradscope.instruments.symmetry import read_symmetry
 from gradscope.run.recording import Recording
+from gradscope.session import looks
 from gradscope.session.session import Session
 
 LossOf = Callable[[nn.Module, int], torch.Tensor]
@@ -57,9 +58,21 @@ def _seeded() -> None:
 # -- when ------------------------------------------------------------------------------------
 
 
-def test_looks_come_at_the_first_two_steps_and_when_the_number_has_doubled() -> None:
-    scope, _ = train(nn.Linear(3, 2), lambda m, i: m(torch.randn(4, 3)).square().mean(), 40)
-    assert sorted(set(scope.calls["step"])) == [0, 1, 4, 8, 16, 32]
+def steps_looked_at(n: int) -> list[int]:
+    scope, _ = train(nn.Linear(3, 2), lambda m, i: m(torch.randn(4, 3)).square().mean(), n)
+    return sorted(set(scope.calls["step"]))
+
+
+def test_looks_come_at_the_first_two_steps_and_when_the_number_has_doubled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(looks, "_SHARE", 1e9)
+    assert steps_looked_at(70) == [0, 1, 4, 8, 16, 32, 64]
+
+
+def test_later_looks_wait_until_the_budget_pays_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(looks, "_SHARE", 1e-9)
+    assert steps_looked_at(70) == [0, 1, 4, 8, 16]
 
 
 def test_an_evaluation_begins_no_look() -> None:

@@ -130,8 +130,8 @@ class NaiveModel:
         seen = [self.gradients[param].look() for param in params]
         return GradientLook(
             at=np.array(params),
-            token=np.array([token for token, _, _ in seen]),
-            version=np.array([version for _, version, _ in seen]),
+            tokens=[token for token, _, _ in seen],
+            versions=[version for _, version, _ in seen],
             squares=np.array([0.0 if zero else 1.0 for _, _, zero in seen]),
         )
 
@@ -190,7 +190,7 @@ def test_every_status_is_that_of_the_naive_model(actions: list[tuple[str, object
 def looks(*gradients: tuple[int, int, bool]) -> GradientLook:
     token, version, zero = zip(*gradients, strict=True)
     squares = np.where(zero, 0.0, 1.0)
-    return GradientLook(np.arange(len(token)), np.array(token), np.array(version), squares)
+    return GradientLook(np.arange(len(token)), token, version, squares)
 
 
 def test_an_edit_between_backward_and_step_is_told_apart_from_one_after_use() -> None:

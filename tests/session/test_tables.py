@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import numpy as np
@@ -266,3 +267,17 @@ def test_the_latest_numbers_are_plain_and_of_the_last_step() -> None:
             assert scope.latest["loss"] == pytest.approx(loss.item())
             assert scope.latest["lr"] == 0.25
     assert all(type(value) is float for value in scope.latest.values())
+
+
+def test_the_last_steps_of_an_optimizer_that_is_gone_are_there() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(21):
+            optimizer.zero_grad()
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+        del optimizer
+        gc.collect()
+    assert len(scope.steps) == 21
+    assert len(scope.grads) == 42

@@ -53,6 +53,7 @@ class MissingBackward(Rule):
     name = "missing-backward"
     severity = Severity.ERROR
     tables = ("steps", "backwards", "losses")
+    symptom_of = ("GS803",)
 
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per optimizer, if nothing was ever propagated back."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from gradscope.rules.facts import at, listed, place_of
+from gradscope.rules.facts import at, first_unread, listed, place_of
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.rules.wording import some_of
@@ -66,10 +66,11 @@ class NonFiniteGradient(Rule):
         steps, grads = run.frame("steps"), run.frame("grads")
         # Elements are counted on recorded steps; of the others the norm tells.
         there = grads["status"] != "none"
+        was_read = grads["norm"].notna() | (grads["step"] < first_unread(run))
         is_finite = grads["norm"].map(math.isfinite)
         if not is_finite[there].any() and not (grads["nonfinite"] > 0).any():
             return []  # nothing was read
-        bad = grads.loc[there & ((grads["nonfinite"] > 0) | ~is_finite)]
+        bad = grads.loc[there & ((grads["nonfinite"] > 0) | (was_read & ~is_finite))]
         bad_steps = set(bad["step"])
         findings = []
         for optimizer, own in steps.groupby("optimizer", sort=False):

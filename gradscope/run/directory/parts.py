@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradscope.run.columns import MISSING, Coded, Columns, storable
-from gradscope.run.directory.layout import hidden_name
-from gradscope.run.schema import Kind, Table
+from gradscope.run.directory.layout import written_whole
+from gradscope.run.schema import RANK, Kind, Table, with_rank
 
 ROWS_PER_GROUP = 1 << 20
 """As many rows at most lie in one row group: what engines read and skip as a whole."""
@@ -94,22 +93,30 @@ def marked(table: Table, rows: pa.Table, version: int) -> pa.Table:
     )
 
 
-def write_part(path: Path, table: Table, rows: pa.Table) -> None:
-    """Write rows with names as a part that is there as a whole or not at all."""
-    hidden = hidden_name(path)
+def write_part(path: Path, table: Table, rows: pa.Table, rank: int | None = None) -> None:
+    """Write rows with names as a part that is there as a whole or not at all.
+
+    Args:
+        path: of the part.
+        table: what they are rows of.
+        rows: the rows.
+        rank: what their column ``rank`` is to say; None for rows without one.
+    """
     rows = rows.unify_dictionaries()
+    if rank is not None:
+        rows, table = ranked(rows, rank), with_rank(table)
     kinds = {c.name: c.kind for c in table.columns if c.name in rows.column_names}
-    pq.write_table(
-        rows,
-        hidden,
-        row_group_size=ROWS_PER_GROUP,
-        compression="zstd",
-        compression_level=1,
-        use_dictionary=[n for n, kind in kinds.items() if kind not in (*_REALS, Kind.FLAG)],
-        use_byte_stream_split=[n for n, kind in kinds.items() if kind in _REALS],
-        write_page_checksum=True,
-    )
-    os.replace(hidden, path)
+    with written_whole(path) as hidden:
+        pq.write_table(
+            rows,
+            hidden,
+            row_group_size=ROWS_PER_GROUP,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=[n for n, kind in kinds.items() if kind not in (*_REALS, Kind.FLAG)],
+            use_byte_stream_split=[n for n, kind in kinds.items() if kind in _REALS],
+            write_page_checksum=True,
+        )
 
 
 def open_part(path: Path, table: Table) -> pq.ParquetFile:
@@ -150,6 +157,16 @@ def names_version(part: pq.ParquetFile) -> int:
 def read_part(part: pq.ParquetFile, table: Table) -> pa.Table:
     """Return the rows of a part, the columns that it has in the order of the table."""
     return part.read(columns=[column.name for column in table.columns]).combine_chunks()
+
+
+def ranked(rows: pa.Table, rank: int) -> pa.Table:
+    """Return rows with the rank that they are of in front."""
+    return rows.add_column(0, RANK.name, pa.array(np.full(rows.num_rows, rank, np.int64)))
+
+
+def has_rank(part: pq.ParquetFile) -> bool:
+    """Whether a part says of which rank its rows are."""
+    return bool(part.schema_arrow.get_field_index(RANK.name) >= 0)
 
 
 def as_in(schema: pa.Schema, rows: pa.Table) -> pa.Table:

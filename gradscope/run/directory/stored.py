@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradscope.errors import RunDirectoryError
 from gradscope.run.columns import Columns
 from gradscope.run.directory import layout
 from gradscope.run.directory.people import NameHistory, add_people
@@ -18,49 +19,57 @@ from gradscope.run.directory.tensors import (
     StoredTracked,
     read_or_note,
 )
-from gradscope.run.recording import Recording
-from gradscope.run.schema import TABLES
+from gradscope.run.recording import MADE_WHEN_ASKED, Recording
+from gradscope.run.schema import RANK, TABLES, Table, with_rank
 from gradscope.run.thinning import HEAVY, OF_STEPS, Thinning, choose, is_held
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow as pa
     import pyarrow.dataset as ds
 
 
 class StoredRecording(Recording):
-    """What a run directory holds.
+    """What a run directory holds, of one of the processes that have written it.
 
     Args:
         path: the directory.
+        rank: of that process; None for the first that there is, which then knows of the others.
 
     Attributes:
         facts: what ``run.json`` says.
         history: the names that parameters have had.
+        rank: of the process.
 
     Raises:
         RunDirectoryError: if there is no run, or one in a newer format.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rank: int | None = None) -> None:
         super().__init__()
         self.path = path
-        self.facts = layout.read_run(path)
+        known = [rank] if rank is not None else layout.ranks_in(path) or [0]
+        self.rank = known[0]
+        self.facts = layout.read_run(path, self.rank)
+        home = layout.home_of(path, self.rank)
+        self._home = home
         self.history = NameHistory()
         self._is_read: set[str] = set()
+        self._damaged: set[str] = set()
         self._tracked_held: frozenset[int] = frozenset()
         self._read_facts()
         self._read_people()
         self._read_memory()
         self._parts: dict[str, list[Any]] = {}
         self.graphs = StoredGraphs(
-            layout.steps_in(path / layout.GRAPHS, self.notes, "json"), self.notes
+            layout.steps_in(home / layout.GRAPHS, self.notes, "json"), self.notes
         )  # type: ignore[assignment]
-        tracked = layout.steps_in(path / layout.TRACKED, self.notes, "safetensors")
+        tracked = layout.steps_in(home / layout.TRACKED, self.notes, "safetensors")
         self.tracked = StoredTracked(tracked, self.notes, self._is_tracked)  # type: ignore[assignment]
-        tensors = layout.steps_in(path / layout.TENSORS, self.notes, "safetensors")
+        tensors = layout.steps_in(home / layout.TENSORS, self.notes, "safetensors")
         self.kept = StoredTensors(tensors, self.notes)
         self.last = StoredLast(
-            layout.steps_in(path / layout.LAST, self.notes, "safetensors"), self.notes
+            layout.steps_in(home / layout.LAST, self.notes, "safetensors"), self.notes
         )
         self.is_unfinished = self.facts.get("how_it_ended") is None
         if self.is_unfinished:
@@ -68,6 +77,25 @@ class StoredRecording(Recording):
                 "the run has not ended, or was killed: this is what its last flush wrote, at "
                 f"{self.facts.get('flushed')}"
             )
+        if rank is None:
+            self._meet_others(known[1:])
+
+    def _meet_others(self, ranks: list[int]) -> None:
+        """Read what the other processes have told of themselves; their tables wait."""
+        for rank in ranks:
+            try:
+                other = StoredRecording(self.path, rank)
+            except RunDirectoryError as error:
+                self.notes.append(f"rank {rank}: {error}")
+                continue
+            self.add_rank(rank, other)
+            self.notes += [f"rank {rank}: {note}" for note in other.notes]
+        size = max(run.world_size for run in self.ranks.values())
+        lost = sorted(set(range(size)) - {run.rank_in_group for run in self.ranks.values()})
+        if size > 1 and lost:
+            plural = "s" if len(lost) > 1 else ""
+            listed = ", ".join(map(str, lost[:8])) + ", …" * (len(lost) > 8)
+            self.notes.append(f"nothing is there of rank{plural} {listed} of {size}")
 
     def _is_tracked(self, step: int) -> bool:
         return step >= self.tracked_before or step in self._tracked_held
@@ -81,26 +109,43 @@ class StoredRecording(Recording):
             self._read_table(table)
         return self._columns[table]
 
+    def declared(self, table: str) -> Table:
+        """Return a table's columns as they are here: with the rank where there are several."""
+        return with_rank(TABLES[table]) if len(self.ranks) > 1 else TABLES[table]
+
+    def all_ranks(self, table: str) -> pd.DataFrame:
+        """Return what memory holds of a table, of all ranks, each behind the other."""
+        import pandas as pd
+
+        if len(self.ranks) == 1:
+            return self.frame(table)
+        frames = []
+        for rank, run in self.ranks.items():
+            frame = run.frame(table)
+            frame.insert(0, RANK.name, rank)
+            frames.append(frame)
+        return pd.concat(frames, ignore_index=True)
+
+    def unreadable(self, tables: Iterable[str]) -> tuple[str, ...]:
+        """Return those of some tables of which a part lies in a file that cannot be read."""
+        for table in tables:
+            if table not in MADE_WHEN_ASKED:
+                self.rows(table)
+        return tuple([table for table in tables if table in self._damaged])
+
     def dataset(self, table: str) -> ds.Dataset:
-        """Return all rows of a table as a dataset that is read piece by piece."""
+        """Return all rows of a table, of all ranks, as a dataset that is read piece by piece."""
         import pyarrow.dataset as ds
 
-        from gradscope.run.directory.parts import (
-            arrow_schema,
-            as_in,
-            names_version,
-            read_part,
-            renamed,
-        )
+        from gradscope.run.directory.parts import arrow_schema, as_in
 
         paths, others = [], []
-        for path, part in self._parts_of(table):
-            new_names = self.history.changed_since(names_version(part))
-            if new_names and table != "models":
-                others.append(renamed(read_part(part, TABLES[table]), new_names))
-            else:
+        schema = arrow_schema(self.declared(table))
+        for path, _, rows in self._pieces(table):
+            if rows is None:
                 paths.append(str(path))
-        schema = arrow_schema(TABLES[table])
+            else:
+                others.append(rows())
         found = ds.dataset(paths, schema=schema, format="parquet") if paths else None
         if not others:
             return found if found is not None else ds.dataset(schema.empty_table())
@@ -125,29 +170,51 @@ class StoredRecording(Recording):
         """Give the rows that match part by part, in order; what is damaged is noted."""
         import pyarrow.dataset as ds
 
-        from gradscope.run.directory.parts import (
-            arrow_schema,
-            as_in,
-            names_version,
-            read_part,
-            renamed,
-        )
+        from gradscope.run.directory.parts import arrow_schema, as_in
 
-        schema = arrow_schema(TABLES[table])
-        for path, part in self._parts_of(table):
-            new_names = self.history.changed_since(names_version(part)) if table != "models" else {}
+        schema = arrow_schema(self.declared(table))
+        for path, run, changed in self._pieces(table):
 
-            def read(path: Path, part: Any = part, new_names: Any = new_names) -> pa.Table:
-                if new_names:
-                    rows = renamed(read_part(part, TABLES[table]), new_names)
-                    found = ds.dataset(as_in(schema, rows))
+            def read(path: Path, changed: Any = changed) -> pa.Table:
+                if changed is not None:
+                    found = ds.dataset(as_in(schema, changed()))
                 else:
                     found = ds.dataset(str(path), schema=schema, format="parquet")
                 return found.to_table(columns=columns, filter=where)
 
-            rows = read_or_note(read, path, self.notes)
+            rows = read_or_note(read, path, run.notes)
             if rows is not None:
                 yield rows
+
+    def _pieces(self, table: str) -> Iterator[tuple[Path, StoredRecording, Any]]:
+        """Path, recording and None of each part of all ranks.
+
+        In the place of None there is what reads the rows of a part that is not to be read as it is:
+        its names are not those of today, or it was written before there were other ranks.
+        """
+        from gradscope.run.directory.parts import (
+            has_rank,
+            names_version,
+            ranked,
+            read_part,
+            renamed,
+        )
+
+        several = len(self.ranks) > 1
+        for rank, run in self.ranks.items():
+            assert isinstance(run, StoredRecording)
+            for path, part in run._parts_of(table):
+                names = run.history.changed_since(names_version(part))
+                names = names if table != "models" else {}
+                if not names and has_rank(part) >= several:
+                    yield path, run, None
+                    continue
+
+                def changed(part: Any = part, names: Any = names, rank: int = rank) -> pa.Table:
+                    rows = renamed(read_part(part, TABLES[table]), names)
+                    return ranked(rows, rank) if several else rows
+
+                yield path, run, changed
 
     def _parts_of(self, table: str) -> list[Any]:
         """(path, part) of every part of a table that can be opened; the others are noted."""
@@ -155,10 +222,14 @@ class StoredRecording(Recording):
 
         if table not in self._parts:
             parts = []
-            for path, _, _ in layout.parts_in(self.path / table, self.notes):
+            for path, rank, _ in layout.parts_in(self.path / table, self.notes):
+                if rank != self.rank:
+                    continue
                 part = read_or_note(lambda path: open_part(path, TABLES[table]), path, self.notes)
                 if part is not None:
                     parts.append((path, part))
+                else:
+                    self._damaged.add(table)
             self._parts[table] = parts
         return self._parts[table]
 
@@ -186,7 +257,13 @@ class StoredRecording(Recording):
             return True
 
         for path, part in self._parts_of(table):
-            read_or_note(lambda path, part=part: read(path, part), path, self.notes)
+            if not read_or_note(lambda path, part=part: read(path, part), path, self.notes):
+                self._damaged.add(table)
+        if table == "steps" and self._n_steps and not self._parts_of(table):
+            self._damaged.add(table)
+            text = f"{table}/: its files are gone; {self._n_steps:,} steps were recorded"
+            if not any(f"{table}/" in note for note in self.notes):
+                self.notes.append(text)
         if table == "backwards":
             columns.keep(columns.array("step") < self._first_missing)  # of none is far below
         if self.thinning is not None and table in ("backwards", "events"):
@@ -218,6 +295,9 @@ class StoredRecording(Recording):
 
     def _read_facts(self) -> None:
         facts = self.facts
+        rank, size = facts.get("rank"), facts.get("world_size")
+        if type(rank) is int and type(size) is int and 0 <= rank < size:
+            self.rank_in_group, self.world_size = rank, size
         self._n_steps = facts["steps"] if type(facts.get("steps")) is int else 0
         total = facts.get("total_steps")
         self.total_steps = total if type(total) is int and total >= 1 else None
@@ -242,9 +322,12 @@ class StoredRecording(Recording):
         def read(path: Path) -> NameHistory:
             return add_people(self, layout.read_json(path))
 
-        path = self.path / layout.PEOPLE
+        path = self._home / layout.PEOPLE
         if path.exists():  # else it was killed before its first flush
-            self.history = read_or_note(read, path, self.notes) or self.history
+            history = read_or_note(read, path, self.notes)
+            self.history = history or self.history
+            if history is None:  # without names nobody can tell what any row is about
+                self._damaged |= set(TABLES)
 
     def _read_memory(self) -> None:
         def read(path: Path) -> None:
@@ -258,6 +341,6 @@ class StoredRecording(Recording):
                 self.thinning = Thinning.of_plain(memory["rows"])
             self.tracked_before, self._tracked_held = before, frozenset(steps)
 
-        path = self.path / layout.MEMORY
+        path = self._home / layout.MEMORY
         if path.exists():
             read_or_note(read, path, self.notes)

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradscope.errors import text_of
 from gradscope.run.captured_graph import CapturedGraph
 from gradscope.run.columns import Coded, Columns
 from gradscope.run.directory import layout
@@ -90,12 +93,14 @@ class DirectoryWriter:
         elapsed: tells for how many seconds the program has been watched.
         history: the names of parameters so far, when a run is resumed.
         first_part: number of the first part that is written.
-        rank: of this process among those that train together.
+        rank: of this process among those that train together, by which its files are told apart.
+        says_rank: whether the rows say of which rank they are.
         writes_all: whether all that memory holds is written, and not only what nobody has taken;
             for :meth:`write_all`.
 
     Attributes:
         failure: what ended the writing before its time; None if nothing did.
+        is_told: whether anybody was told of that.
         n_flushes: how often something was written.
     """
 
@@ -109,16 +114,20 @@ class DirectoryWriter:
         first_part: int = 0,
         rank: int = 0,
         *,
+        says_rank: bool = False,
         writes_all: bool = False,
     ) -> None:
         self.path = path
+        self.home = layout.home_of(path, rank)
         self.failure: Exception | None = None
+        self.is_told = False
         self.n_flushes = 0
         self._recording = recording
         self._facts = facts
         self._elapsed = elapsed
         self._history = history or NameHistory()
         self._rank = rank
+        self._said_rank = rank if says_rank else None
         self._writes_all = writes_all
         self._tails = {
             name: _Tail(first_part, is_written=first_part > 0)
@@ -152,22 +161,24 @@ class DirectoryWriter:
 
         Raises:
             OSError: if the directory cannot be made or written.
+            RuntimeError: if no thread can be begun.
         """
         self._make_folders()
         self._ended = None
-        self._recording.before_thinning = self._take_before_thinning
         self._wake.clear()
-        self._thread = threading.Thread(target=self._run, name="gradscope-writer", daemon=True)
-        self._thread.start()
         reference = weakref.ref(self)
 
         def at_exit() -> None:
             writer = reference()
             if writer is not None:
-                writer.stop("the program ended while it was watched")
+                writer.stop_at_exit()
 
         self._at_exit = at_exit
         atexit.register(at_exit)
+        thread = threading.Thread(target=self._run, name="gradscope-writer", daemon=True)
+        thread.start()
+        self._thread = thread
+        self._recording.before_thinning = self._take_before_thinning
 
     @property
     def is_running(self) -> bool:
@@ -186,8 +197,9 @@ class DirectoryWriter:
         self._finish("saved")
 
     def _make_folders(self) -> None:
-        for name in (*self._tails, *MADE_WHEN_ASKED, layout.GRAPHS):
+        for name in (*self._tails, *MADE_WHEN_ASKED):
             (self.path / name).mkdir(parents=True, exist_ok=True)
+        (self.home / layout.GRAPHS).mkdir(parents=True, exist_ok=True)
         self._write_facts(None)
 
     def stop(self, ended: str, last: dict[str, Kept] | None = None) -> None:
@@ -203,22 +215,40 @@ class DirectoryWriter:
         self._thread = None
         self._last = last or {}
         self._ended = ended
+        self._recording.before_thinning = lambda: None
         self._wake.set()
         thread.join(_MOST_SECONDS_AT_END)
         if thread.is_alive() and self.failure is None:
             self.failure = TimeoutError(f"{self.path} did not take what was left in a minute")
-        self._recording.before_thinning = lambda: None
         if self._at_exit is not None:
             atexit.unregister(self._at_exit)
 
+    def stop_at_exit(self) -> None:
+        """Write what is left when Python ends; nobody is there to be told but who reads stderr."""
+        try:
+            self.stop("the program ended while it was watched")
+            error = self.failure
+        except Exception as found:
+            error = found
+        if error is not None and not self.is_told:
+            with suppress(Exception):  # it may be closed by now
+                print(
+                    f"gradscope: run_directory failed at the end of the program "
+                    f"({text_of(error)}) [saving-failed]",
+                    file=sys.stderr,
+                )
+
     def _take_before_thinning(self) -> None:
-        if self.failure is None:
-            with self._recording.lock:
-                self._waiting.append(self._take())
-                if sum(news.n_bytes for news in self._waiting) > MOST_ROW_BYTES:
-                    self._waiting.clear()
-                    self.failure = TimeoutError(f"{self.path} takes rows slower than they come")
-            self._wake.set()
+        try:
+            if self.failure is None:
+                with self._recording.lock:
+                    self._waiting.append(self._take())
+                    if sum(news.n_bytes for news in self._waiting) > MOST_ROW_BYTES:
+                        self._waiting.clear()
+                        self.failure = TimeoutError(f"{self.path} takes rows slower than they come")
+                self._wake.set()
+        except Exception as error:  # in the thread that trains, whose watch goes on
+            self.failure = error
 
     # -- in the writer's thread -------------------------------------------------------------
 
@@ -261,7 +291,7 @@ class DirectoryWriter:
         if has_news:
             self._people = people
             layout.write_json(
-                self.path / layout.PEOPLE, {**people, "names": self._history.versions}
+                self.home / layout.PEOPLE, {**people, "names": self._history.versions}
             )
             self._write_made(made_now, params)
         for each in news:
@@ -274,7 +304,7 @@ class DirectoryWriter:
             self._write_tail(name, params, optimizers)
         if memory != self._memory:
             self._memory = memory
-            layout.write_json(self.path / layout.MEMORY, memory)
+            layout.write_json(self.home / layout.MEMORY, memory)
         if has_news or len(recording.notes) != self._n_notes:
             self._n_notes = len(recording.notes)
             self._write_facts(None)
@@ -328,7 +358,7 @@ class DirectoryWriter:
             rows = numbered(table, Columns(table).take(0))  # from now on any engine can read it
         spelled = named(table, rows, params, optimizers, self._history.latest)
         path = self.path / name / layout.part_name(self._rank, tail.number)
-        write_part(path, table, spelled)
+        write_part(path, table, spelled, self._said_rank)
         tail.is_written, tail.version = True, self._history.latest
         if rows.nbytes >= PART_BYTES:
             self._finished[name][tail.number] = tail.version
@@ -341,20 +371,21 @@ class DirectoryWriter:
             table = columns.table
             rows = numbered(table, columns.take(columns.n_rows))
             rows = named(table, rows, params, [], self._history.latest)
-            write_part(self.path / name / layout.part_name(self._rank, 0), table, rows)
+            path = self.path / name / layout.part_name(self._rank, 0)
+            write_part(path, table, rows, self._said_rank)
 
     def _write_kept(self, news: _News) -> None:
         from gradscope.run.interchange import to_json
 
         for step, graph in news.graphs.items():
-            path = self.path / layout.GRAPHS / layout.step_name(step, "json")
+            path = self.home / layout.GRAPHS / layout.step_name(step, "json")
             layout.write_bytes(path, to_json(graph, step).encode())
         if news.tracked:
-            folder = self.path / layout.TRACKED
+            folder = self.home / layout.TRACKED
             folder.mkdir(exist_ok=True)
             write_tracked(folder / layout.step_name(min(news.tracked), "safetensors"), news.tracked)
         if news.kept:
-            folder = self.path / layout.TENSORS
+            folder = self.home / layout.TENSORS
             folder.mkdir(exist_ok=True)
             for step, kept in news.kept.items():
                 write_kept(folder / layout.step_name(step, "safetensors"), kept)
@@ -369,7 +400,7 @@ class DirectoryWriter:
             for number, version in versions.items():
                 self._rename_in(name, number, version)
         for name, kept in self._last.items():
-            folder = self.path / layout.LAST
+            folder = self.home / layout.LAST
             folder.mkdir(exist_ok=True)
             write_kept(folder / name, kept)
         self._write_facts(ended)
@@ -390,7 +421,8 @@ class DirectoryWriter:
         table = TABLES[name]
         path = self.path / name / layout.part_name(self._rank, number)
         rows = renamed(read_part(open_part(path, table), table), new_names)
-        write_part(path, table, marked(table, rows, self._history.latest))
+        marked_rows = marked(table, rows, self._history.latest)
+        write_part(path, table, marked_rows, self._said_rank)
         self._finished[name][number] = self._history.latest
 
     def _write_facts(self, ended: str | None) -> None:
@@ -409,7 +441,7 @@ class DirectoryWriter:
             "observe_calls": dict(recording.observe_calls),
             "notes": list(recording.notes),
         }
-        layout.write_json(self.path / layout.RUN, document)
+        layout.write_json(self.home / layout.RUN, document)
 
 
 _CHANGING = frozenset({"steps", "groups", "grads", "state", "moments", "updates", "backwards"})

@@ -182,11 +182,7 @@ def checked(run: Recording, findings: Findings) -> dict[str, Any]:
             if rule.code not in findings.unchecked
         ],
         "unselected": [code for code, why in findings.unchecked.items() if why == NOT_SELECTED],
-        "failed": [
-            (shown(code, 20), shown(why, _LONGEST))
-            for code, why in findings.unchecked.items()
-            if why != NOT_SELECTED
-        ],
+        "failed": [(shown(who, 20), shown(why, _LONGEST)) for who, why in findings.failed()],
         "notes": [shown(note, _LONGEST) for note in dict.fromkeys(run.notes)],
     }
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from gradscope.rules.facts import first_unread
 from gradscope.views.report.forward_order import forward_order
 from gradscope.views.report.texts import coded_texts
 from gradscope.views.report.thinning import bins_of
@@ -81,7 +82,7 @@ def gradient_flow(run: Recording) -> GradientFlow | None:
     step = grads.array("step")
     cell_row = row_of[grads.array("param")]
     cell_column = np.searchsorted(columns, step, side="right") - 1
-    rank = _ranks(grads)
+    rank = _ranks(grads, first_unread(run))
     shape = (len(rows), len(columns) - 1)
     worst = np.full(shape, -1, np.int16)
     np.maximum.at(worst, (cell_row, cell_column), rank)
@@ -96,12 +97,13 @@ def gradient_flow(run: Recording) -> GradientFlow | None:
     return GradientFlow(rows, columns, norm, status, code, low, high, seen, told, bundled)
 
 
-def _ranks(grads: Any) -> npt.NDArray[np.int16]:
+def _ranks(grads: Any, unread: int) -> npt.NDArray[np.int16]:
     codes, texts = coded_texts(grads, "status")
     rank_of = np.array([_RANK.index(text) if text in _RANK else 0 for text in texts], np.int16)
     ranks: npt.NDArray[np.int16] = rank_of[codes]
     nonfinite = (grads.array("nonfinite") > 0) | np.isinf(grads.array("norm"))
-    nonfinite |= np.isnan(grads.array("norm")) & (ranks != _RANK.index("none"))
+    was_read = grads.array("step") < unread
+    nonfinite |= np.isnan(grads.array("norm")) & was_read & (ranks != _RANK.index("none"))
     ranks[nonfinite] = _RANK.index("nonfinite")
     return ranks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -52,6 +53,7 @@ def write_report(page: str, path: str | os.PathLike[str], *, force: bool = False
     Raises:
         OutputExistsError: if the file is there already, and ``force`` is not set.
         UsageError: if the path is a folder, or its folder is not there.
+        OSError: if it cannot be written; what was there before stays.
     """
     path = checked_output(path, force=force)
     # A name of its own first: a disk that is full leaves no half of a page.
@@ -64,7 +66,8 @@ def write_report(page: str, path: str | os.PathLike[str], *, force: bool = False
         os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
     except BaseException:
-        os.unlink(name)
+        with suppress(OSError):
+            os.unlink(name)
         raise
     return path
 
