@@ -89,8 +89,6 @@ _MOST_COMPILED_CALLS = 64
 _SHARE_OF_LOOKING_AROUND = 0.005
 """The share of time that may go into finding out whether the models have changed."""
 
-_COMPILER = str(Path(torch.__file__).parent / "_dynamo")
-
 _sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 
@@ -785,8 +783,6 @@ class Session:
         if not isinstance(function, FunctionType) or function in self._told_compiled:
             return
         self._told_compiled.add(function)
-        if function.__code__.co_filename.startswith(_COMPILER):  # a wrapper around a module
-            return
         self.event("unobserved", f"{function.__qualname__} is compiled: its inside is not seen")
 
     def _look_for_results(self, call: BackwardCall) -> None:

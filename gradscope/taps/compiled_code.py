@@ -13,16 +13,21 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
 
 from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
+from gradscope.taps.uncompiled import uncompiled
 
 EVAL_FRAME = "torch._dynamo.eval_frame"
 _SWITCH = "_maybe_set_eval_frame"
 """Called by the wrapper around everything compiled, on the way in and on the way out."""
+
+_COMPILER = str(Path(torch.__file__).parent / "_dynamo")
 
 _WRAPPER = "compile_wrapper"
 """That wrapper."""
@@ -31,10 +36,10 @@ _WRAPPER = "compile_wrapper"
 class CompiledCodeTap(Tap):
     """Emits what happens at the edges of compiled code, in the thread that runs it.
 
-    ``compiled_code_entered(function, args, kwargs)`` with what was passed to ``torch.compile``, or
-    a wrapper of it, and ``compiled_code_left(succeeded, result)``. Compiled code inside of compiled
-    code is part of it and emits nothing. ``compiler_loaded()`` comes once, if the compiler is
-    imported while somebody listens. Private to torch; where it is not there nothing is emitted.
+    ``compiled_code_entered(function, args, kwargs)`` with what was passed to ``torch.compile``, and
+    ``compiled_code_left(succeeded, result)``. Compiled code inside of compiled code is part of it
+    and emits nothing. ``compiler_loaded()`` comes once, if the compiler is imported while somebody
+    listens. Private to torch; where it is not there nothing is emitted.
     """
 
     events = ("compiled_code_entered", "compiled_code_left", "compiler_loaded")
@@ -93,7 +98,10 @@ class CompiledCodeTap(Tap):
                 self._here.outermost = id(wrapper)
                 given = wrapper.f_locals
                 self.emit(
-                    "compiled_code_entered", given.get("fn"), given.get("args"), given.get("kwargs")
+                    "compiled_code_entered",
+                    _inside(given.get("fn")),
+                    given.get("args"),
+                    given.get("kwargs"),
                 )
                 del given
                 return original(callback)
@@ -105,6 +113,15 @@ class CompiledCodeTap(Tap):
             return result
 
         return _maybe_set_eval_frame
+
+
+@uncompiled
+def _inside(function: Any) -> Any:
+    """What the compiler has put a wrapper of its own around, if it has (torch 2.14)."""
+    code = getattr(function, "__code__", None)
+    if isinstance(code, CodeType) and code.co_filename.startswith(_COMPILER):
+        return getattr(function, "__wrapped__", function)
+    return function
 
 
 compiled_code = CompiledCodeTap()

@@ -189,7 +189,7 @@ class CompiledTogether(WithCompiler):
 
     def call_step(self, optimizer: Optimizer, *arguments: Any) -> Any:
         if arguments:
-            raise TypeError("this function takes no closure")
+            raise NotImplementedError("a function that takes no closure")
         return self.compiled_update(optimizer)
 
 

@@ -27,8 +27,9 @@ def counts(outcomes: Outcomes) -> str:
         n[outcome.verdict] += 1
     runs = n[AS_PROMISED] + n[PARTLY_SEEN]
     return (
-        f"{len(outcomes)} cells: torch itself runs {runs}, and all of these are as promised, "
-        f"{n[PARTLY_SEEN]} with a line that says what cannot be seen; torch refuses {n[REFUSED]}"
+        f"{len(outcomes)} cells: torch itself runs {runs}, and these are as promised, "
+        f"{n[PARTLY_SEEN]} of them with a line that says what cannot be seen; torch refuses "
+        f"{n[REFUSED]}"
         + (f", and in {n[UNDEFINED]} no two of its own runs agree." if n[UNDEFINED] else ".")
     )
 
@@ -78,9 +79,10 @@ def page(outcomes: Outcomes) -> str:
     lines += ["", "## What cannot be seen", ""]
     unseen: dict[str, list[str]] = defaultdict(list)
     for cell, outcome in outcomes.items():
-        if outcome.verdict == PARTLY_SEEN and cell.feature.title not in unseen[outcome.detail]:
+        if outcome.verdict == PARTLY_SEEN and str(cell.kind) == "AdamW-plain":
             unseen[outcome.detail].append(cell.feature.title)
-    lines += [f"- {', '.join(titles)}: {detail}" for detail, titles in unseen.items()]
+    lines += ["In the loops of AdamW, and likewise in those of the others:", ""]
+    lines += [f"- *{'; '.join(titles)}*: {detail}" for detail, titles in unseen.items()]
     lines += ["", *_ABOUT_TORCH, "", "## What torch refuses", ""]
     refused: dict[str, list[str]] = defaultdict(list)
     for cell, outcome in outcomes.items():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cell import Cell, run
 from cells import CELLS, FEATURES, is_quick
+from compiled import WithCompiler
 from optimizers import Kind, classes
 from page import PAGE, SYMBOLS, told
 
@@ -18,7 +19,9 @@ pytestmark = [
 
 
 def cell_param(cell: Cell) -> Any:
-    marks = () if is_quick(cell) else pytest.mark.slow
+    marks = [] if is_quick(cell) else [pytest.mark.slow]
+    if issubclass(cell.feature, WithCompiler):  # the compiler has warnings of its own
+        marks.append(pytest.mark.filterwarnings("ignore"))
     return pytest.param(cell, id=str(cell), marks=marks)
 
 
