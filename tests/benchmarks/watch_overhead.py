@@ -1,44 +1,46 @@
-"""What watching costs: CPU time of a training step with gradscope, over the same step without.
+"""What watching costs: time of a training step with gradscope, over the same step without.
 
-    python tests/benchmarks/watch_overhead.py [--only gpt|mlp] [--repetitions 5] [--steps 200]
+    python tests/benchmarks/watch_overhead.py [--only gpt,mlp] [--settings watched,every=1]
+        [--peers FOLDER] [--repetitions 5] [--steps 200] [--write docs/benchmarks.md]
 
 Each figure comes from a process of its own that trains one model under one setting, on one thread,
 and the settings take turns (bare, watched, every=1, bare, ...), so that a machine that slows down
-slows them all. Ratios are taken within a turn. Time is CPU time of the whole process, which counts
+slows them all. Ratios are taken within a turn. CPU time is that of the whole process, which counts
 gradscope's own threads and is blind to what else the machine does.
 
 Per step it is a mean and not a median: the steps that are recorded in full are few and dear, and a
 median would leave them out. The first steps are recorded densely by design and are therefore
 reported apart, as is what happens once: entering and leaving the watch, and reading the tables.
+
+With ``--peers`` other tools are timed too. What they need is installed into folders of their own
+in FOLDER, so that none meets the packages of another.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from settings import DESCRIPTIONS, PACKAGES, PEERS, SETTINGS
+from workloads import WORKLOADS, build
 
 ROOT = Path(__file__).resolve().parents[2]
-
-WORKLOADS = {
-    "gpt": "character GPT, 0.8 M parameters in 54 tensors, batch 16 x 64, AdamW",
-    "mlp": "100 x Linear(32, 32), 200 tensors, batch 64, AdamW",
-}
-SETTINGS = {"bare": None, "watched": {}, "every=1": {"every": 1}}
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """CPU time of one process, in milliseconds.
+    """CPU time of one process, in milliseconds, unless it says otherwise.
 
     Attributes:
         first_ms: mean of the first steps.
@@ -47,6 +49,9 @@ class Measurement:
         read_ms: reading every table afterwards, which is when put-off work is done and pandas is
             imported; 0 when bare.
         last_loss: the loss of the last step; watching must not change it.
+        wall_ms: mean of the steps after the first, by the clock.
+        peak_mib: the most memory that the process had, in MiB.
+        counted: of the time of those steps, the share that gradscope says it took; NaN for others.
     """
 
     first_ms: float
@@ -54,39 +59,9 @@ class Measurement:
     once_ms: float
     read_ms: float
     last_loss: float
-
-
-def build(workload: str):
-    """Return a model, its optimizer, and a function that gives the loss of a fresh batch."""
-    import torch
-    from torch import nn
-
-    torch.manual_seed(0)
-    if workload == "gpt":
-        from gradscope.demo.char_gpt import CharGPT
-        from gradscope.demo.text import CharText
-
-        text = CharText()
-        model = CharGPT(text.vocab_size)
-
-        def compute_loss():
-            xb, yb = text.get_batch("train")
-            return model(xb, yb)[1]
-    else:
-        layers = []
-        for _ in range(100):
-            linear = nn.Linear(32, 32)
-            # Keeps the scale of signals and gradients through a hundred layers: vanishing ones
-            # would become denormal numbers, whose arithmetic is slow for reasons of its own.
-            nn.init.orthogonal_(linear.weight)
-            layers += [linear, nn.Tanh()]
-        model = nn.Sequential(*layers)
-        inputs, targets = torch.randn(64, 32), torch.randn(64, 32)
-
-        def compute_loss():
-            return nn.functional.mse_loss(model(inputs), targets)
-
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-3), compute_loss
+    wall_ms: float
+    peak_mib: float
+    counted: float
 
 
 def measure(workload: str, setting: str, n_steps: int, n_first: int) -> Measurement:
@@ -95,50 +70,86 @@ def measure(workload: str, setting: str, n_steps: int, n_first: int) -> Measurem
 
     torch.set_num_threads(1)
     model, optimizer, compute_loss = build(workload)
+    losses: list[float] = []
+    after_step: Any = None
 
-    def train(n: int) -> float:
-        start = time.process_time()
+    def train(n: int) -> tuple[float, float]:
+        start = time.process_time(), time.perf_counter()
         for _ in range(n):
             loss = compute_loss()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        return 1e3 * (time.process_time() - start) / n
+            if after_step is not None:
+                after_step(len(losses))
+        ended = time.process_time(), time.perf_counter()
+        return 1e3 * (ended[0] - start[0]) / n, 1e3 * (ended[1] - start[1]) / n
 
-    losses: list[float] = []
     # torch's own first steps (thread pools, lazy imports) are nobody's overhead.
     train(3)
-
-    options = SETTINGS[setting]
-    if options is None:
-        watch = contextlib.nullcontext()
-    else:
-        import gradscope
-
-        watch = gradscope.watch(model, optimizer, **options)
     start = time.process_time()
-    with watch:
+    with (SETTINGS | PEERS)[setting](model, optimizer) as watching:
+        after_step, scope = watching if isinstance(watching, tuple) else (watching, None)
         entered = time.process_time()
-        first_ms = train(n_first)
-        steady_ms = train(n_steps - n_first)
+        first_ms, _ = train(n_first)
+        counted = 0.0 if scope is None else _seconds_counted(scope)
+        steady_ms, wall_ms = train(n_steps - n_first)
+        if scope is not None:
+            counted = (_seconds_counted(scope) - counted) / (1e-3 * wall_ms * (n_steps - n_first))
         leaving = time.process_time()
     left = time.process_time()
     once_ms = 1e3 * (entered - start + left - leaving)
-    if options is not None:
-        _ = watch.tables
-    read_ms = 1e3 * (time.process_time() - left)
-    return Measurement(first_ms, steady_ms, once_ms, read_ms, losses[-1])
+    if scope is not None:
+        _ = scope.tables
+    return Measurement(
+        first_ms,
+        steady_ms,
+        once_ms,
+        1e3 * (time.process_time() - left),
+        losses[-1],
+        wall_ms,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        float("nan") if scope is None else counted,
+    )
+
+
+def _seconds_counted(scope: Any) -> float:
+    return 1e-3 * float(scope.overhead.loc["all", "total_ms"])
+
+
+def install_peers(folder: Path) -> None:
+    """Install what the others need, each into a folder of its own, if it is not there yet."""
+    for setting, package in PACKAGES.items():
+        target = folder / package
+        if not target.exists():
+            print(f"installing {package} for {setting}", file=sys.stderr)
+            constraints = str(ROOT / "constraints.txt")
+            subprocess.run(
+                [
+                    *(sys.executable, "-m", "pip", "install", "--quiet", "-c", constraints),
+                    *("--target", str(target), package),
+                ],
+                check=True,
+            )
 
 
 def measure_in_own_process(arguments: argparse.Namespace, workload: str, setting: str):
     """Run :func:`measure` in a fresh interpreter on one thread."""
+    paths = [str(ROOT)]
+    if setting in PACKAGES:
+        paths.append(str(arguments.peers / PACKAGES[setting]))
     completed = subprocess.run(
         [
             *(sys.executable, __file__, "--measure", workload, setting),
             *("--steps", str(arguments.steps), "--first", str(arguments.first)),
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(paths),
+        },
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -148,9 +159,9 @@ def measure_in_own_process(arguments: argparse.Namespace, workload: str, setting
 
 def take_turns(arguments: argparse.Namespace, workload: str) -> dict[str, list[Measurement]]:
     """Measure every setting once, then again, as often as there are repetitions."""
-    measurements: dict[str, list[Measurement]] = {setting: [] for setting in SETTINGS}
+    measurements: dict[str, list[Measurement]] = {setting: [] for setting in arguments.settings}
     for repetition in range(arguments.repetitions):
-        for setting in SETTINGS:
+        for setting in arguments.settings:
             print(f"{workload} {repetition + 1}/{arguments.repetitions} {setting}", file=sys.stderr)
             measurements[setting].append(measure_in_own_process(arguments, workload, setting))
     return measurements
@@ -175,6 +186,9 @@ def summarise(measurements: dict[str, list[Measurement]]) -> list[dict[str, obje
                 "first_ratio": spread([turn.first_ms / base.first_ms for turn, base in pairs]),
                 "once_ms": spread([turn.once_ms for turn in turns]),
                 "read_ms": spread([turn.read_ms for turn in turns]),
+                "wall_ratio": spread([turn.wall_ms / base.wall_ms for turn, base in pairs]),
+                "peak_mib": spread([turn.peak_mib for turn in turns]),
+                "counted": spread([turn.counted for turn in turns]),
                 "same_loss": all(turn.last_loss == base.last_loss for turn, base in pairs),
                 "turns": [asdict(turn) for turn in turns],
             }
@@ -204,24 +218,66 @@ def print_table(workload: str, rows: list[dict], first: int) -> None:
     print(f"\n{WORKLOADS[workload]}")
     print("CPU time per step: median (smallest - largest) over the repetitions\n")
     print(
-        f"  {'setting':9} {'ms, steady':>22} {'ratio, steady':>24} {f'ms, first {first}':>22}"
-        f" {'ratio, first':>20} {'once, ms':>9} {'tables, ms':>11}"
+        f"  {'setting':14} {'ms, steady':>22} {'ratio, steady':>24} {'by the clock':>12}"
+        f" {f'ms, first {first}':>22} {'once, ms':>9} {'tables, ms':>10} {'MiB':>6} {'counted':>8}"
     )
     for row in rows:
-        steady, ratio = row["steady_ms"], row["steady_ratio"]
-        early, early_ratio = row["first_ms"], row["first_ratio"]
-        cells = [
-            f"{steady['median']:.2f} ({steady['min']:.2f} - {steady['max']:.2f})",
-            f"{ratio['median']:.3f} ({ratio['min']:.3f} - {ratio['max']:.3f})",
-            f"{early['median']:.2f} ({early['min']:.2f} - {early['max']:.2f})",
-            f"{early_ratio['median']:.2f} ({early_ratio['min']:.2f} - {early_ratio['max']:.2f})",
-        ]
         print(
-            f"  {row['setting']:9} {cells[0]:>22} {cells[1]:>24} {cells[2]:>22} {cells[3]:>20}"
-            f" {row['once_ms']['median']:9.0f} {row['read_ms']['median']:11.0f}"
+            f"  {row['setting']:14} {_ranged(row['steady_ms'], 2):>22}"
+            f" {_ranged(row['steady_ratio'], 3):>24} {row['wall_ratio']['median']:>12.3f}"
+            f" {_ranged(row['first_ms'], 2):>22} {row['once_ms']['median']:9.0f}"
+            f" {row['read_ms']['median']:10.0f} {row['peak_mib']['median']:6.0f}"
+            f" {_percent(row['counted']['median']):>8}"
         )
     if not all(row["same_loss"] for row in rows):
         print("\n  THE LOSSES DIFFER: watching changed the training")
+
+
+def _ranged(values: dict[str, float], digits: int) -> str:
+    median, least, most = (f"{values[name]:.{digits}f}" for name in ("median", "min", "max"))
+    return f"{median} ({least} - {most})"
+
+
+def _percent(share: float) -> str:
+    return "" if share != share else f"{100 * share:.1f} %"
+
+
+def page(machine: dict[str, object], results: dict[str, list[dict]], settings: Any) -> str:
+    """Return the page of the documentation."""
+    lines = [
+        "# What watching costs",
+        "",
+        "Time of a training step, over that of the same step unwatched. Each figure is the median",
+        f"of {settings.repetitions} runs (smallest - largest), one process each, on one thread, by",
+        f"turns; CPU time of the process, over steps {settings.first} to {settings.steps}. *By the",
+        "clock* counts what the processor waited for, and what else the machine did. *Counted* is",
+        "the share of the time that `scope.overhead` says watching took.",
+        "",
+        "Written by `make bench`, on this machine: "
+        + ", ".join(f"{key} {value}" for key, value in machine.items())
+        + ".",
+    ]
+    for workload, rows in results.items():
+        lines += [
+            "",
+            f"## {WORKLOADS[workload]}",
+            "",
+            "| | ms a step | of bare | by the clock | first steps | once, ms | MiB | counted |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            cells = [
+                DESCRIPTIONS[str(row["setting"])],
+                _ranged(row["steady_ms"], 2),
+                _ranged(row["steady_ratio"], 3),
+                f"{row['wall_ratio']['median']:.3f}",
+                f"{row['first_ratio']['median']:.2f}",
+                f"{row['once_ms']['median']:.0f}",
+                f"{row['peak_mib']['median']:.0f}",
+                _percent(row["counted"]["median"]),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -229,12 +285,19 @@ def main() -> int:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200, help="steps in each process")
     parser.add_argument("--first", type=int, default=50, help="of these, reported apart")
-    parser.add_argument("--only", choices=list(WORKLOADS))
+    parser.add_argument("--only", default=",".join(WORKLOADS), help="workloads, comma separated")
+    parser.add_argument("--settings", default=",".join(SETTINGS), help="settings, comma separated")
+    parser.add_argument("--peers", type=Path, metavar="FOLDER", help="time other tools, too")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write a page of Markdown")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--measure", nargs=2, metavar=("WORKLOAD", "SETTING"), help=argparse.SUPPRESS
     )
     arguments = parser.parse_args()
+    arguments.settings = ["bare", *(s for s in arguments.settings.split(",") if s != "bare")]
+    if arguments.peers is not None:
+        arguments.settings += PEERS
+        install_peers(arguments.peers)
     if not 0 < arguments.first < arguments.steps:
         parser.error("--first must be at least 1 and smaller than --steps")
 
@@ -246,12 +309,13 @@ def main() -> int:
     machine = describe_machine()
     if not arguments.json:
         print("  ".join(f"{key}: {value}" for key, value in machine.items()))
-    workloads = [arguments.only] if arguments.only else list(WORKLOADS)
     results = {}
-    for workload in workloads:
+    for workload in arguments.only.split(","):
         results[workload] = summarise(take_turns(arguments, workload))
         if not arguments.json:
             print_table(workload, results[workload], arguments.first)
+    if arguments.write:
+        arguments.write.write_text(page(machine, results, arguments))
     if arguments.json:
         settings = {"steps": arguments.steps, "first": arguments.first}
         print(json.dumps({"machine": machine, **settings, "workloads": results}, indent=2))
