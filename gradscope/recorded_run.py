@@ -164,6 +164,7 @@ class RecordedRun:
         has said how many steps there will be, also ``progress``, from 0 to 1, and ``seconds_left``,
         if they take as long as the last ones did.
         """
+        self._settle(wait=False)  # asked for in the middle of a loop
         return self._recording.latest()
 
     @property
@@ -332,7 +333,7 @@ class RecordedRun:
 
     # -- what a scope adds ------------------------------------------------------------------
 
-    def _settle(self) -> None:
+    def _settle(self, *, wait: bool = True) -> None:
         """See to it that everything seen so far is in the recording."""
 
     def _versions(self) -> dict[str, str]:

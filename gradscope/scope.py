@@ -284,9 +284,9 @@ class Scope(RecordedRun):
                 "that it is to end, or use on_finding='raise'"
             )
 
-    def _settle(self) -> None:
+    def _settle(self, *, wait: bool = True) -> None:
         if self._session is not None:
-            self._session.settle()
+            self._session.settle(wait=wait)
 
 
 def watch(

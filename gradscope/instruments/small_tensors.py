@@ -109,8 +109,6 @@ class SmallTensors:
         if not self._stacks:
             return
         squares = self._squares
-        # A product of a row and a column is a call of BLAS, which adds in several lanes: float32
-        # loses no more than its last digit.
         with np.errstate(over="ignore", under="ignore", invalid="ignore"), torch.no_grad():
             for stack in self._stacks:
                 try:
@@ -125,8 +123,7 @@ class SmallTensors:
         for stack in self._stacks:
             if not _is_usual(stack.squares):
                 for places, rows in _fill(stack, tensors, irregular):
-                    wide = rows.astype(np.float64)
-                    result[places] = np.einsum("ij,ij->i", wide, wide)
+                    result[places] = sums_of_squares(rows)
 
     def rows(
         self, tensors: Sequence[torch.Tensor | None], irregular: list[int]
@@ -142,6 +139,21 @@ class SmallTensors:
         """
         for stack in self._stacks:
             yield from _fill(stack, tensors, irregular)
+
+
+def sums_of_squares(rows: Singles) -> Reals:
+    """Return float64[k], the sum of squares of each row.
+
+    A product of a row and a column is a call of BLAS, which adds in several lanes: float32 loses no
+    more than its last digit. Where squares leave its range, double precision takes its place.
+    """
+    k, n = rows.shape
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        products: Singles = np.matmul(rows.reshape(k, 1, n), rows.reshape(k, n, 1)).reshape(k)
+    if _is_usual(products):
+        return products.astype(np.float64)
+    wide = rows.astype(np.float64)
+    return np.asarray(np.einsum("ij,ij->i", wide, wide))
 
 
 def _is_usual(squares: Singles) -> bool:

@@ -23,6 +23,7 @@ from gradscope.instruments.small_tensors import (
     TINY,
     Singles,
     SmallTensors,
+    sums_of_squares,
 )
 
 Reals = npt.NDArray[np.float64]
@@ -130,8 +131,7 @@ def _reduce(result: Statistics, places: Any, rows: Singles, count_zeros: bool) -
         result.min[places], result.max[places] = rows.min(axis=1), rows.max(axis=1)
     for i in np.flatnonzero(np.isinf(sums)).tolist():
         sums[i] = rows[i].sum(dtype=np.float64)
-    wide = rows.astype(np.float64)
-    squares = np.einsum("ij,ij->i", wide, wide)
+    squares = sums_of_squares(rows)
     result.numel[places], result.sum[places] = rows.shape[1], sums
     result.sum_of_squares[places] = squares
     if count_zeros:

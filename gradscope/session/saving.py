@@ -42,6 +42,7 @@ class Saving:
         recording: what is written.
         elapsed: tells for how many seconds the program has been watched.
         last_copies: gives whole tensors around the last steps, by step.
+        settle: has everything seen so far turned into rows.
         waits: whether nothing is written before something trains, since only then it is known
             which rank this is; and others may write there too.
 
@@ -59,10 +60,12 @@ class Saving:
         recording: Recording,
         elapsed: Callable[[], float],
         last_copies: Callable[[], dict[int, dict[int, Any]]],
+        settle: Callable[[], None],
         *,
         waits: bool = False,
     ) -> None:
         self.path = path
+        self._settle = settle
         self.place = place_now()
         self.waits = self._shares = waits
         self.criteria: dict[str, Any] = {}
@@ -127,6 +130,7 @@ class Saving:
                 self._first_part,
                 number,
                 says_rank=place.world_size > 1 or number > 0,
+                settle=self._settle,
             )
         _written_here.add(self.path)
         try:

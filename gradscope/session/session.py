@@ -253,7 +253,14 @@ class Session:
         Raises:
             UsageError: if the run that lies there is of another training.
         """
-        saving = Saving(path, self.recording, lambda: self.elapsed, self.last_copies, waits=waits)
+        saving = Saving(
+            path,
+            self.recording,
+            lambda: self.elapsed,
+            self.last_copies,
+            self.settle,
+            waits=waits,
+        )
         saving.criteria = criteria
         if stored is not None:
             made = saving.take_up(stored)

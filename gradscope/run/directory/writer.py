@@ -97,6 +97,7 @@ class DirectoryWriter:
         says_rank: whether the rows say of which rank they are.
         writes_all: whether all that memory holds is written, and not only what nobody has taken;
             for :meth:`write_all`.
+        settle: has everything seen so far turned into rows, when Python ends in the middle of it.
 
     Attributes:
         failure: what ended the writing before its time; None if nothing did.
@@ -116,7 +117,9 @@ class DirectoryWriter:
         *,
         says_rank: bool = False,
         writes_all: bool = False,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
+        self._settle = settle
         self.path = path
         self.home = layout.home_of(path, rank)
         self.failure: Exception | None = None
@@ -226,6 +229,7 @@ class DirectoryWriter:
     def stop_at_exit(self) -> None:
         """Write what is left when Python ends; nobody is there to be told but who reads stderr."""
         try:
+            self._settle()
             self.stop("the program ended while it was watched")
             error = self.failure
         except Exception as found:
