@@ -823,6 +823,7 @@ class Session:
 
     def _end_look(self) -> None:
         self._looks.end()
+        self._in_order.settle()  # many numbers in small tensors, which need not wait
         self._attempts.spend(self._looks.cost, is_free=self._looks.is_free)
 
     def _count_followed(self) -> None:
