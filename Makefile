@@ -62,8 +62,9 @@ docs: $(READY) ## write the generated pages of the documentation anew
 	$(BIN)/python docs/generate.py
 
 .PHONY: bench
-bench: $(READY) ## what watching costs: interleaved runs, one process each; how long graphs take
-	$(BIN)/python tests/benchmarks/watch_overhead.py
+bench: $(READY) ## what watching costs, beside other tools, which it installs; writes docs/benchmarks.md
+	$(BIN)/python tests/benchmarks/watch_overhead.py --peers build/peers --write docs/benchmarks.md
+	$(BIN)/python tests/benchmarks/scaling.py
 	$(BIN)/python tests/benchmarks/graphs.py
 
 .PHONY: clean
