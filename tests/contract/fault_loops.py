@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, lr_scheduler
-from training_loops import Training, batch, perceptron, seed_everything
+from training_loops import batch, perceptron
+from twins import Training, seed_everything
 
 
 def everything_at_once() -> Training:

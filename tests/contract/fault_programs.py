@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 TESTED = os.environ.get("GRADSCOPE_TESTED", str(Path(__file__).parents[2]))
-sys.path[:0] = [str(Path(__file__).parent), TESTED]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), TESTED]
 import fault_points  # noqa: E402
 
 if __name__ == "__main__":
@@ -42,7 +42,7 @@ import torch._dynamo  # noqa: E402
 from fault_loops import cut_loss, everything_at_once, odd_kinds, plain  # noqa: E402
 from fault_points import FAULTS, POINTS, Point  # noqa: E402
 from traces import clean_up, snapshot  # noqa: E402
-from training_loops import Training, everything_of  # noqa: E402
+from twins import Training, everything_of  # noqa: E402
 
 import gradscope  # noqa: E402
 from gradscope.config import WatchOptions  # noqa: E402
