@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -18,14 +19,18 @@ pytestmark = [
 ]
 
 
+HERE = CELLS if os.environ.get("GRADSCOPE_ALL_CELLS") == "1" else [*filter(is_quick, CELLS)]
+"""All of them take half an hour: ``make matrix`` runs them."""
+
+
 def cell_param(cell: Cell) -> Any:
-    marks = [] if is_quick(cell) else [pytest.mark.slow]
+    marks = []
     if issubclass(cell.feature, WithCompiler):  # the compiler has warnings of its own
         marks.append(pytest.mark.filterwarnings("ignore"))
     return pytest.param(cell, id=str(cell), marks=marks)
 
 
-@pytest.mark.parametrize("cell", [cell_param(cell) for cell in CELLS])
+@pytest.mark.parametrize("cell", [cell_param(cell) for cell in HERE])
 def test_a_cell_is_what_the_page_says_of_it(cell: Cell) -> None:
     if not cell.feature.can_run_here():
         pytest.skip("there is no compiler of C++")
