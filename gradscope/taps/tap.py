@@ -95,6 +95,7 @@ class Tap:
             except Exception as error:
                 listener.failed(event, error)
 
+    @uncompiled
     def emit_with_line(self, event: str, *arguments: Any) -> None:
         """Tell every listener, the line of the program being the last argument."""
         try:
@@ -104,6 +105,7 @@ class Tap:
         else:
             self.emit(event, *arguments, location)
 
+    @uncompiled
     def failed(self, event: str, error: Exception) -> None:
         """Tell every listener of an error of the tap's own; ``event`` is what will not come."""
         for listener in self.listeners:

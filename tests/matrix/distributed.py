@@ -40,7 +40,7 @@ class Sharded(OnTwoRanks):
     """`fully_shard` (FSDP2), of layers and of the whole; tables are about the shards of a rank."""
 
     title = "FSDP2"
-    measures_updates = False
+    note = "spread over ranks"
 
     def spread(self, model: nn.Module) -> nn.Module:
         for layer in model.children():

@@ -42,6 +42,8 @@ class Loop:
     uses_closure: ClassVar[bool] = False
     unseen: ClassVar[str] = ""
     """What GS902 says cannot be seen; empty where everything can."""
+    note: ClassVar[str] = ""
+    """What else is said of the loop, which hides nothing."""
     sees_steps: ClassVar[bool] = True
     """Whether the steps are seen at all."""
     measures_updates: ClassVar[bool] = True

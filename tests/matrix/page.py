@@ -132,8 +132,8 @@ _ABOUT_TORCH = [
     "compiled once more,",
     "at the first watched step. Of a step inside of a compiled function nothing is told but that "
     "it moves weights.",
-    "Of parameters that FSDP2 has sharded updates are not measured; gradients are, each process "
-    "its own shards.",
+    "Of parameters that FSDP2 has sharded gradients and updates are measured, each process its own "
+    "shards.",
     "",
     "## What was found on the way",
     "",

@@ -330,7 +330,7 @@ def test_names_learnt_late_hold_for_the_rows_of_before(
     assert len(read_json(tmp_path / "run" / "parameters.json")["names"]) > 1
     # The engines, too, find the names of today.
     assert set(pd.read_parquet(tmp_path / "run" / "grads")["param"]) == names
-    assert len(list((tmp_path / "run" / "grads").iterdir())) > 20
+    assert len(list((tmp_path / "run" / "grads").iterdir())) > 10
     assert len(run.table("grads", where=[("param", "==", "first.bias")])) == 40
 
 
