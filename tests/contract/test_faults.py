@@ -45,8 +45,8 @@ def faults(program: str, tmp_path: Path, *options: str, timeout: float) -> dict[
     return found
 
 
-def test_training_goes_on_after_a_fault_at_any_thirty_second_point(tmp_path: Path) -> None:
-    found = faults("fault_programs.py", tmp_path, "--share", "32", timeout=900)
+def test_training_goes_on_after_a_fault_at_any_sixteenth_point(tmp_path: Path) -> None:
+    found = faults("fault_programs.py", tmp_path, "--share", "16", timeout=900)
     assert found["n_points"] > 2_000
     assert found["n_faults"] > found["n_points"] / 25
     assert all(found["by_kind"][kind] >= 10 for kind in ("torch", "files", "threads", "pyarrow"))
