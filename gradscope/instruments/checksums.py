@@ -14,6 +14,7 @@ import torch
 from torch.nn.parameter import UninitializedParameter
 
 from gradscope.instruments.late import Late, Numbers
+from gradscope.instruments.local import local
 
 _BLOCK = 1 << 16
 _BLOCKS_AT_ONCE = 256
@@ -100,12 +101,10 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor | None:
     """The values of a tensor if this process holds all of them; None for any other."""
     if isinstance(tensor, UninitializedParameter):
         return None
-    tensor = tensor.detach()
-    placements = getattr(tensor, "placements", None)
-    if placements is not None:
-        if not all(placement.is_replicate() for placement in placements):
-            return None
-        tensor = tensor.to_local()  # type: ignore[attr-defined]
+    placements = getattr(tensor, "placements", None) or ()
+    if not all(placement.is_replicate() for placement in placements):
+        return None
+    tensor = local(tensor.detach())
     if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized:
         return None
     if tensor.is_complex():

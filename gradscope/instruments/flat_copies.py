@@ -15,6 +15,7 @@ import torch
 from torch.nn.parameter import UninitializedParameter
 
 from gradscope.instruments.late import Known, Late, Numbers
+from gradscope.instruments.local import is_spread
 
 Integers = npt.NDArray[np.int64]
 
@@ -191,7 +192,7 @@ def can_be_copied(parameter: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
         and not parameter.is_meta
         and parameter.layout is torch.strided
         and (parameter.dtype.is_floating_point or parameter.dtype.is_complex)
-        and not hasattr(parameter, "to_local")
+        and not is_spread(parameter)
     )
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from gradscope.instruments.late import Late, Numbers
+from gradscope.instruments.local import local
 
 Array = npt.NDArray[Any]
 
@@ -76,9 +77,7 @@ class TensorKeeper:
 def _copy(copies: dict[str, Late[Array]], name: str, value: Any) -> None:
     if not isinstance(value, torch.Tensor) or value.is_meta:
         return
-    value = value.detach()
-    if hasattr(value, "to_local"):  # a DTensor: this rank's part
-        value = value.to_local()
+    value = local(value.detach())
     if value.layout is not torch.strided:
         value = value.to_dense()
     # NumPy has no bfloat16; of a half every value is a float32.

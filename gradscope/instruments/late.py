@@ -11,6 +11,8 @@ from typing import Any, Protocol, TypeVar
 import numpy.typing as npt
 import torch
 
+from gradscope.instruments.local import is_spread
+
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -90,4 +92,4 @@ def scalar_of(tensor: torch.Tensor) -> Late[Any]:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not hasattr(tensor, "to_local")
+    return tensor.layout is torch.strided and not is_spread(tensor)

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch.nn.parameter import UninitializedParameter
 
+from gradscope.instruments.local import is_spread
+
 Places = npt.NDArray[np.int64]
 Singles = npt.NDArray[np.float32]
 Reals = npt.NDArray[np.float64]
@@ -34,14 +36,12 @@ class _Stack:
 
     Attributes:
         members: the places of k tensors in the list of all.
-        start: how many small tensors come before them.
         target: float32[k, *shape], the buffer as torch is to fill it.
         rows, row_vectors, column_vectors: float32[k, n], [k, 1, n] and [k, n, 1], the same memory.
         squares: float32[k, 1, 1], where their sums of squares go.
     """
 
     members: list[int]
-    start: int
     target: torch.Tensor
     rows: Singles
     row_vectors: Singles
@@ -86,7 +86,6 @@ class SmallTensors:
                 self._stacks.append(
                     _Stack(
                         some,
-                        start,
                         part.view(k, *shape),
                         rows,
                         rows.reshape(k, 1, n),
@@ -180,5 +179,5 @@ def _is_small(tensor: torch.Tensor) -> bool:
         and tensor.dtype in _FLOATS
         and tensor.layout is torch.strided
         and 0 < tensor.numel() <= LARGEST
-        and not hasattr(tensor, "to_local")
+        and not is_spread(tensor)
     )

@@ -18,6 +18,7 @@ import torch
 from torch.nn.parameter import UninitializedParameter
 
 from gradscope.instruments.late import Known, Late, Numbers
+from gradscope.instruments.local import local
 from gradscope.instruments.small_tensors import (
     HUGE,
     TINY,
@@ -180,9 +181,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor | None:
     """The numbers of a tensor as a dense one without graph; None if they cannot be read."""
     if isinstance(tensor, UninitializedParameter):
         return None
-    tensor = tensor.detach()
-    if hasattr(tensor, "to_local"):  # a DTensor: this rank's part
-        tensor = tensor.to_local()
+    tensor = local(tensor.detach())
     if tensor.layout is torch.sparse_coo:
         # A row may be stored several times; its parts add up.
         tensor = tensor.coalesce().values()

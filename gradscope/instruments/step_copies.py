@@ -80,6 +80,8 @@ class StepCopies:
         with torch.no_grad():
             # The state is a defaultdict: asking for what is not there would create it.
             states = [{} if p is None else optimizer.state.get(p) or {} for p in parameters]
+            if self._is_spread:
+                states = [{key: local(v) for key, v in state.items()} for state in states]
             own = self._here(parameters)
             for part in self._parts:
                 part.before(optimizer, own, states)
@@ -190,7 +192,7 @@ class _Part:
         if self._formula is None:
             return
         for key, name in self._formula.state.items():
-            held = [local(state.get(key)) for state in self._states]
+            held = [state.get(key) for state in self._states]
             if name in self._formula.scalars:
                 if any(map(is_elsewhere, held)) and not self._formula.elementwise:
                     self._shaped[name] = [_copy(value, copies.dtype) for value in held]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gradscope.instruments.late import Late, Numbers
+from gradscope.instruments.local import is_spread
 
 _MOST_READ = 1 << 22
 """Elements of a tensor that are looked at; of a larger one its first rows."""
@@ -22,7 +23,7 @@ def is_readable(tensor: torch.Tensor) -> bool:
         and not tensor.is_meta
         and not tensor.is_complex()
         and tensor.numel() > 0
-        and not hasattr(tensor, "to_local")
+        and not is_spread(tensor)
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 

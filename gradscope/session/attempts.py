@@ -27,7 +27,7 @@ from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger, StepRecord
 from gradscope.session.live_comparison import ranks_apart
 from gradscope.session.ranks import is_in_group
-from gradscope.session.schedule import DENSE, Schedule
+from gradscope.session.schedule import DENSE, Schedule, at_doublings
 from gradscope.session.step_observer import StepObserver, StepReading
 
 if TYPE_CHECKING:
@@ -45,14 +45,6 @@ _MOST_LOOKS = 8
 
 _MOST_GONE = 2
 """Of how many optimizers that are gone the copies around the last step are kept."""
-
-
-def _is_compared(attempt: int) -> bool:
-    """Whether ranks are compared at an attempt: all of them at the same ones, whatever time is.
-
-    At 0, 1, 2, 4, 8 …: early, where ranks part, and rarely in a long run.
-    """
-    return attempt & (attempt - 1) == 0
 
 
 def _or_missing(checksums: Any) -> Any:
@@ -226,7 +218,7 @@ class Attempts:
         if self.compares_ranks and not has_closure:
             attempt, every = follower.n_attempts, options.sync_every
             is_live = every is not None and attempt % every == 0
-            if is_live or _is_compared(attempt):
+            if is_live or at_doublings(attempt):  # of all ranks at the same, whatever time is
                 self._failures.run("checksums", self._take_checksums, optimizer, attempt, is_live)
 
     def _take_checksums(self, optimizer: int, attempt: int, is_live: bool) -> None:
@@ -238,10 +230,8 @@ class Attempts:
             is_live: whether the others are asked now.
         """
         params, step = self._census.params_of(optimizer), self.n_ended
-        tensors = [reference() for reference in self._census.references(params.tolist())]
-        weights = self._checksums.read(tensors)
-        gradients = self._checksums.read(
-            [None if t is None or not t.is_leaf else t.grad for t in tensors]
+        weights, gradients = map(
+            self._checksums.read, self._followers[optimizer].observer.weights_and_gradients()
         )
 
         def account() -> None:
@@ -421,11 +411,10 @@ class Attempts:
 
         self._in_order.do(account, *reading.awaited())
         # The buffers that a recorded step was read into are those of the next one.
-        writing = time.perf_counter()
+        began = time.perf_counter()
         self._in_order.step_ended(is_urgent=reading.recorded or not reading.is_finite())
-        cost = 0.0
-        if reading.recorded:
-            cost = reading.seconds + time.perf_counter() - writing
+        writing = time.perf_counter() - began if reading.recorded else 0.0
+        cost = reading.seconds + writing if reading.recorded else 0.0
         usual = observed - (self._chosen - follower.chosen_before)
         follower.schedule.ended(
             number,
@@ -435,7 +424,8 @@ class Attempts:
             share=1 / len(self._followers),
         )
         self._chosen += cost
-        follower.chosen_before, follower.ended = self._chosen, now
+        # What was observed of this step was read before its rows were written.
+        follower.chosen_before, follower.ended = self._chosen - writing, now
 
     def _end_attempt(
         self,

@@ -54,8 +54,7 @@ class Looks:
 
     Attributes:
         now: the look that is under way.
-        cost: seconds that the last look took.
-        is_free: whether it was due whatever it cost.
+        is_free: whether the last look was due whatever it cost.
     """
 
     def __init__(
@@ -84,7 +83,6 @@ class Looks:
         self._next = 0
         self._cost_before = 0.0
         self._not_before = 0.0
-        self.cost = 0.0
         self.is_free = True
 
     def is_due(self, n_attempts: int) -> bool:
@@ -176,16 +174,20 @@ class Looks:
         self._stepped.add(optimizer)
         return self.now is not None and self._stepped.issuperset(optimizers)
 
-    def end(self) -> None:
-        """End a look, and write its rows once all values are there."""
+    def end(self) -> float:
+        """End a look, and write its rows once all values are there.
+
+        Returns:
+            The seconds that it took; 0 if there was none, or it failed.
+        """
         self._stepped.clear()
         look = self.now
         if look is None:
-            return
+            return 0.0
         look.end()
         self.now = None
         if not look.is_whole:
-            return
+            return 0.0
         self._strangers = look.strangers
         awaited: list[Late[Any]] = look.awaited
         # Models of a function are gone when the watch ends.
@@ -200,8 +202,9 @@ class Looks:
                 self._recording.rows(table).extend_by_rows(rows)
 
         self._in_order.do(account, *awaited)
-        self.cost = self._costs.total - self._cost_before
-        self._not_before = time.perf_counter() + self.cost / self._share
+        cost = self._costs.total - self._cost_before
+        self._not_before = time.perf_counter() + cost / self._share
+        return cost
 
     def give_up(self) -> None:
         """Leave nothing behind, whatever has failed."""

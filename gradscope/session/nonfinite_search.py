@@ -15,6 +15,7 @@ from gradscope.instruments.nonfinite import Origin, first_nonfinite, first_singu
 from gradscope.run.captured_graph import CapturedGraph, operation
 from gradscope.run.recording import Recording
 from gradscope.session.failures import Failures
+from gradscope.session.schedule import at_doublings
 from gradscope.taps.user_frame import Location
 
 _MOST_TOLD = 4
@@ -76,7 +77,7 @@ class NonfiniteSearch:
             return
         now = time.perf_counter()
         self._n_backwards += 1
-        if self._n_backwards & (self._n_backwards - 1) == 0:  # now and then: graphs change
+        if at_doublings(self._n_backwards):  # now and then: graphs change
             self._has_singular = bool(self._failures.run("nonfinite", has_singular, roots))
         is_early = self._n_backwards <= _ALWAYS
         if not self._has_singular or (now < self._next_look and not is_early):

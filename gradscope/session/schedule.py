@@ -66,7 +66,12 @@ class Schedule:
         self._saved -= seconds
 
     def _is_free(self, step: int) -> bool:
-        return step < self._dense or (self._dense > 0 and step & (step - 1) == 0)
+        return step < self._dense or (self._dense > 0 and at_doublings(step))
+
+
+def at_doublings(number: int) -> bool:
+    """Whether a number is 0, 1, 2, 4, 8 …: often at the beginning, and rarely in a long run."""
+    return number & (number - 1) == 0
 
 
 def _smoothed(mean: float | None, newest: float) -> float:

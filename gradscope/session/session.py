@@ -9,12 +9,10 @@ from __future__ import annotations
 import functools
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -34,6 +32,7 @@ from gradscope.run.weight_step import WeightStep
 from gradscope.session.all_gradients import AllGradients
 from gradscope.session.attempts import Attempts
 from gradscope.session.census import Census, is_compiled
+from gradscope.session.compiled_parts import CompiledParts
 from gradscope.session.costs import Costs
 from gradscope.session.cut_search import CutSearch
 from gradscope.session.failures import Failures
@@ -82,9 +81,6 @@ _EVERY_TAP: tuple[Tap, ...] = (*_TAPS, optimizer_creation, module_creation)
 
 _MOST_GRAPHS_WAITING = 8
 """How many captured graphs wait for the step they belong to; a loop may never step."""
-
-_MOST_COMPILED_CALLS = 64
-"""Of how many calls of compiled code it is looked at whether they move weights."""
 
 _SHARE_OF_LOOKING_AROUND = 0.005
 """The share of time that may go into finding out whether the models have changed."""
@@ -198,6 +194,12 @@ class Session:
             self._costs,
             options.budget,
         )
+        self._compiled = CompiledParts(
+            self._census,
+            self._attempts,
+            self.event,
+            lambda number: self.recording.optimizers[number].name,
+        )
         self._graphs = GraphCapture(options.graph, self._census, self._failures, lines)
         self._followed = 0.0
         self._call: tuple[float, int] = (0.0, 0)
@@ -207,10 +209,6 @@ class Session:
         self._in_scaler_step = False
         self._roots = Roots()
         self._first_backward: int | None = None  # where it came; -1 after the second
-        self._n_compiled_calls = 0
-        self._before_compiled_code: dict[int, Any] = {}
-        self._moved_unseen: set[int] = set()
-        self._told_compiled: weakref.WeakSet[Any] = weakref.WeakSet()
         self._broken = False
         self._saving: Saving | None = None
         self._place: Place | None = None
@@ -344,7 +342,7 @@ class Session:
         self._looks.give_up()
         self._guarded("graph_cut", self._cuts.give_up)
         self._guarded("module_calls", self._graphs.give_up)
-        for tap in (*_TAPS, optimizer_creation, module_creation):
+        for tap in _EVERY_TAP:
             tap.remove(self)
 
     def pause(self) -> None:
@@ -437,9 +435,7 @@ class Session:
             return False
         if not self._census.is_member(module) and not self._discover_model(module):
             return False
-        if is_compiled(module) and module not in self._told_compiled:
-            self._told_compiled.add(module)
-            self._tell_compiled_parts(module)
+        self._compiled.model_called(module)
         is_new = self._attempts.someone_is_new
         if not compiled_code.is_inside:  # what is put up there would be compiled in
             self._look_closer(module, someone_is_new=is_new)
@@ -685,11 +681,10 @@ class Session:
             return
         self._cuts.look_back()
         recorded = self._attempts.end(number)
+        self._count_followed()
         if self._looks.step_ended(number, self._attempts.optimizers):
-            self._count_followed()
             self._end_look()
         if self._looks.now is None:
-            self._count_followed()
             self._cuts.step_ended()
         if self._discovers and not self.recording.models and not compiled_code.is_inside:
             # Tensors without a module: there is no call with which a step begins.
@@ -703,30 +698,14 @@ class Session:
     @_timed
     def compiled_code_entered(self, function: Any, args: Any, kwargs: Any) -> None:
         """Say that a function is compiled, and look whether it will have moved weights."""
-        if self._n_compiled_calls < _MOST_COMPILED_CALLS and not self._broken and self._is_here():
-            self._n_compiled_calls += 1
-            self._tell_compiled(function)
-            self._before_compiled_code = self._attempts.versions()
+        if not self._broken and self._is_here():
+            self._compiled.entered(function)
 
     @_timed
     def compiled_code_left(self, succeeded: bool, result: Any) -> None:
         """Say so if it has, and no step was seen."""
-        before, self._before_compiled_code = self._before_compiled_code, {}
-        if not before or self._broken or not self._is_here():
-            return
-        now = self._attempts.versions()
-        for number, (n_attempts, versions) in before.items():
-            if number in self._moved_unseen or number not in now:
-                continue
-            if now[number][0] == n_attempts and now[number][1] != versions:
-                self._moved_unseen.add(number)
-                name = self.recording.optimizers[number].name
-                self.event(
-                    "unobserved",
-                    f"compiled code moves the weights of {name}: these updates are not seen; those "
-                    f"of torch.compile({name}.step) are",
-                    optimizer=number,
-                )
+        if not self._broken and self._is_here():
+            self._compiled.left()
 
     @_exclusive
     def optimizer_created(self, optimizer: torch.optim.Optimizer) -> None:
@@ -780,18 +759,6 @@ class Session:
         if error is not None:
             self.saving_failed(error)
 
-    def _tell_compiled_parts(self, module: nn.Module) -> None:
-        for path, kind in self._census.note_compiled(module):
-            part = f"part {path} ({kind})" if path else kind
-            self.event("unobserved", f"{part} is compiled: its inside is not seen")
-
-    def _tell_compiled(self, function: Any) -> None:
-        # Methods are those of modules and optimizers, which are told of elsewhere.
-        if not isinstance(function, FunctionType) or function in self._told_compiled:
-            return
-        self._told_compiled.add(function)
-        self.event("unobserved", f"{function.__qualname__} is compiled: its inside is not seen")
-
     def _look_for_results(self, call: BackwardCall) -> None:
         """See at the second backward whether weights were computed once, before the loop."""
         if self._first_backward is None:
@@ -813,7 +780,7 @@ class Session:
         if not (is_search or is_due):
             return
         if module is not None and not is_compiled(module):
-            self._tell_compiled_parts(module)
+            self._compiled.tell_parts(module)
         if not self._cuts.is_armed:
             if module is not None and is_compiled(module):
                 return
@@ -822,9 +789,9 @@ class Session:
             self._cuts.tell(self._looks.begin(self._attempts.n_ended))
 
     def _end_look(self) -> None:
-        self._looks.end()
+        cost = self._looks.end()
         self._in_order.settle()  # many numbers in small tensors, which need not wait
-        self._attempts.spend(self._looks.cost, is_free=self._looks.is_free)
+        self._attempts.spend(cost, is_free=self._looks.is_free)
 
     def _count_followed(self) -> None:
         """Count what following every call has taken: it lies between all other parts."""

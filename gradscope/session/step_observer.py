@@ -204,8 +204,7 @@ class StepObserver:
         """Read the gradients as the update is about to read them."""
         self._prepare()
         gradients = self._gradients.gradients(self._tensors())
-        tokens, versions, reading.n_there = self._gradients.identities(gradients)
-        reading.look = GradientLook(self._at, tokens, versions)
+        reading.look, reading.n_there = self._look(gradients)
         reading.sums_of_squares = reading.statistics = None
         if reading.recorded and self._are_copied:
             self._are_copied = (
@@ -228,10 +227,13 @@ class StepObserver:
 
     def look_at_gradients(self) -> GradientLook:
         """Look at the gradients without reading any."""
+        return self._look(self.weights_and_gradients()[1])[0]
+
+    def weights_and_gradients(self) -> tuple[list[Any], list[torch.Tensor | None]]:
+        """Return the optimizer's parameters and their gradients, to be read and not kept."""
         self._prepare()
-        gradients = self._gradients.gradients(self._tensors())
-        token, version, _ = self._gradients.identities(gradients)
-        return GradientLook(self._at, token, version)
+        tensors = self._tensors()
+        return tensors, self._gradients.gradients(tensors)
 
     def read_before_clipping(self, clipped: Sequence[torch.Tensor]) -> Late[Reals] | None:
         """Return float64[n], sums of squares of these gradients; NaN for all that are others."""
@@ -317,8 +319,12 @@ class StepObserver:
             before.versions[i] for i in self._sample
         ]:
             return None
-        tokens, versions, _ = self._gradients.identities(self._gradients.gradients(tensors))
-        return GradientLook(self._at, tokens, versions)
+        return self._look(self._gradients.gradients(tensors))[0]
+
+    def _look(self, gradients: Sequence[torch.Tensor | None]) -> tuple[GradientLook, int]:
+        """A look at all gradients without their zeros, and how many there are."""
+        tokens, versions, n_there = self._gradients.identities(gradients)
+        return GradientLook(self._at, tokens, versions), n_there
 
     def _versions(self) -> list[int] | None:
         try:
