@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, lr_scheduler
-from training_loops import batch, perceptron
+from training_loops import a_loss_cut_from_the_model, batch, perceptron
 from twins import Training, seed_everything
 
 
@@ -70,18 +70,7 @@ def plain() -> Training:
 def cut_loss() -> Training:
     """A loop whose backward reaches no parameter, so that the cut is looked for."""
     seed_everything()
-    model = perceptron()
-    optimizer = AdamW(model.parameters(), lr=1e-2)
-
-    def step(number: int) -> list[torch.Tensor]:
-        x, y = batch()
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x).detach().requires_grad_(), y)
-        loss.backward()
-        optimizer.step()
-        return [loss.detach().clone()]
-
-    return Training([model], [optimizer], step)
+    return a_loss_cut_from_the_model()
 
 
 class Odd(nn.Module):

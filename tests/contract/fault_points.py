@@ -15,6 +15,7 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import json
 import sys
 import threading
 import time
@@ -355,6 +356,14 @@ class _Finder(importlib.abc.MetaPathFinder):
         if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
             spec.loader = _Loader(spec.loader.name, spec.loader.path)
         return spec
+
+
+def told(report: dict[str, Any], path: Path | None) -> bool:
+    """Print how many faults a program has made, write its report; returns whether any broke it."""
+    print(report["n_faults"], "faults,", len(report["broken"]), "broken")
+    if path is not None:
+        path.write_text(json.dumps(report, indent=1))
+    return bool(report["broken"])
 
 
 def install() -> None:

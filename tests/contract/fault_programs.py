@@ -23,7 +23,6 @@ import contextlib  # noqa: E402
 import faulthandler  # noqa: E402
 import gc  # noqa: E402
 import io  # noqa: E402
-import json  # noqa: E402
 import math  # noqa: E402
 import re  # noqa: E402
 import shutil  # noqa: E402
@@ -630,10 +629,7 @@ def main() -> int:
     report["n_points"], report["n_calls"] = len(known), len(POINTS)
     report["by_kind"] = Counter(FAULTS.kinds[number] for number in known)
     print(f"{len(known)} points of {len(POINTS)} calls in the source: {dict(report['by_kind'])}")
-    print(report["n_faults"], "faults,", len(report["broken"]), "broken")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1))
-    return bool(report["broken"])
+    return fault_points.told(report, arguments.json)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import argparse  # noqa: E402
 import contextlib  # noqa: E402
 import faulthandler  # noqa: E402
 import io  # noqa: E402
-import json  # noqa: E402
 import tempfile  # noqa: E402
 from collections import Counter  # noqa: E402
 from typing import Any  # noqa: E402
@@ -148,10 +147,7 @@ def main() -> int:
             print(name, len(reached), "points", flush=True)
     report["n_points"] = len(FAULTS.kinds)
     report["by_kind"] = Counter(FAULTS.kinds.values())
-    print(report["n_faults"], "faults,", len(report["broken"]), "broken")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1))
-    return bool(report["broken"])
+    return fault_points.told(report, arguments.json)
 
 
 if __name__ == "__main__":

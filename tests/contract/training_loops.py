@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from residual import Residual
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_ as clip_norm_imported_by_name
 from torch.nn.utils import clip_grad_value_ as clip_value_imported_by_name
 from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
-from torch.utils.checkpoint import checkpoint
 from twins import Training, seed_everything
 
 
@@ -36,26 +36,6 @@ def perceptron(width: int = 12, *, dropout: float = 0.0) -> nn.Sequential:
         nn.Dropout(dropout),
         nn.Linear(width, 3),
     )
-
-
-class Residual(nn.Module):
-    def __init__(self, *, use_reentrant: bool | None = None) -> None:
-        super().__init__()
-        self.inside = nn.Linear(6, 12)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Dropout(0.2)) for _ in range(3)
-        )
-        self.outside = nn.Linear(12, 3)
-        self._use_reentrant = use_reentrant
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.inside(x)
-        for block in self.blocks:
-            if self._use_reentrant is None or not self.training:
-                x = x + block(x)
-            else:
-                x = x + checkpoint(block, x, use_reentrant=self._use_reentrant)
-        return self.outside(x)
 
 
 class Encoder(nn.Module):

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -209,12 +210,18 @@ print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 """
 
 
-def test_what_goes_wrong_in_one_forked_child_is_found(tmp_path: Path) -> None:
-    program, found = tmp_path / "forked.py", tmp_path / "findings.json"
-    program.write_text(FORKED)
+def finding_in(text: str, folder: Path, stdout: str) -> dict[str, Any]:
+    """The one finding about a program, which prints this."""
+    program, found = folder / "program.py", folder / "findings.json"
+    program.write_text(text)
     done = run_program(["-m", "gradscope", "run", "--findings", str(found), str(program)])
-    assert (done.returncode, done.stdout) == (0, "[0, 3]\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, stdout), done.stderr
     (finding,) = json.loads(found.read_text())["findings"]
+    return finding
+
+
+def test_what_goes_wrong_in_one_forked_child_is_found(tmp_path: Path) -> None:
+    finding = finding_in(FORKED, tmp_path, "[0, 3]\n")
     assert finding["name"] == "zero-learning-rate"
     assert "of 2)" in finding["message"]
 
@@ -242,11 +249,7 @@ if __name__ == "__main__":
 
 
 def test_a_worker_imports_torch_when_it_itself_wants_to(tmp_path: Path) -> None:
-    program, found = tmp_path / "late.py", tmp_path / "findings.json"
-    program.write_text(LATE)
-    done = run_program(["-m", "gradscope", "run", "--findings", str(found), str(program)])
-    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
-    (finding,) = json.loads(found.read_text())["findings"]
+    finding = finding_in(LATE, tmp_path, "False\n")
     assert finding["name"] == "zero-learning-rate"
 
 

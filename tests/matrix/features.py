@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from by_hand import ByHand
 from optimizers import Kind
+from residual import Residual
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.optim import Optimizer, lr_scheduler
-from torch.utils.checkpoint import checkpoint
 
 Watch = Callable[[list[nn.Module], list[Optimizer]], AbstractContextManager[Any]]
 """``gradscope.watch``, or for the twin something that does nothing."""
@@ -386,26 +386,6 @@ class Sparse(Loop):
 
     def make_model(self) -> nn.Module:
         return SparseTable()
-
-
-class Residual(nn.Module):
-    def __init__(self, *, use_reentrant: bool) -> None:
-        super().__init__()
-        self.inside = nn.Linear(6, 12)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Dropout(0.2)) for _ in range(2)
-        )
-        self.outside = nn.Linear(12, 3)
-        self._use_reentrant = use_reentrant
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.inside(x)
-        for block in self.blocks:
-            if self.training:
-                x = x + checkpoint(block, x, use_reentrant=self._use_reentrant)
-            else:
-                x = x + block(x)
-        return self.outside(x)
 
 
 class CheckpointReentrant(Loop):
