@@ -121,3 +121,15 @@ def test_a_dense_parameter_whose_gradient_turns_out_sparse_is_read() -> None:
     gradient = sparse_rows([1, 4], [[1.0, 2.0], [3.0, 4.0]], n_rows=6)
     found = reader.sums_of_squares([gradient, torch.ones(3)]).value()
     assert found.tolist() == pytest.approx([30.0, 3.0])
+
+
+def test_every_number_is_that_of_its_own_tensor_whatever_shapes_alternate() -> None:
+    torch.manual_seed(0)
+    shapes = [(3, 4), (5,), (20_000,), (3, 4), (), (5,), (2, 3, 3), (3, 4), (5,)]
+    tensors = [torch.randn(shape) + i for i, shape in enumerate(shapes)]
+    reader = StatisticsReader(tensors)
+    wanted = [float(tensor.double().norm()) for tensor in tensors]
+    assert np.sqrt(reader.sums_of_squares(tensors).value()) == pytest.approx(wanted, rel=1e-6)
+    found = reader.statistics(tensors).value()
+    assert found.norm == pytest.approx(wanted, rel=1e-6)
+    assert found.max.tolist() == [float(tensor.max()) for tensor in tensors]
