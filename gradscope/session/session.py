@@ -366,6 +366,11 @@ class Session:
         self._guarded("ledger", lambda: self._in_order.settle(wait=wait))
 
     @property
+    def n_steps(self) -> int:
+        """How many attempts have ended, also those that are not accounted for yet."""
+        return self._attempts.n_ended
+
+    @property
     def elapsed(self) -> float:
         """Seconds watched so far, pauses left out."""
         clock = time.perf_counter() - self._began if self._began else 0.0

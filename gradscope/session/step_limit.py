@@ -85,7 +85,7 @@ class StepLimit:
         if not self._session.running:
             self.stop()
             return
-        done = self._session.recording.n_steps >= self._n_steps
+        done = self._session.n_steps >= self._n_steps
         if not done or self._open or self._thread != threading.get_ident():
             return
         if inside_backward() or inside_transform() or optimizer_steps.inside_hook:
