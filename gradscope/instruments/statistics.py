@@ -105,8 +105,20 @@ class StatisticsReader:
         result = np.full(self.n, np.nan)
         single = list(self._small.others)
         self._small.sums_of_squares(tensors, result, single)
-        at, plain = _those_there_are(tensors, single)
-        readings = [_sum_of_squares(tensor) for tensor in plain]
+        at: list[int] = []
+        readings: list[Late[Reals]] = []
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            for i in single:
+                tensor = tensors[i]
+                if tensor is None or (plain := _plain(tensor)) is None:
+                    continue
+                if plain.device.type == "cpu":
+                    result[i] = _sum_of_squares_on_host(plain)
+                else:
+                    at.append(i)
+                    readings.append(_sum_of_squares_on_device(plain))
+        if not at:
+            return Known(result)
         return _Filled(
             result, at, readings, lambda target, at, values: target.__setitem__(at, values[0])
         )
@@ -179,6 +191,8 @@ def _put_statistics(result: Statistics, at: int, values: Reals) -> None:
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor | None:
     """The numbers of a tensor as a dense one without graph; None if they cannot be read."""
+    if type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_meta:
+        return tensor.detach()  # as good as always
     if isinstance(tensor, UninitializedParameter):
         return None
     tensor = local(tensor.detach())
@@ -190,15 +204,19 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor | None:
     return tensor
 
 
-def _sum_of_squares(tensor: torch.Tensor) -> Late[Reals]:
+def _sum_of_squares_on_device(tensor: torch.Tensor) -> Late[Reals]:
+    # Without a look at the value, the safe way is to accumulate in double at once.
+    return Numbers(torch.linalg.vector_norm(_as_real(tensor), dtype=_widest(tensor)) ** 2)
+
+
+def _sum_of_squares_on_host(tensor: torch.Tensor) -> float:
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    if tensor.device.type != "cpu":
-        # Without a look at the value, the safe way is to accumulate in double at once.
-        return Numbers(torch.linalg.vector_norm(tensor, dtype=_widest(tensor)) ** 2)
-    if tensor.numel() == 0:
-        return Known(np.zeros(1))
-    return Known(np.array([_squares_on_host(tensor, _elements(tensor))]))
+        tensor = _as_real(tensor)
+    return _squares_on_host(tensor, _elements(tensor))
+
+
+def _as_real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _elements(tensor: torch.Tensor) -> npt.NDArray[Any]:
@@ -210,8 +228,11 @@ def _elements(tensor: torch.Tensor) -> npt.NDArray[Any]:
 
 
 def _squares_on_host(tensor: torch.Tensor, elements: npt.NDArray[Any]) -> float:
-    total = 0.0
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+    """Their sum of squares; to be called where numpy ignores what overflows."""
+    if len(elements) <= _BLOCK:
+        total = float(np.dot(elements, elements))
+    else:
+        total = 0.0
         for start in range(0, len(elements), _BLOCK):
             block = elements[start : start + _BLOCK]
             total += float(np.dot(block, block))
@@ -228,7 +249,8 @@ def _all_statistics(tensor: torch.Tensor, count_zeros: bool) -> Late[Reals]:
     if tensor.device.type != "cpu":
         return Numbers(_statistics_on_device(tensor))
     if tensor.is_complex():
-        squares = float(_sum_of_squares(tensor).value()[0])
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            squares = _sum_of_squares_on_host(tensor)
         zeros = numel - int(torch.count_nonzero(tensor))
         nonfinite = 0 if math.isfinite(squares) else int((~torch.isfinite(tensor)).sum())
         return Known(np.array([numel, math.nan, squares, math.nan, math.nan, zeros, nonfinite]))
@@ -253,9 +275,7 @@ def _statistics_on_device(tensor: torch.Tensor) -> torch.Tensor:
     numel = torch.full_like(nonzero, tensor.numel())
     nan = torch.full_like(nonzero, math.nan)
     if tensor.is_complex():
-        squares = (
-            torch.linalg.vector_norm(torch.view_as_real(tensor.resolve_conj()), dtype=wide) ** 2
-        )
+        squares = torch.linalg.vector_norm(_as_real(tensor), dtype=wide) ** 2
         return torch.stack([numel, nan, squares, nan, nan, numel - nonzero, nonfinite])
     least, greatest = torch.aminmax(tensor)
     squares = torch.linalg.vector_norm(tensor, dtype=wide) ** 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,6 +29,9 @@ _STORED_AS: dict[Kind, np.dtype[Any]] = {
 }
 
 _NOTHING = nullcontext()
+
+_MOST_LOTS, _MOST_WAITING = 64, 8192
+"""Lots of rows, and rows in them, that wait at most."""
 
 _BYTES_OF_TEXT = 150
 """What one more text takes besides its characters: an object, and its place in list and dict."""
@@ -54,15 +59,21 @@ class Columns:
     Parameters and optimizers are stored as their numbers; their names are looked up when a
     DataFrame is made, so that a name learnt late holds for the rows of before.
 
+    Rows that come wait until someone reads, or until there are many: a column is then written once
+    for all of them, which for a single row takes longer than for a hundred.
+
     Attributes:
-        n_rows: how many rows there are.
         n_taken: how many of the first of them somebody has taken away with :meth:`take`.
     """
 
     def __init__(self, table: Table) -> None:
         self.table = table
-        self.n_rows = 0
         self.n_taken = 0
+        self._n_stored = 0
+        self._waiting: deque[tuple[int, Mapping[str, Any]]] = deque()
+        self._n_waiting = 0
+        # A reader in another thread stores what waits, too.
+        self._lock = threading.RLock()
         self._capacity = 64
         self._kinds = {column.name: column.kind for column in table.columns}
         # Rows that are still to come hold what a column has that is left out.
@@ -74,6 +85,11 @@ class Columns:
         self._text_numbers: dict[str, int] = {"": 0}
         self._row_bytes = sum(array.itemsize for array in self._arrays.values())
         self._has_single = Kind.SINGLE in self._kinds.values()
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows there are."""
+        return self._n_stored + self._n_waiting
 
     @property
     def n_bytes(self) -> int:
@@ -93,7 +109,7 @@ class Columns:
         Raises:
             KeyError: if ``values`` names a column that the table has not.
         """
-        self._put(self.n_rows, self.n_rows + 1, self.n_rows, values)
+        self.extend(1, values)
 
     def extend(self, n: int, values: Mapping[str, Any]) -> None:
         """Append ``n`` rows at once.
@@ -101,49 +117,90 @@ class Columns:
         Args:
             n: how many rows.
             values: for each column an array or list of ``n`` values, or one value for all; a
-                column left out gets its empty value.
+                column left out gets its empty value. Arrays are not to be changed afterwards.
 
         Raises:
             KeyError: if ``values`` names a column that the table has not.
         """
-        self._put(self.n_rows, self.n_rows + n, slice(self.n_rows, self.n_rows + n), values)
+        if not values.keys() <= self._kinds.keys():
+            unknown = next(name for name in values if name not in self._kinds)
+            raise KeyError(f"table {self.table.name!r} has no column {unknown!r}")
+        with self._lock:
+            self._waiting.append((n, values))
+            self._n_waiting += n
+            if len(self._waiting) >= _MOST_LOTS or self._n_waiting >= _MOST_WAITING:
+                self.store()
 
     def extend_by_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows, each as for :meth:`append`, column by column."""
-        if not rows:
-            return
-        values: dict[str, list[Any]] = {}
-        for name in dict.fromkeys(name for row in rows for name in row):
-            kind = self._kinds.get(name)
-            empty = "" if kind is None or kind is Kind.TEXT else _EMPTY[kind]
-            given = [row.get(name) for row in rows]
-            values[name] = [empty if value is None else value for value in given]
-        self.extend(len(rows), values)
+        """Append rows, each as for :meth:`append`."""
+        for row in rows:
+            self.append(row)
 
-    def _put(self, start: int, stop: int, at: int | slice, values: Mapping[str, Any]) -> None:
-        if stop > self._capacity:
-            self._grow(stop)
-        arrays, kinds = self._arrays, self._kinds
+    def store(self) -> None:
+        """Write what waits into the columns."""
+        if not self._waiting:
+            return
+        most = _MOST_LOTS
         # What single precision cannot hold is infinite.
         quiet = np.errstate(over="ignore") if self._has_single else _NOTHING
-        try:
-            with quiet:
-                for name, value in values.items():
-                    if value is None:
+        with self._lock, quiet:
+            while self._waiting:
+                lots = [self._waiting.popleft()]
+                names = lots[0][1].keys()
+                while self._waiting and len(lots) < most and self._waiting[0][1].keys() == names:
+                    lots.append(self._waiting.popleft())
+                n = sum(n for n, _ in lots)
+                try:
+                    self._put(n, {name: self._joined(name, lots) for name in names})
+                except Exception:
+                    if len(lots) > 1:  # only what cannot be stored is to be lost
+                        self._waiting.extendleft(reversed(lots))
+                        most = 1
                         continue
-                    array, kind = arrays[name], kinds[name]
-                    if kind is Kind.TEXT:
-                        value = self._numbers_of(value)
-                    elif kind is Kind.OPTIONAL_COUNT and isinstance(value, list):
-                        value = [MISSING if item is None else item for item in value]
-                    array[at] = value
-        except BaseException as error:
+                    self._n_waiting -= n
+                    raise
+                self._n_waiting -= n
+
+    def _joined(self, name: str, lots: Sequence[tuple[int, Mapping[str, Any]]]) -> Any:
+        """The values of one column in several lots of rows, as they are stored."""
+        kind = self._kinds[name]
+        values = [self._as_stored(given[name], kind) for _, given in lots]
+        if len(lots) == 1:
+            return values[0]
+        if all(n == 1 for n, _ in lots):
+            return [_single(value) for value in values]
+        if all(value is values[0] for value in values) and not _has_length(values[0]):
+            return values[0]
+        dtype = _STORED_AS[kind]
+        return np.concatenate(
+            [
+                np.broadcast_to(np.asarray(value, dtype), n)
+                for (n, _), value in zip(lots, values, strict=True)
+            ]
+        )
+
+    def _as_stored(self, value: Any, kind: Kind) -> Any:
+        if value is None:
+            return _EMPTY[kind]
+        if kind is Kind.TEXT:
+            return self._numbers_of(value)
+        if kind is Kind.OPTIONAL_COUNT and isinstance(value, list):
+            return [MISSING if item is None else item for item in value]
+        return value
+
+    def _put(self, n: int, values: Mapping[str, Any]) -> None:
+        start, stop = self._n_stored, self._n_stored + n
+        if stop > self._capacity:
+            self._grow(stop)
+        arrays = self._arrays
+        try:
+            for name, value in values.items():
+                arrays[name][start:stop] = value
+        except BaseException:
             for name, array in arrays.items():
-                array[start:stop] = _EMPTY[kinds[name]]
-            if isinstance(error, KeyError):
-                raise KeyError(f"table {self.table.name!r} has no column {error}") from None
+                array[start:stop] = _EMPTY[self._kinds[name]]
             raise
-        self.n_rows = stop
+        self._n_stored = stop
 
     def adopt(self, other: Columns, params: list[int], optimizers: list[int]) -> None:
         """Append all rows of another run of the same table; they count as taken.
@@ -169,11 +226,13 @@ class Columns:
 
     def set(self, name: str, row: int, value: Any) -> None:
         """Fill in a value that was not known yet when its row was appended."""
+        self.store()
         self._arrays[name][row] = value
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
         """Return a column as stored, one value a row: a view, valid until the next append."""
-        return self._arrays[name][: self.n_rows]
+        self.store()
+        return self._arrays[name][: self._n_stored]
 
     def texts(self, name: str) -> np.ndarray[Any, Any]:
         """Return a text column as an object array of strings."""
@@ -189,6 +248,8 @@ class Columns:
 
     def copies(self, start: int, stop: int) -> dict[str, np.ndarray[Any, Any] | Coded]:
         """Return copies of some rows, as :meth:`take` does."""
+        if stop > self._n_stored:
+            self.store()
         return {
             name: _compact(array[start:stop], self._texts)
             if self._kinds[name] is Kind.TEXT
@@ -202,6 +263,7 @@ class Columns:
         Args:
             wanted: bool[n], which rows stay.
         """
+        self.store()
         n = int(wanted.sum())
         n_taken = int(wanted[: self.n_taken].sum())
         capacity = max(n, 64)
@@ -210,7 +272,7 @@ class Columns:
         arrays = {}
         for name, array in self._arrays.items():
             arrays[name] = np.full(capacity, _EMPTY[self._kinds[name]], array.dtype)
-            arrays[name][:n] = array[: self.n_rows][wanted]
+            arrays[name][:n] = array[: self._n_stored][wanted]
         texts, text_numbers = self._texts, self._text_numbers
         if coded:
             used = np.unique(np.concatenate([[0], *(arrays[name][:n] for name in coded)]))
@@ -221,7 +283,7 @@ class Columns:
             texts = [texts[number] for number in used]
             text_numbers = {text: number for number, text in enumerate(texts)}
         self._arrays, self._texts, self._text_numbers = arrays, texts, text_numbers
-        self._capacity, self.n_rows, self.n_taken = capacity, n, n_taken
+        self._capacity, self._n_stored, self.n_taken = capacity, n, n_taken
 
     def frame(self, params: list[str], optimizers: list[str], rows: Any = None) -> pd.DataFrame:
         """Return the rows as a DataFrame of its own, that later rows do not change.
@@ -280,8 +342,8 @@ class Columns:
         arrays = {}
         for name, array in self._arrays.items():
             arrays[name] = np.empty(capacity, array.dtype)
-            arrays[name][: self.n_rows] = array[: self.n_rows]
-            arrays[name][self.n_rows :] = _EMPTY[self._kinds[name]]
+            arrays[name][: self._n_stored] = array[: self._n_stored]
+            arrays[name][self._n_stored :] = _EMPTY[self._kinds[name]]
         self._arrays, self._capacity = arrays, capacity
 
 
@@ -296,6 +358,17 @@ _EMPTY: dict[Kind, Any] = {
     Kind.PARAM: -1,
     Kind.OPTIMIZER: -1,
 }
+
+
+def _has_length(value: Any) -> bool:
+    return isinstance(value, np.ndarray | list)
+
+
+def _single(value: Any) -> Any:
+    """The only one of the values of one row."""
+    if isinstance(value, np.ndarray):
+        return value.item()
+    return value[0] if isinstance(value, list) else value
 
 
 def storable(text: str) -> str:

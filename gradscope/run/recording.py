@@ -100,6 +100,7 @@ class Recording:
         self._memory: tuple[Any, dict[str, Any]] | None = None
         self._n_steps = 0
         self._n_reached = 0
+        self._claims: list[tuple[int, int]] = []
         self._tracked_bytes = 0
         self._facts: tuple[Any, Any, Any] | None = None
         self._columns = {
@@ -121,6 +122,8 @@ class Recording:
 
     def rows(self, table: str) -> Columns:
         """Return the stored rows of a table, to append to or to read as arrays."""
+        if table == "backwards" and self._claims:
+            self._settle_claims()
         return self._columns[table]
 
     def unreadable(self, tables: Iterable[str]) -> tuple[str, ...]:
@@ -181,16 +184,24 @@ class Recording:
         row = int(np.searchsorted(steps, step))
         return row if row < len(steps) and steps[row] == step else None
 
+    def add_backward(self, values: dict[str, Any]) -> None:
+        """Add a row to ``backwards``."""
+        self._columns["backwards"].append(values)
+
     def claim_backward(self, backward: int, step: int) -> None:
         """Note the step that a backward belongs to, unless an earlier one has claimed it."""
-        backwards = self.rows("backwards")
-        row = int(np.searchsorted(backwards.array("backward"), backward))
-        if (
-            row < backwards.n_rows
-            and backwards.array("backward")[row] == backward
-            and backwards.array("step")[row] == MISSING
-        ):
-            backwards.set("step", row, step)
+        with self.lock:
+            self._claims.append((backward, step))
+
+    def _settle_claims(self) -> None:
+        with self.lock:
+            claims, self._claims = self._claims, []
+            backwards = self._columns["backwards"]
+            numbers, steps = backwards.array("backward"), backwards.array("step")
+            for backward, step in claims:
+                row = int(np.searchsorted(numbers, backward))
+                if row < len(numbers) and numbers[row] == backward and steps[row] == MISSING:
+                    backwards.set("step", row, step)
 
     def are_claimed(self, numbers: Iterable[int]) -> bool:
         """Whether every one of these backwards belongs to a step."""
@@ -198,20 +209,22 @@ class Recording:
         unclaimed = backwards.array("backward")[backwards.array("step") == MISSING]
         return not np.isin(list(numbers), unclaimed).any()
 
-    def step_ended(self, first_open: int) -> None:
-        """Note that all rows of a step are there; forget some rows if they have become too many.
+    def steps_ended(self, first_open: int, n_steps: int = 1) -> None:
+        """Note that all rows of some steps are there; forget some rows if they are too many.
 
         Args:
             first_open: number of the first backward that a later step may still claim.
+            n_steps: how many steps have ended since the last time.
         """
-        backwards = self._columns["backwards"]
-        numbers = backwards.array("backward")
+        for columns in self._columns.values():
+            columns.store()
+        numbers = self.rows("backwards").array("backward")
         first_open = max(first_open, int(numbers[-1]) - _LONGEST_WAIT if len(numbers) else 0)
         settled = {table: self._columns[table].n_rows for table in OF_STEPS}
         settled["backwards"] = int(np.searchsorted(numbers, first_open))
         self.settled = settled
-        self._n_steps += 1
-        if self._n_steps % _CHECKED_EVERY == 0:
+        checked, self._n_steps = self._n_steps // _CHECKED_EVERY, self._n_steps + n_steps
+        if self._n_steps // _CHECKED_EVERY > checked:
             self.forget_rows()
 
     def forget_rows(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -102,6 +103,7 @@ class Attempts:
             is over.
         n_ended: how many attempts have ended, of all optimizers together. The rows of the latest
             may not have been written yet.
+        last_look: at all gradients, as the last backward left them.
         compares_ranks: whether checksums are taken, by which ranks are compared.
         on_ranks_apart: told the optimizer and the ranks whose weights differ and are not meant to.
         on_end: asked at the end of each attempt whom to tell the norm of its gradients and its
@@ -129,10 +131,13 @@ class Attempts:
         self._gone: list[_Follower] = []
         self.graphs: dict[int, CapturedGraph] = {}
         self.n_ended = 0
+        self.last_look: GradientLook | None = None
         self.compares_ranks = False
         self._checksums = Checksums()
         self.on_ranks_apart: Callable[[int, list[int]], None] = lambda optimizer, ranks: None
         self._chosen = 0.0
+        self._n_written = 0
+        in_order.settled = self._rows_are_there
         self.on_end: Callable[[], Callable[[float, float], None]] = lambda: lambda norm, loss: None
         self._n_new = 0
         if isinstance(options.keep_steps, int):
@@ -213,7 +218,7 @@ class Attempts:
         reading.written_between = written
         reading.through_scaler = through_scaler
         if not has_closure:
-            follower.observer.read_gradients(reading)
+            follower.observer.read_gradients(reading, self.last_look)
         reading.seconds += time.perf_counter() - began
         if self.compares_ranks and not has_closure:
             attempt, every = follower.n_attempts, options.sync_every
@@ -369,18 +374,45 @@ class Attempts:
 
     def _consume(self, optimizer: int, reading: StepReading) -> None:
         """Account for the gradients read as used by the update."""
-        follower = self._followers[optimizer]
         reading.is_consumed = True
+        account = functools.partial(self._account_use, self._followers[optimizer], reading)
+        self._in_order.do(account, *reading.awaited())
+
+    # By the time that something is accounted for, the optimizer may be gone, and its follower from
+    # the list of those that are there.
+
+    def _account_use(self, follower: _Follower, reading: StepReading) -> None:
+        """Tell the ledger what an update has used."""
         look = reading.look
         assert look is not None
+        look.squares = reading.squares()
+        # What a skipped update finds, it does not use.
+        account = self._ledger.describe if reading.skips() else self._ledger.consume
+        follower.consumption = account(reading.optimizer, look)
 
-        def consume() -> None:
-            look.squares = reading.squares()
-            # What a skipped update finds, it does not use.
-            account = self._ledger.describe if reading.skips() else self._ledger.consume
-            follower.consumption = account(optimizer, look)
-
-        self._in_order.do(consume, *reading.awaited())
+    def _account_end(
+        self,
+        follower: _Follower,
+        reading: StepReading,
+        after: GradientLook | None,
+        tell: Callable[[float, float], None],
+        *,
+        outcome: str,
+        now: float,
+        observed: float,
+        first_node: int,
+    ) -> None:
+        """Tell the ledger of the end of an attempt, and write its rows."""
+        self._costs.begin()
+        try:
+            record = self._end_attempt(follower, reading, after, outcome, now)
+            norm_and_loss = self._write(record, reading, observed, first_node)
+            if reading.anatomy is not None and record.outcome != "skipped":
+                follower.copied_step = record.step
+            if record.attempt.taken:
+                tell(*norm_and_loss)
+        finally:
+            self._costs.end("tables")
 
     def _account(
         self, optimizer: int, reading: StepReading, after: GradientLook | None, outcome: str
@@ -394,21 +426,17 @@ class Attempts:
         observed = self._costs.total - follower.cost_before
         follower.cost_before += observed
         first_node, follower.first_node = follower.first_node, _sequence_nr()
-        tell = self.on_end()
-
-        def account() -> None:
-            self._costs.begin()
-            try:
-                # By then the optimizer may be gone, and its follower with it.
-                record = self._end_attempt(follower, optimizer, reading, after, outcome, now)
-                norm_and_loss = self._write(record, reading, observed, first_node)
-                if reading.anatomy is not None and record.outcome != "skipped":
-                    follower.copied_step = record.step
-                if record.attempt.taken:
-                    tell(*norm_and_loss)
-            finally:
-                self._costs.end("tables")
-
+        account = functools.partial(
+            self._account_end,
+            follower,
+            reading,
+            after,
+            self.on_end(),
+            outcome=outcome,
+            now=now,
+            observed=observed,
+            first_node=first_node,
+        )
         self._in_order.do(account, *reading.awaited())
         # The buffers that a recorded step was read into are those of the next one.
         began = time.perf_counter()
@@ -430,14 +458,12 @@ class Attempts:
     def _end_attempt(
         self,
         follower: _Follower,
-        optimizer: int,
         reading: StepReading,
         after: GradientLook | None,
         outcome: str,
         now: float,
     ) -> StepRecord:
-        """Tell the ledger of the end of an attempt."""
-        look, consumption = reading.look, follower.consumption
+        optimizer, look, consumption = reading.optimizer, reading.look, follower.consumption
         assert look is not None
         if consumption is None:
             look.squares = reading.squares()
@@ -510,9 +536,15 @@ class Attempts:
         for number in record.attempt.backwards:
             if number in self.graphs:
                 run.keep_graph(step, replace(self.graphs.pop(number), began=first_node))
-        run.step_ended(self._ledger.first_open_backward())
+        self._n_written += 1
         # A norm that nobody could read is no sign of anything.
         return 0.0 if sums is None else grad_norm, record.attempt.loss
+
+    def _rows_are_there(self) -> None:
+        """Tell the recording which rows will not change any more."""
+        n_written, self._n_written = self._n_written, 0
+        if n_written:
+            self._recording.steps_ended(self._ledger.first_open_backward(), n_written)
 
     def _keep(self, step: int, reading: StepReading) -> None:
         """Keep the tensors that the program asked for."""

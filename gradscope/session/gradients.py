@@ -8,6 +8,7 @@ in ``(cleared, written]``, of which the owner has used those up to where the lin
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,20 @@ class GradientLook:
         return self._version
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is no gradient at all."""
+        return self.tokens.count(NO_GRADIENT) == len(self.tokens)
+
+    def is_same(self, at: Integers | slice, tokens: list[int], versions: list[int]) -> bool:
+        """Whether a look at these parameters, given as a slice, has found what this one found."""
+        return (
+            isinstance(at, slice)
+            and at == self.at
+            and tokens == self.tokens
+            and versions == self.versions
+        )
+
+    @property
     def zero(self) -> Flags | None:
         """bool[n], whether all its elements are zero; None if nobody read them."""
         return None if self.squares is None else np.asarray(self.squares == 0)
@@ -96,20 +111,22 @@ class Consumption:
     @classmethod
     def of_fresh(cls, edited: Flags, used_by_another: Flags) -> Consumption:
         """What a step reads that finds one new write in every gradient, and nothing older."""
-        n = len(edited)
-        return cls(
-            status=np.full(n, FRESH),
-            n_writes=np.ones(n, np.int64),
-            carried_from=np.full(n, -1),
-            edited=edited,
-            edited_after_use=np.zeros(n, np.bool_),
-            used_by_another=used_by_another,
-        )
+        status, n_writes, carried_from, edited_after_use = _of_fresh(len(edited))
+        return cls(status, n_writes, carried_from, edited, edited_after_use, used_by_another)
 
     @property
     def holds_something(self) -> bool:
         """Whether any gradient is there and not just zeroed."""
         return bool(((self.status != NONE) & (self.status != ZEROED)).any())
+
+
+@functools.lru_cache(maxsize=16)
+def _of_fresh(n: int) -> tuple[Integers, Integers, Integers, Flags]:
+    """What does not depend on the gradients, made once."""
+    made = np.full(n, FRESH), np.ones(n, np.int64), np.full(n, -1), np.zeros(n, np.bool_)
+    for array in made:
+        array.setflags(write=False)
+    return made
 
 
 _SAME = 1e-6
@@ -126,6 +143,7 @@ class GradientHistory:
             for name in ("token", "version", "written", "cleared", "used", "assigned", "edited")
         }
         self._edited_after_use = np.zeros(0, np.bool_)
+        self._last: GradientLook | None = None  # if nothing was forgotten since
         # The sums of squares that the last step read; NaN where the step may have changed them.
         self._squares_used = np.zeros(0, np.float64)
         # Per optimizer: where the line stood at its last step, and the earliest step of its
@@ -171,17 +189,23 @@ class GradientHistory:
 
     def _account(self, look: GradientLook, *, before_backward: bool) -> None:
         at = look.at
+        if look.is_empty:  # the usual case after zero_grad: nothing is left
+            self._integers["cleared"][at] = self._integers["written"][at]
+            self._remember(look)
+            return
+        if (
+            look is self._last
+            and not before_backward
+            and (look.zero is None or not look.zero.any())
+        ):
+            return  # the usual case between backward and step: nothing happened
         token, version, written, cleared, used = self._at(
             at, "token", "version", "written", "cleared", "used"
         )
         untouched = (look.token == token) & (look.version == version)
         if not before_backward and untouched.all() and (look.zero is None or not look.zero.any()):
-            return  # the usual case between backward and step: nothing happened
-        gone = look.token == NO_GRADIENT
-        if gone.all():  # the usual case after zero_grad: nothing is left
-            self._integers["cleared"][at] = written
-            self._remember(look)
             return
+        gone = look.token == NO_GRADIENT
         replaced = ~gone & (look.token != token)
         touched = ~gone & ~replaced & (look.version != version)
         held = written > cleared
@@ -239,6 +263,7 @@ class GradientHistory:
         After a clearing that was told of: an id and a version may recur.
         """
         self._integers["token"][at] = -1
+        self._last = None
 
     def consume(self, optimizer: int, step: int, look: GradientLook) -> Consumption:
         """Account for a step of ``optimizer`` that reads the gradients of ``look``.
@@ -316,6 +341,7 @@ class GradientHistory:
         self._integers[name][at] = np.where(where, value, self._integers[name][at])
 
     def _remember(self, look: GradientLook) -> None:
+        self._last = look
         self._integers["token"][look.at] = look.token
         self._integers["version"][look.at] = look.version
 

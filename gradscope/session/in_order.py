@@ -16,9 +16,9 @@ _MOST_LOOKED_AT = 8192
 """Parameters, over all steps, whose looks wait at most. For many parameters the arithmetic itself
 is what takes time, and nothing is gained by waiting."""
 
-_LONGEST_WAIT = 0.2
-"""Seconds after which what waits is accounted for. Where steps are long nothing is gained either,
-and a killed run should have lost as little as possible."""
+_LONGEST_WAIT = 1.0
+"""Seconds after which what waits is accounted for: a killed run should have lost little, and what
+is written to a directory is written every few seconds."""
 
 _MOST_ACTIONS = 1024
 """A program may go on calling its model and never step."""
@@ -39,6 +39,10 @@ class InOrder:
 
     Args:
         failed: told when an action raises.
+
+    Attributes:
+        most_steps: steps that are accounted for together.
+        settled: called whenever everything was done that could be.
     """
 
     def __init__(self, failed: Callable[[Exception], None]) -> None:
@@ -49,6 +53,7 @@ class InOrder:
         # Whoever reads the tables in another thread settles what waits.
         self._lock = threading.RLock()
         self.most_steps = 1
+        self.settled: Callable[[], None] = lambda: None
 
     def expect(self, n_params: int) -> None:
         """Take note of how many parameters each step looks at."""
@@ -80,9 +85,13 @@ class InOrder:
             while self._queue:
                 action, awaited = self._queue[0]
                 if not wait and not all(value.ready() for value in awaited):
-                    return
+                    break
                 self._queue.popleft()
-                try:
-                    action()
-                except Exception as error:
-                    self._failed(error)
+                self._try(action)
+            self._try(self.settled)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self._failed(error)

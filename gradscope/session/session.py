@@ -36,7 +36,7 @@ from gradscope.session.compiled_parts import CompiledParts
 from gradscope.session.costs import Costs
 from gradscope.session.cut_search import CutSearch
 from gradscope.session.failures import Failures
-from gradscope.session.gradients import NO_GRADIENT, Integers
+from gradscope.session.gradients import NO_GRADIENT, GradientLook, Integers
 from gradscope.session.graph_capture import GraphCapture
 from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger
@@ -458,7 +458,8 @@ class Session:
         optimizers = self._optimizers_of(module)
         training, with_grad = module.training, torch.is_grad_enabled()
         self._in_order.do(
-            lambda: self._ledger.forward(
+            functools.partial(
+                self._ledger.forward,
                 optimizers,
                 first_node=first_node,
                 seconds=now - began,
@@ -480,7 +481,7 @@ class Session:
             optimizers, by = [] if number is None else [number], "optimizer.zero_grad"
             params = np.zeros(0, np.int64) if number is None else self._census.params_of(number)
         if optimizers:
-            self._in_order.do(lambda: self._ledger.zero_grad(optimizers, params, by))
+            self._in_order.do(functools.partial(self._ledger.zero_grad, optimizers, params, by))
             self.event("zero_grad", by, location, optimizers[0] if len(optimizers) == 1 else None)
 
     @_timed
@@ -559,7 +560,7 @@ class Session:
         if call.accumulates:
             self._tell_holdings()
             look = self._all.look()
-            self._in_order.do(lambda: self._ledger.backward_started(look.value()), look)
+            self._in_order.do(functools.partial(self._account_start, look), look)
             if len(self._attempts.graphs) < _MOST_GRAPHS_WAITING and self._graphs.wanted(
                 self._attempts.n_ended,
                 call.location,
@@ -592,7 +593,7 @@ class Session:
                 lambda: self._record_backward(self._ledger.other_backward(), value, row), value
             )
             return
-        look = self._all.look_at_identities()
+        look = self._attempts.last_look = self._all.look_at_identities()
         is_foreign = False
         used_inside = backward.used_inside
         if not self._all.changed and not used_inside:
@@ -610,26 +611,18 @@ class Session:
         if captured is not None:
             row["n_in_graph"] = sum(bool(names) for names in captured.params)
 
-        params = self._all.params
-
-        def account() -> None:
-            number, wrote = self._ledger.backward_ended(
-                look,
-                root=float(value.value()),
-                last_node=last_node,
-                seconds=began - started,
-                is_foreign=is_foreign,
-                used_inside=bool(used_inside),
-            )
-            if captured is not None:
-                self._attempts.graphs[number] = captured
-            reached = params[wrote]
-            if used_inside:
-                reached = np.unique(np.concatenate([reached, *used_inside]))
-            row["n_reached"] = len(reached)
-            self._record_backward(number, value, row)
-            self.recording.reached(reached)
-
+        account = functools.partial(
+            self._account_backward,
+            look,
+            value,
+            row,
+            captured,
+            self._all.params,
+            used_inside,
+            last_node=last_node,
+            seconds=began - started,
+            is_foreign=is_foreign,
+        )
         self._in_order.do(account, value)
         if captured is not None:  # large, and counted only once it is accounted for
             self._in_order.settle()
@@ -805,6 +798,43 @@ class Session:
             self._costs.add("followed_calls", followed - self._followed)
             self._followed = followed
 
+    def _account_start(self, look: Late[GradientLook]) -> None:
+        """Account for the gradients as a backward found them."""
+        self._ledger.backward_started(look.value())
+
+    def _account_backward(
+        self,
+        look: GradientLook,
+        value: Late[Any],
+        row: dict[str, Any],
+        captured: CapturedGraph | None,
+        params: Integers,
+        used_inside: list[Integers],
+        **facts: Any,
+    ) -> None:
+        """Account for what a backward wrote, and add its row.
+
+        Args:
+            look: the gradients as it left them.
+            value: its root's.
+            row: of ``backwards``, as far as it was known when it ended.
+            captured: its graph.
+            params: int64[n], numbers of the parameters looked at.
+            used_inside: numbers of the parameters whose gradients a step inside of it has used.
+            facts: passed on to the ledger.
+        """
+        number, wrote = self._ledger.backward_ended(
+            look, root=float(value.value()), used_inside=bool(used_inside), **facts
+        )
+        if captured is not None:
+            self._attempts.graphs[number] = captured
+        reached = params[wrote]
+        if used_inside:
+            reached = np.unique(np.concatenate([reached, *used_inside]))
+        row["n_reached"] = len(reached)
+        self._record_backward(number, value, row)
+        self.recording.reached(reached)
+
     def _account_inside_backward(self, number: int, backward: _Backward) -> None:
         """Let an optimizer that steps before a backward is over have its share of it.
 
@@ -969,9 +999,7 @@ class Session:
         return optimizers if len(optimizers) == 1 else self._census.optimizers_of(module)
 
     def _record_backward(self, number: int, value: Late[Any], row: dict[str, Any]) -> None:
-        self.recording.rows("backwards").append(
-            {"backward": number, "root": float(value.value()), **row}
-        )
+        self.recording.add_backward({"backward": number, "root": float(value.value()), **row})
 
     def _note_failure(self, part: str, text: str) -> None:
         self.recording.notes.append(

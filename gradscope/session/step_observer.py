@@ -12,7 +12,7 @@ import torch
 
 from gradscope.instruments.anatomy import Anatomy
 from gradscope.instruments.gradients import GradientReader
-from gradscope.instruments.hyperparameters import GroupReading, read_groups
+from gradscope.instruments.hyperparameters import GroupReader, GroupReading
 from gradscope.instruments.kept_tensors import Array, TensorKeeper
 from gradscope.instruments.late import Known, Late, scalar_of
 from gradscope.instruments.optimizer_state import StateReader, StateReading
@@ -143,6 +143,7 @@ class StepObserver:
         self._keep = keep
         self._optimizer = optimizer
         self._attempt = attempt
+        self._groups = GroupReader()
         self._generation = -1
         self._are_copied = False
         self._versions_left: list[int] | None = None
@@ -186,7 +187,7 @@ class StepObserver:
         if found_inf is not None:
             reading.found_inf = scalar_of(found_inf)
             reading.scaled = getattr(optimizer, "grad_scale", None) is not None
-        reading.groups = self._attempt("hyperparameters", read_groups, optimizer) or []
+        reading.groups = self._attempt("hyperparameters", self._groups.read, optimizer) or []
         reading.group_of = self._group_of
         if recorded:
             tensors = self._tensors()
@@ -200,11 +201,16 @@ class StepObserver:
         self._was_recorded = False
         return reading
 
-    def read_gradients(self, reading: StepReading) -> None:
-        """Read the gradients as the update is about to read them."""
+    def read_gradients(self, reading: StepReading, last: GradientLook | None = None) -> None:
+        """Read the gradients as the update is about to read them.
+
+        Args:
+            reading: where they go.
+            last: the last look at them; where nothing has changed since, it serves once more.
+        """
         self._prepare()
         gradients = self._gradients.gradients(self._tensors())
-        reading.look, reading.n_there = self._look(gradients)
+        reading.look, reading.n_there = self._look(gradients, last)
         reading.sums_of_squares = reading.statistics = None
         if reading.recorded and self._are_copied:
             self._are_copied = (
@@ -251,8 +257,8 @@ class StepObserver:
         optimizer = self._census.optimizer(self._optimizer)
         if optimizer is None:
             return None
-        tensors = self._tensors()
         if reading.recorded:
+            tensors = self._tensors()
             if self._are_copied:
                 reading.anatomy = self._attempt("anatomy", self._copies.after, tensors)
                 reading.tracked = self._attempt("anatomy", self._copies.tracked, reading.params)
@@ -267,7 +273,7 @@ class StepObserver:
                     self._attempt("kept_tensors", self._kept, optimizer, tensors, is_copied) or {}
                 )
         self._versions_left = self._versions()
-        return self._look_after(reading, tensors)
+        return self._look_after(reading)
 
     def weight(self, param: int, position: int, index: tuple[int, ...]) -> WeightStep | None:
         """Return any weight around the last recorded step; see :class:`StepCopies`."""
@@ -308,22 +314,26 @@ class StepObserver:
     def _read_state(self, optimizer: torch.optim.Optimizer, tensors: Sequence[Any]) -> StateReading:
         return self._state.read(optimizer, tensors, no_step_since=self._was_recorded)
 
-    def _look_after(self, reading: StepReading, tensors: Sequence[Any]) -> GradientLook | None:
+    def _look_after(self, reading: StepReading) -> GradientLook | None:
         """Look at the gradients again if the update has changed them, which few optimizers do."""
         before = reading.look
         assert before is not None
         tokens, versions, _ = self._gradients.identities(
-            self._gradients.gradients([tensors[i] for i in self._sample])
+            self._gradients.gradients([self._references[i]() for i in self._sample])
         )
         if tokens == [before.tokens[i] for i in self._sample] and versions == [
             before.versions[i] for i in self._sample
         ]:
             return None
-        return self._look(self._gradients.gradients(tensors))[0]
+        return self._look(self._gradients.gradients(self._tensors()))[0]
 
-    def _look(self, gradients: Sequence[torch.Tensor | None]) -> tuple[GradientLook, int]:
+    def _look(
+        self, gradients: Sequence[torch.Tensor | None], last: GradientLook | None = None
+    ) -> tuple[GradientLook, int]:
         """A look at all gradients without their zeros, and how many there are."""
         tokens, versions, n_there = self._gradients.identities(gradients)
+        if last is not None and last.is_same(self._at, tokens, versions):
+            return last, n_there
         return GradientLook(self._at, tokens, versions), n_there
 
     def _versions(self) -> list[int] | None:

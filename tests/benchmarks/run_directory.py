@@ -84,7 +84,7 @@ def write_run(path: Path, n_steps: int) -> None:
             recording.rows("steps").append({"step": step, "outcome": "stepped", "recorded": True})
         recording.rows("grads").extend(100 * N_PARAMS, grads(100, first))
         recording._n_steps = first + 99
-        recording.step_ended(0)
+        recording.steps_ended(0)
         directory.flush()
         recording.forget_rows()
     directory.flush(is_last=True)

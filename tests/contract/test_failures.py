@@ -310,7 +310,7 @@ def _nothing(*args: Any) -> None:
 # -- instruments ----------------------------------------------------------------------------
 
 CASES = [
-    ("hyperparameters", "read_groups"),
+    ("hyperparameters", "read"),
     ("anatomy", "_copy"),
     ("anatomy", "_copy_gradients"),
     ("anatomy", "after"),

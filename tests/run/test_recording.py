@@ -88,3 +88,40 @@ def test_text_columns_are_text_in_pandas() -> None:
     run = Recording()
     run.rows("events").append({"event": "zero_grad"})
     assert pd.api.types.is_string_dtype(run.frame("events")["event"])
+
+
+def test_rows_that_wait_come_out_as_they_came_in() -> None:
+    columns = Columns(EXAMPLE)
+    alone = Columns(EXAMPLE)
+    names = [column.name for column in EXAMPLE.columns]
+    lots: list[tuple[int, dict[str, object]]] = [
+        (1, {"n": 1, "word": "a"}),
+        (1, {"n": np.array([2]), "word": ["b"]}),
+        (2, {"n": [3, 4], "word": "c"}),
+        (2, {"n": 5, "word": Coded(np.array([1, 0]), ("d", "e"))}),
+        (1, {"n": None, "word": None}),
+        (1, {"word": "f"}),
+        (0, {"n": np.zeros(0, np.int64), "word": []}),
+        (1, {"n": 7, "word": "a"}),
+    ]
+    for n, values in lots:
+        columns.extend(n, values)
+        alone.extend(n, values)
+        alone.store()
+    assert columns.n_rows == alone.n_rows == 9
+    together, apart = (each.frame([], []) for each in (columns, alone))
+    assert together["word"].tolist() == ["a", "b", "c", "c", "e", "d", "", "f", "a"]
+    assert together["n"].tolist() == [1, 2, 3, 4, 5, 5, 0, 0, 7]
+    assert names == together.columns.tolist()
+    pd.testing.assert_frame_equal(together, apart)
+
+
+def test_of_rows_that_wait_only_what_cannot_be_stored_is_lost() -> None:
+    columns = Columns(EXAMPLE)
+    columns.append({"n": 1})
+    columns.append({"n": "one"})
+    columns.append({"n": 3})
+    with pytest.raises(ValueError, match="one"):
+        columns.store()
+    assert columns.array("n").tolist() == [1, 3]
+    assert columns.n_rows == 2

@@ -63,7 +63,7 @@ def record(
                 **counts,
             }
         )
-        recording.step_ended(step + 1)
+        recording.steps_ended(step + 1)
     recording.forget_rows()
     return recording
 
