@@ -93,12 +93,13 @@ def msprobe(model: Any, optimizer: Any) -> Iterator[AfterStep]:
 
     wanted = ("weight_grad", "optimizer", "param")
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.json"
+        config, out = Path(folder) / "config.json", Path(folder) / "out"
+        out.mkdir()
         config.write_text(
             json.dumps(
                 {
                     "framework": "pytorch",
-                    "output_dir": str(Path(folder) / "out"),
+                    "output_dir": str(out),
                     "step_interval": 1,
                     "patch_optimizer_step": False,
                     "monitors": {

@@ -12,6 +12,9 @@ WORKLOADS = {
     "conv": "convolutional net with batch normalisation, 32 tensors, batch 32 x 3 x 32 x 32, SGD",
 }
 
+STEPS = {"gpt": (120, 40), "mlp": (400, 50), "gpt25m": (30, 10), "conv": (150, 50)}
+"""How many steps each is trained for, and how many of them are the first, told apart."""
+
 
 def build(workload: str) -> tuple[Any, Any, Callable[[], Any]]:
     """Return a model, its optimizer, and a function that gives the loss of a fresh batch."""
