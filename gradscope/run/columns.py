@@ -152,14 +152,17 @@ class Columns:
                 n = sum(n for n, _ in lots)
                 try:
                     self._put(n, {name: self._joined(name, lots) for name in names})
-                except Exception:
-                    if len(lots) > 1:  # only what cannot be stored is to be lost
-                        self._waiting.extendleft(reversed(lots))
-                        most = 1
-                        continue
+                except BaseException as error:
+                    is_ours = isinstance(error, Exception)
+                    if is_ours and len(lots) == 1:  # only what cannot be stored is lost
+                        self._n_waiting -= n
+                        raise
+                    self._waiting.extendleft(reversed(lots))
+                    if not is_ours:
+                        raise
+                    most = 1
+                else:
                     self._n_waiting -= n
-                    raise
-                self._n_waiting -= n
 
     def _joined(self, name: str, lots: Sequence[tuple[int, Mapping[str, Any]]]) -> Any:
         """The values of one column in several lots of rows, as they are stored."""
