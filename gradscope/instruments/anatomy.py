@@ -12,6 +12,7 @@ import torch
 
 from gradscope.formulas.formula import Formula
 from gradscope.formulas.worksheet import Worksheet
+from gradscope.instruments.block_plan import BlockPlan, NotPlannedError
 from gradscope.instruments.flat_copies import FlatCopies
 from gradscope.instruments.late import Known, Late, Numbers
 from gradscope.instruments.segments import DeviceSegments, HostSegments, HostWhole, Segments
@@ -19,15 +20,18 @@ from gradscope.instruments.segments import DeviceSegments, HostSegments, HostWho
 Reals = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
-_BLOCK = 32_768
-"""Elements worked out at a time: few enough for a core's cache, enough to repay the calls.
-
-Results twice as long come, in some programs, from the system page by page, which takes longer than
-the arithmetic.
-"""
+_BLOCK = 16_384
+"""Elements worked out at a time: few enough for all arrays of a block to stay in a core's cache
+(AdamW's take 1.1 MiB), enough to repay the calls."""
 
 LARGE = 8_192
 """From how many elements on a parameter is worked out alone."""
+
+_MOST_CUTS = 64
+"""Of how many runs the cuts are kept: usually one for each parameter group."""
+
+_ALIKE = 8
+"""From how many parameters of one size on these are worked out without others."""
 
 # Outside of these a float32 sum of squares may have lost digits to underflow or overflow.
 _TINY, _HUGE = 1e-25, 1e25
@@ -152,19 +156,89 @@ def _on_host(copies: FlatCopies, runs: Sequence[Run]) -> Reals:
     rows = np.full((len(_ROWS), len(copies.places)), np.nan)
     with np.errstate(all="ignore"):
         for run in runs:
-            for block in _blocks(copies, run, on_host=True):
-                found = _evaluate(block, torch.Tensor.numpy)
-                values = np.array(list(found.values()), np.float64)
-                _enter(np, rows, block, found, values.reshape(len(found), -1))
+            _work_out_run(copies, run, rows)
         if copies.dtype is torch.float64:
             return rows
         for member in np.flatnonzero(~_is_trustworthy(rows)).tolist():
             run = next(run for run in runs if run.first <= member < run.last)
             alone = replace(run, first=member, last=member + 1)
             for block in _blocks(copies, alone, on_host=True):
-                found = _evaluate(block, lambda tensor: tensor.numpy().astype(np.float64))
+                arrays = _loaded(block, lambda tensor: tensor.numpy().astype(np.float64))
+                found = _evaluate(run, block.segments, arrays, block)
                 _enter(np, rows, block, found, np.array(list(found.values()))[:, None])
     return rows
+
+
+def _work_out_run(copies: FlatCopies, run: Run, rows: Reals) -> None:
+    try:
+        plan, planned = _planned(copies, run)
+    except NotPlannedError:
+        for block in _blocks(copies, run, on_host=True):
+            arrays = _loaded(block, torch.Tensor.numpy)
+            found = _evaluate(run, block.segments, arrays, block)
+            values = np.array(list(found.values()), np.float64)
+            _enter(np, rows, block, found, values.reshape(len(found), -1))
+        return
+    starts = copies.starts
+    base = int(starts[run.first])
+    buffers = ("weight_before", "weight_after", *run.arrays.values())
+    whole = [copies.flat(name, base, int(starts[run.last])).numpy() for name in buffers]
+    members: list[int] = []
+    pieces: list[list[Any]] = []
+    for first, last, start, stop, segments in _cut(copies, run):
+        parts = [array[start - base : stop - base] for array in whole]
+        if last == first + 1:
+            members.append(first)
+            pieces.append(plan.work_out(parts, segments))
+        else:
+            raw = np.array(plan.work_out(parts, segments), np.float64)
+            rows[[_ROWS[name] for name in planned], first:last] = plan.finished(
+                planned.values(), raw
+            )
+    if pieces:
+        values = plan.finished(planned.values(), np.array(pieces, np.float64).T)
+        _enter_pieces(rows, members, planned, values)
+
+
+def _cut(copies: FlatCopies, run: Run) -> list[tuple[int, int, int, int, Any]]:
+    """The stretches of a run, each with its cut into members; the same from step to step."""
+    key = (run.first, run.last)
+    found = copies.cuts.get(key)
+    if found is None:
+        if len(copies.cuts) >= _MOST_CUTS:
+            copies.cuts.clear()
+        starts = copies.starts
+        found = copies.cuts[key] = [
+            (
+                first,
+                last,
+                start,
+                stop,
+                HostWhole(stop - start)
+                if last == first + 1
+                else HostSegments(starts[first:last] - start, stop - start),
+            )
+            for first, last, start, stop in _stretches(copies, run, False)
+        ]
+    return found
+
+
+def _enter_pieces(rows: Reals, members: Sequence[int], names: Iterable[str], values: Reals) -> None:
+    """Write down what pieces of large parameters gave; those of one follow each other."""
+    begins = np.flatnonzero(np.diff(members, prepend=-1))
+    own = np.array(members)[begins]
+    for name, found in zip(names, values, strict=True):
+        row = _ROWS[name]
+        join = np.minimum if row in _LEAST else np.maximum if row in _GREATEST else np.add
+        rows[row, own] = join.reduceat(found, begins)
+
+
+def _planned(copies: FlatCopies, run: Run) -> tuple[BlockPlan, dict[str, Any]]:
+    """Note down what is to be done for each block of a run."""
+    if run.formula is not None and not run.formula.elementwise and run.has_gradient:
+        raise NotPlannedError
+    plan = BlockPlan(["weight_before", "weight_after", *run.arrays], copies.dtype)
+    return plan, _evaluate(run, plan, dict(plan.arrays), None)
 
 
 def _on_device(copies: FlatCopies, runs: Sequence[Run]) -> torch.Tensor:
@@ -173,7 +247,8 @@ def _on_device(copies: FlatCopies, runs: Sequence[Run]) -> torch.Tensor:
     rows = torch.full((len(_ROWS), len(copies.places)), torch.nan, dtype=wide, device=copies.device)
     for run in runs:
         for block in _blocks(copies, run, on_host=False):
-            found = _evaluate(block, lambda tensor: tensor.to(wide))
+            arrays = _loaded(block, lambda tensor: tensor.to(wide))
+            found = _evaluate(run, block.segments, arrays, block)
             values = torch.stack([value.to(wide) for value in found.values()])
             _enter(torch, rows, block, found, values)
     return rows
@@ -244,16 +319,20 @@ def _stretches(
 ) -> Iterator[tuple[int, int, int, int]]:
     """Cut a run into (first member, last member + 1, first element, last element + 1)."""
     starts = copies.starts
+    sizes = np.diff(starts[run.first : run.last + 1])
     if undivided:
         yield run.first, run.last, int(starts[run.first]), int(starts[run.last])
         return
-    is_large = np.diff(starts[run.first : run.last + 1]) >= LARGE
-    large = [*(run.first + np.flatnonzero(is_large)).tolist(), run.last]
+    large = [*(run.first + np.flatnonzero(sizes >= LARGE)).tolist(), run.last]
+    changes = np.append(run.first + 1 + np.flatnonzero(np.diff(sizes)), run.last)
     member = run.first
     for next_large in large:
         while member < next_large:
             most = int(np.searchsorted(starts, starts[member] + _BLOCK, "right")) - 1
             last = min(most, next_large)
+            last_alike = int(changes[np.searchsorted(changes, member, "right")])
+            if last_alike - member >= _ALIKE:  # equal ones are reduced faster
+                last = min(last, last_alike)
             yield member, last, int(starts[member]), int(starts[last])
             member = last
         if member < run.last:
@@ -263,10 +342,20 @@ def _stretches(
             member += 1
 
 
-def _evaluate(block: _Block, load: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
-    """Work a block out; returns, by field of Anatomy, one value per member it touches."""
-    run, segments = block.run, block.segments
-    arrays = {name: load(tensor) for name, tensor in block.tensors.items()}
+def _evaluate(
+    run: Run, segments: Segments, arrays: dict[str, Any], block: _Block | None
+) -> dict[str, Any]:
+    """Work a block out.
+
+    Args:
+        run: what it belongs to.
+        segments: its cut into members.
+        arrays: those of the worksheet, and ``weight_after``.
+        block: the block; None where arrays and segments only note what is to be done for each.
+
+    Returns:
+        By field of Anatomy one value per member that it touches.
+    """
     before, after, g = arrays["weight_before"], arrays.pop("weight_after"), arrays.get("g")
     update = after - before
     is_unchanged = update == 0
@@ -287,9 +376,10 @@ def _evaluate(block: _Block, load: Callable[[torch.Tensor], Any]) -> dict[str, A
         found["unchanged"] = segments.count(is_unchanged & (g != 0))
         return found
 
-    sheet = _worksheet(block, arrays, load)
+    shape = None if block is None else block.shape
+    sheet = _worksheet(run, arrays, shape)
     run.formula.apply(sheet)
-    flat = sheet.written if block.shape is None else _flattened(sheet.written, block.shape)
+    flat = sheet.written if shape is None else _flattened(sheet.written, shape)
     formula = flat["update"]
     residual = update - formula
     found["formula"] = segments.product(formula, formula)
@@ -317,15 +407,17 @@ def _evaluate(block: _Block, load: Callable[[torch.Tensor], Any]) -> dict[str, A
     return found
 
 
-def _worksheet(
-    block: _Block, arrays: dict[str, Any], load: Callable[[torch.Tensor], Any]
-) -> Worksheet:
-    if block.shape is None:
-        return Worksheet(**block.run.given, **arrays)
-    shape = tuple(block.shape)
-    shaped = {name: array.reshape(shape) for name, array in arrays.items()}
-    own = {name: load(tensor) for name, tensor in block.run.shaped.items()}
-    return Worksheet(**block.run.given, **shaped, **own)
+def _loaded(block: _Block, load: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
+    return {name: load(t) for name, t in {**block.tensors, **block.run.shaped}.items()}
+
+
+def _worksheet(run: Run, arrays: dict[str, Any], shape: torch.Size | None) -> Worksheet:
+    if shape is not None:
+        arrays = {
+            name: array if name in run.shaped else array.reshape(tuple(shape))
+            for name, array in arrays.items()
+        }
+    return Worksheet(**run.given, **arrays)
 
 
 def _flattened(written: dict[str, Any], shape: torch.Size) -> dict[str, Any]:

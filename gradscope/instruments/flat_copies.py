@@ -7,6 +7,7 @@ ones. The buffers are allocated once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -21,6 +22,10 @@ Integers = npt.NDArray[np.int64]
 
 MOST_BYTES = 512 * 2**20
 """What all copies but that of the weights may take, unless the weights themselves take more."""
+
+
+_STACKED = 4
+"""From how many neighbours of one shape on one call for all is quicker than one for each."""
 
 
 class FlatCopies:
@@ -43,6 +48,7 @@ class FlatCopies:
         starts: int64[n + 1], where each parameter begins in a buffer of all, and where the last
             ends.
         turn: first and last + 1 of the parameters whose other quantities there is room for now.
+        cuts: room for how those who read the copies cut ranges of them.
     """
 
     def __init__(
@@ -65,8 +71,12 @@ class FlatCopies:
         self._turn = 0
         self._room = max(int(self.starts[b] - self.starts[a]) for a, b in self._turns)
         self._has_complex = any(parameter.is_complex() for parameter in parameters)
+        self.cuts: dict[tuple[int, int], list[Any]] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._views: dict[tuple[str, int], list[torch.Tensor]] = {}
+        self._stacks: dict[
+            tuple[str, int], tuple[list[int], list[tuple[int, int, torch.Tensor]]]
+        ] = {}
 
     @property
     def turn(self) -> tuple[int, int]:
@@ -84,7 +94,7 @@ class FlatCopies:
     def copy_weights(self, parameters: Sequence[Any]) -> None:
         """Copy all weights, as they are now."""
         sources = [real_view(p) for p in parameters] if self._has_complex else parameters
-        torch._foreach_copy_(self._views_of("weight_before"), sources)  # type: ignore[arg-type]
+        self._copy_all("weight_before", sources)
 
     def copy(self, quantity: str, tensors: Sequence[torch.Tensor | None]) -> npt.NDArray[np.bool_]:
         """Copy a quantity of the parameters whose turn it is.
@@ -99,9 +109,9 @@ class FlatCopies:
         views = self._views_of(quantity)
         if not self._has_complex:
             try:
-                torch._foreach_copy_(views, tensors)  # type: ignore[arg-type]
+                self._copy_all(quantity, tensors)
                 return self._all_present
-            except (TypeError, RuntimeError):  # one is absent, or sparse
+            except (AttributeError, TypeError, RuntimeError):  # one is absent, or sparse
                 pass
         plain = [_plain(tensor, view) for tensor, view in zip(tensors, views, strict=True)]
         present = np.array([tensor is not None for tensor in plain], np.bool_)
@@ -112,6 +122,39 @@ class FlatCopies:
                 [tensor for _, tensor in there if tensor is not None],
             )
         return present
+
+    def _copy_all(self, quantity: str, tensors: Sequence[Any]) -> None:
+        """Copy tensors of which none is absent; those of one shape are stacked by one call."""
+        single, stacks = self._stacks_of(quantity)
+        for first, last, stack in stacks:
+            # Torch would give another shape to where the result goes.
+            if tensors[first].shape != stack.shape[1:]:
+                raise TypeError
+            torch.stack(tensors[first:last], out=stack)  # type: ignore[arg-type]
+        if single:
+            views = self._views_of(quantity)
+            torch._foreach_copy_([views[i] for i in single], [tensors[i] for i in single])
+
+    def _stacks_of(self, quantity: str) -> tuple[list[int], list[tuple[int, int, torch.Tensor]]]:
+        """Which members are copied by themselves, and which neighbours of one shape together."""
+        key = (quantity, 0 if quantity == "weight_before" else self._turn)
+        found = self._stacks.get(key)
+        if found is None:
+            views = self._views_of(quantity)
+            single: list[int] = []
+            stacks = []
+            first = 0
+            for shape, alike in groupby(views, lambda view: view.shape):
+                last = first + len(list(alike))
+                if last - first < _STACKED or self.device.type != "cpu":
+                    single += range(first, last)
+                else:
+                    flat = self._buffer(quantity)[views[first].storage_offset() :]
+                    stack = flat[: (last - first) * shape.numel()].view(last - first, *shape)
+                    stacks.append((first, last, stack))
+                first = last
+            found = self._stacks[key] = (single, stacks)
+        return found
 
     def spread(self, quantity: str, numbers: Sequence[Any]) -> None:
         """Give every element of each parameter the same number.

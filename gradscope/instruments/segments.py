@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from gradscope.instruments.flat_copies import Integers
@@ -32,15 +33,38 @@ class Segments(Protocol):
         """Return how many elements of each segment are true."""
 
 
+_MOST_ONES = 32_768
+"""How many ones are kept at most: those for a block."""
+
+_ONES: dict[np.dtype[Any], npt.NDArray[Any]] = {}
+
+
+def ones_like(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return as many ones, to be read and not kept.
+
+    The product with them is a sum that takes a third of the time of NumPy's own. BLAS adds in
+    several lanes, so that of a block's sum in float32 about six digits are right.
+    """
+    ones = _ONES.get(values.dtype)
+    if ones is None or len(ones) < len(values):
+        ones = _ONES[values.dtype] = np.ones(len(values), values.dtype)
+    return ones[: len(values)]
+
+
 class HostWhole:
     """A NumPy array that is one segment; each result is a single number.
 
     Args:
         length: of the array.
+
+    Attributes:
+        lengths: of the segment.
+        ones: a 1 for it.
     """
 
     def __init__(self, length: int) -> None:
         self._length = length
+        self.lengths, self.ones = length, 1
 
     def stretched(self, values: Any) -> Any:
         """Return an array of the whole length."""
@@ -48,7 +72,9 @@ class HostWhole:
 
     def total(self, values: Any) -> Any:
         """Return the sum."""
-        return values.sum()
+        if len(values) > _MOST_ONES:
+            return values.sum()
+        return np.dot(values, ones_like(values))
 
     def product(self, left: Any, right: Any) -> Any:
         """Return the dot product."""
@@ -56,11 +82,11 @@ class HostWhole:
 
     def least(self, values: Any) -> Any:
         """Return the least element."""
-        return values.min()
+        return np.minimum.reduce(values)
 
     def greatest(self, values: Any) -> Any:
         """Return the greatest element."""
-        return values.max()
+        return np.maximum.reduce(values)
 
     def count(self, flags: Any) -> Any:
         """Return how many elements are true."""
@@ -73,11 +99,20 @@ class HostSegments:
     Args:
         starts: int64[k], where each segment begins; the first at 0.
         length: of the whole array.
+
+    Attributes:
+        lengths: int64[k], of each segment.
+        ones: int64[k], a 1 for each.
     """
 
     def __init__(self, starts: Integers, length: int) -> None:
         self._starts = starts
         self._length = length
+        self.lengths = np.diff(starts, append=length)
+        self.ones = np.ones(len(starts), np.int64)
+        # Equal ones are the rows of a matrix, whose products are one call of BLAS.
+        each = int(self.lengths[0])
+        self._each = each if each * len(starts) == length and (self.lengths == each).all() else 0
 
     def stretched(self, values: Any) -> Any:
         """Return an array of the whole length."""
@@ -85,11 +120,16 @@ class HostSegments:
 
     def total(self, values: Any) -> Any:
         """Return real[k]."""
+        if self._each:
+            return np.matmul(values.reshape(-1, self._each), ones_like(values)[: self._each])
         # numpy adds pairwise, so float32 loses no more than a few digits of its last place.
         return np.add.reduceat(values, self._starts)
 
     def product(self, left: Any, right: Any) -> Any:
         """Return real[k]."""
+        if self._each:
+            rows, columns = (-1, 1, self._each), (-1, self._each, 1)
+            return np.matmul(left.reshape(rows), right.reshape(columns)).reshape(-1)
         return np.add.reduceat(left * right, self._starts)
 
     def least(self, values: Any) -> Any:

@@ -35,13 +35,14 @@ class _Stack:
     """Tensors of one shape and dtype that fit into the buffer together.
 
     Attributes:
-        members: the places of k tensors in the list of all.
+        members, places: the places of k tensors in the list of all, as int64[k] too.
         target: float32[k, *shape], the buffer as torch is to fill it.
         rows, row_vectors, column_vectors: float32[k, n], [k, 1, n] and [k, n, 1], the same memory.
         squares: float32[k, 1, 1], where their sums of squares go.
     """
 
     members: list[int]
+    places: Places
     target: torch.Tensor
     rows: Singles
     row_vectors: Singles
@@ -86,6 +87,7 @@ class SmallTensors:
                 self._stacks.append(
                     _Stack(
                         some,
+                        np.array(some, np.int64),
                         part.view(k, *shape),
                         rows,
                         rows.reshape(k, 1, n),
@@ -162,6 +164,16 @@ def _is_usual(squares: Singles) -> bool:
 def _fill(
     stack: _Stack, tensors: Sequence[torch.Tensor | None], irregular: list[int]
 ) -> Iterator[tuple[Places, Singles]]:
+    everything = [tensors[i] for i in stack.members]
+    try:
+        # The usual case: none is absent, or sparse.
+        with torch.no_grad():
+            torch.stack(everything, out=stack.target)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):
+        pass
+    else:
+        yield stack.places, stack.rows
+        return
     there = [(i, t) for i in stack.members if (t := tensors[i]) is not None]
     regular = [(i, t) for i, t in there if t.layout is torch.strided]
     irregular += [i for i, t in there if t.layout is not torch.strided]

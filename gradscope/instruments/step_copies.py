@@ -434,11 +434,18 @@ def _copies(parameters: Tensors, groups: Any, formula: Formula | None) -> list[F
         n_state = len(set(formula.state.values()) - set(formula.scalars))
     copies = []
     for (device, dtype), at in places.items():
-        # What is worked out together lies together: the small parameters of a group.
-        at.sort(key=lambda i: (groups[i], parameters[i].numel() >= LARGE))  # type: ignore[union-attr]
+        # What is worked out together lies together: the small parameters of a group, and of these
+        # the ones of a shape. Large ones come first, most of which then begin at a cache line:
+        # elsewhere arithmetic takes up to twice as long.
+        at.sort(key=lambda i: (groups[i], *_size_and_shape(parameters[i])))
         own = [p for i in at if (p := parameters[i]) is not None]
         copies.append(FlatCopies(device, dtype, at, own, 2 + n_state))
     return copies
+
+
+def _size_and_shape(parameter: Any) -> tuple[Any, ...]:
+    numel = parameter.numel()
+    return (False,) if numel >= LARGE else (True, numel, tuple(parameter.shape))
 
 
 def _is_empty(parameter: torch.Tensor) -> bool:

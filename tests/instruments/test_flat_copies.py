@@ -156,3 +156,22 @@ def test_double_precision_only_for_doubles() -> None:
         torch.complex128: torch.float64,
     }.items():
         assert working_dtype(torch.zeros(1, dtype=dtype)) is expected
+
+
+def test_alike_tensors_of_another_shape_than_their_parameters_are_not_copied() -> None:
+    parameters = [torch.zeros(3) for _ in range(6)]
+    copies = FlatCopies(torch.device("cpu"), torch.float32, range(6), parameters, 2)
+    copies.copy("m", [torch.full((3,), 7.0) for _ in range(6)])
+    present = copies.copy("m", [torch.ones(2) for _ in range(6)])
+    assert not present.any()
+    assert copies.flat("m", 0, 18).tolist() == [7.0] * 18
+
+
+def test_of_alike_tensors_those_that_there_are_are_copied() -> None:
+    parameters = [torch.zeros(2, 2) for _ in range(6)]
+    copies = FlatCopies(torch.device("cpu"), torch.float32, range(6), parameters, 2)
+    tensors = [torch.full((2, 2), float(i)) if i != 3 else None for i in range(6)]
+    tensors[5] = torch.tensor([[5.0, 6.0], [7.0, 8.0]]).T
+    present = copies.copy("g", tensors)
+    assert present.tolist() == [True, True, True, False, True, True]
+    assert copies.flat("g", 16, 24).tolist() == [4.0, 4.0, 4.0, 4.0, 5.0, 7.0, 6.0, 8.0]

@@ -279,3 +279,28 @@ def test_the_wrapper_of_a_scheduler_changes_nothing() -> None:
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(2))])
     torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     assert formula_of(optimizer) is FORMULAS["AdamW"]
+
+
+def test_what_is_written_past_the_version_counters_between_two_steps_is_seen() -> None:
+    parameters = [torch.nn.Parameter(torch.randn(n)) for n in (5, 9_000)]
+    optimizer = torch.optim.AdamW(parameters)
+    copies = StepCopies(optimizer, parameters)
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.data.copy_(torch.randn(parameter.shape))
+            parameter.grad = torch.randn(parameter.shape)
+            for moment in ("exp_avg", "exp_avg_sq") if optimizer.state[parameter] else ():
+                optimizer.state[parameter][moment].data.fill_(0.25)
+        found = [parameter.detach().clone() for parameter in parameters]
+        copies.before(optimizer, parameters)
+        copies.gradients([parameter.grad for parameter in parameters], None)
+        optimizer.step()
+        anatomy = copies.after(parameters).value()
+    for place, weight in enumerate(found):
+        whole = copies.whole(place)
+        assert whole is not None
+        assert whole[0]["weight_before"].tolist() == weight.tolist()
+        assert set(whole[0]["m_before"].tolist()) == {0.25}
+        assert set(whole[0]["v_before"].tolist()) == {0.25}
+    assert anatomy.first_moment.tolist() == pytest.approx([5 / 16, 9_000 / 16])
+    assert (anatomy.residual < 1e-9 * anatomy.update + 1e-12 * anatomy.weight_after).all()
