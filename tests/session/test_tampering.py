@@ -300,6 +300,23 @@ def test_what_the_program_does_between_steps_is_no_disagreement() -> None:
     assert_nothing_stands_out(scope)
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.5, -3.0])
+def test_moments_written_through_data_between_steps_are_seen_before_the_next(factor: float) -> None:
+    optimizer, model = optimizer_of("AdamW")
+    torch.manual_seed(1)
+    weight = next(model.parameters())
+
+    def between(step: int) -> None:
+        optimizer.state[weight]["exp_avg"].data.mul_(factor)  # which moves no version
+
+    scope, _ = watched_steps(optimizer, model, steps=STEPS, between=between)
+    name = scope.params["param"].iloc[0]
+    moments = scope.state.query("param == @name and key == 'exp_avg'").set_index("step")
+    before, after = (moments.query("when == @when")["norm"] for when in ("before", "after"))
+    for step in range(1, STEPS):
+        assert before[step] == pytest.approx(abs(factor) * after[step - 1], rel=1e-5)
+
+
 def test_a_parameter_moved_without_a_gradient_stands_out() -> None:
     """No rule moves it then."""
     optimizer, model = optimizer_of("AdamW")
