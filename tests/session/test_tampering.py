@@ -310,9 +310,9 @@ def test_moments_written_through_data_between_steps_are_seen_before_the_next(fac
         optimizer.state[weight]["exp_avg"].data.mul_(factor)  # which moves no version
 
     scope, _ = watched_steps(optimizer, model, steps=STEPS, between=between)
-    name = scope.params["param"].iloc[0]
-    moments = scope.state.query("param == @name and key == 'exp_avg'").set_index("step")
-    before, after = (moments.query("when == @when")["norm"] for when in ("before", "after"))
+    state = scope.state.set_index("step")
+    moments = state[(state["param"] == scope.params["param"][0]) & (state["key"] == "exp_avg")]
+    before, after = (moments.loc[moments["when"] == when, "norm"] for when in ("before", "after"))
     for step in range(1, STEPS):
         assert before[step] == pytest.approx(abs(factor) * after[step - 1], rel=1e-5)
 
