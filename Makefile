@@ -64,7 +64,7 @@ docs: $(READY) ## write the generated pages of the documentation anew
 .PHONY: bench
 bench: $(READY) ## what watching costs, beside other tools, which it installs; writes docs/benchmarks.md
 	$(BIN)/python tests/benchmarks/watch_overhead.py --peers build/peers --write docs/benchmarks.md
-	$(BIN)/python tests/benchmarks/scaling.py
+	$(BIN)/python tests/benchmarks/scaling.py --append docs/benchmarks.md
 	$(BIN)/python tests/benchmarks/graphs.py
 
 .PHONY: clean

@@ -170,7 +170,7 @@ def _train_watched(loop: Callable[..., Iterator[float]], n_steps: int, seed: int
 
 
 def _write(scope: Scope, folder: Path) -> list[Path]:
-    """Write the report, the graph and every table into a folder; return the paths."""
+    """Write the report, the graph and every table with rows into a folder; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = [scope.report(folder / "report.html", force=True)]
     try:
@@ -181,6 +181,8 @@ def _write(scope: Scope, folder: Path) -> list[Path]:
         # The tables are worth having where Graphviz has no wheel.
         print(f"no picture of the graph: {error}", file=sys.stderr)
     for name, table in scope.tables.items():
+        if table.empty:  # those of several processes
+            continue
         path = folder / f"{name}.csv"
         table.to_csv(path, index=False)
         written.append(path)

@@ -293,11 +293,15 @@ def _step(run: Recording, steps: pd.DataFrame) -> list[str]:
         facts.append(f"{of}{outcomes}" + (f"; lr {_distinct(rates)}" if rates else ""))
         own = moments.loc[moments["optimizer"] == name]
         if len(own):
+            first, last = own["step"].min(), own["step"].max()
+            seen = f"step {first:,} → {last:,}" if first < last else f"step {first:,}"
             facts.append(
                 f"{of}state: |exp_avg| {_course(_together(own, 'exp_avg_norm_after'))}, "
-                f"|exp_avg_sq| {_course(_together(own, 'exp_avg_sq_norm_after'))}, "
-                f"own step count {_course(own['step_count'])}"
+                f"|exp_avg_sq| {_course(_together(own, 'exp_avg_sq_norm_after'))} ({seen})"
             )
+            counted = own["step"].map(rows.set_index("step")["optimizer_step"]) + 1
+            if (own["step_count"] != counted).any():  # it began, or begins again, elsewhere
+                facts[-1] += f", own step count {_course(own['step_count'])}"
         recorded = rows.loc[rows["weight_norm"] > 0]
         if len(recorded):
             ratio = recorded["update_norm"] / recorded["weight_norm"]

@@ -159,3 +159,21 @@ def test_a_number_of_steps_that_is_none(total: object) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(UsageError, match="total_steps="):
         gradscope.watch(model, optimizer, total_steps=total)  # type: ignore[arg-type]
+
+
+def test_an_optimizers_own_count_is_told_where_it_is_not_that_of_its_steps() -> None:
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def screen_of_two_steps() -> str:
+        with gradscope.watch(model, optimizer, every=1) as scope:
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(torch.randn(8, 4)).square().mean().backward()
+                optimizer.step()
+        return " ".join(str(scope).split())
+
+    first, second = screen_of_two_steps(), screen_of_two_steps()
+    assert "(step 0 → 1)" in first
+    assert "own step count" not in first
+    assert "(step 0 → 1), own step count 3 → 4" in second
