@@ -138,31 +138,34 @@ class Columns:
 
     def store(self) -> None:
         """Write what waits into the columns."""
-        if not self._waiting:
-            return
-        most = _MOST_LOTS
         # What single precision cannot hold is infinite.
         quiet = np.errstate(over="ignore") if self._has_single else _NOTHING
-        with self._lock, quiet:
-            while self._waiting:
-                lots = [self._waiting.popleft()]
-                names = lots[0][1].keys()
-                while self._waiting and len(lots) < most and self._waiting[0][1].keys() == names:
-                    lots.append(self._waiting.popleft())
-                n = sum(n for n, _ in lots)
-                try:
-                    self._put(n, {name: self._joined(name, lots) for name in names})
-                except BaseException as error:
-                    is_ours = isinstance(error, Exception)
-                    if is_ours and len(lots) == 1:  # only what cannot be stored is lost
-                        self._n_waiting -= n
-                        raise
-                    self._waiting.extendleft(reversed(lots))
-                    if not is_ours:
-                        raise
-                    most = 1
-                else:
+        with self._lock:  # also to see whether anything waits: it may be on its way
+            if self._waiting:
+                with quiet:
+                    self._store_lots()
+
+    def _store_lots(self) -> None:
+        most = _MOST_LOTS
+        while self._waiting:
+            lots = [self._waiting.popleft()]
+            names = lots[0][1].keys()
+            while self._waiting and len(lots) < most and self._waiting[0][1].keys() == names:
+                lots.append(self._waiting.popleft())
+            n = sum(n for n, _ in lots)
+            try:
+                self._put(n, {name: self._joined(name, lots) for name in names})
+            except BaseException as error:
+                is_ours = isinstance(error, Exception)
+                if is_ours and len(lots) == 1:  # only what cannot be stored is lost
                     self._n_waiting -= n
+                    raise
+                self._waiting.extendleft(reversed(lots))
+                if not is_ours:
+                    raise
+                most = 1
+            else:
+                self._n_waiting -= n
 
     def _joined(self, name: str, lots: Sequence[tuple[int, Mapping[str, Any]]]) -> Any:
         """The values of one column in several lots of rows, as they are stored."""
@@ -229,13 +232,15 @@ class Columns:
 
     def set(self, name: str, row: int, value: Any) -> None:
         """Fill in a value that was not known yet when its row was appended."""
-        self.store()
-        self._arrays[name][row] = value
+        with self._lock:
+            self.store()
+            self._arrays[name][row] = value
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
         """Return a column as stored, one value a row: a view, valid until the next append."""
-        self.store()
-        return self._arrays[name][: self._n_stored]
+        with self._lock:
+            self.store()
+            return self._arrays[name][: self._n_stored]
 
     def texts(self, name: str) -> np.ndarray[Any, Any]:
         """Return a text column as an object array of strings."""
@@ -251,13 +256,15 @@ class Columns:
 
     def copies(self, start: int, stop: int) -> dict[str, np.ndarray[Any, Any] | Coded]:
         """Return copies of some rows, as :meth:`take` does."""
-        if stop > self._n_stored:
-            self.store()
+        with self._lock:
+            if stop > self._n_stored:
+                self.store()
+            arrays = dict(self._arrays)  # a later one may be longer
         return {
             name: _compact(array[start:stop], self._texts)
             if self._kinds[name] is Kind.TEXT
             else array[start:stop].copy()
-            for name, array in self._arrays.items()
+            for name, array in arrays.items()
         }
 
     def keep(self, wanted: np.ndarray[Any, Any]) -> None:

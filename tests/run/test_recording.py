@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -125,3 +127,36 @@ def test_of_rows_that_wait_only_what_cannot_be_stored_is_lost() -> None:
         columns.store()
     assert columns.array("n").tolist() == [1, 3]
     assert columns.n_rows == 2
+
+
+def test_no_row_is_lost_while_another_thread_takes_rows_away() -> None:
+    run = Recording()
+    n_steps, taken, failed = 3000, [], []
+    is_over = threading.Event()
+
+    def take() -> None:
+        try:
+            while not is_over.is_set():
+                columns = run.rows("backwards")
+                taken.append(columns.take(run.settled.get("backwards", 0)))
+                run.rows("events").texts("event")
+        except Exception as error:
+            failed.append(error)
+
+    reader = threading.Thread(target=take)
+    reader.start()
+    for step in range(n_steps):
+        run.rows("events").append({"step": step, "event": "zero_grad"})
+        run.add_backward({"backward": step, "root": step / 2})
+        run.claim_backward(step, step)
+        if step % 7 == 0:
+            run.steps_ended(step + 1)
+    run.steps_ended(n_steps)
+    is_over.set()
+    reader.join()
+    assert not failed
+    taken.append(run.rows("backwards").take(n_steps))
+    for name in ("backward", "step"):
+        values = np.concatenate([np.asarray(rows[name]) for rows in taken])
+        assert values.tolist() == list(range(n_steps))
+    assert run.rows("events").array("step").tolist() == list(range(n_steps))
