@@ -309,7 +309,9 @@ def test_names_learnt_late_hold_for_the_rows_of_before(
     (tmp_path / "gradscope_test_flush.py").write_text(
         "import gc\n"
         "from gradscope.run.directory import writer\n"
+        "from gradscope.session import in_order\n"
         "writer.PART_BYTES = 1\n"
+        "in_order._LONGEST_WAIT = -1.0\n"
         "def flush():\n"
         "    for each in gc.get_objects():\n"
         "        if type(each) is writer.DirectoryWriter:\n"
