@@ -50,6 +50,7 @@ class InOrder:
         self._failed = failed
         self._n_steps = 0
         self._since = 0.0
+        self._has_failed = False
         # Whoever reads the tables in another thread settles what waits.
         self._lock = threading.RLock()
         self.most_steps = 1
@@ -60,7 +61,12 @@ class InOrder:
         self.most_steps = max(1, min(_MOST_STEPS, _MOST_LOOKED_AT // max(1, n_params)))
 
     def do(self, action: Callable[[], None], *awaited: Awaited) -> None:
-        """Do ``action`` once all is there, after everything that came before it."""
+        """Do ``action`` once all is there, after everything that came before it.
+
+        After one that has failed nothing is done any more: what builds on it would be wrong.
+        """
+        if self._has_failed:
+            return
         self._queue.append((action, awaited))
         if len(self._queue) >= _MOST_ACTIONS:
             self.settle()
@@ -94,4 +100,6 @@ class InOrder:
         try:
             action()
         except Exception as error:
+            self._has_failed = True
+            self._queue.clear()
             self._failed(error)
