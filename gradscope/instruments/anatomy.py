@@ -13,7 +13,7 @@ import torch
 from gradscope.formulas.formula import Formula
 from gradscope.formulas.worksheet import Worksheet
 from gradscope.instruments.block_plan import BlockPlan, NotPlannedError
-from gradscope.instruments.flat_copies import FlatCopies
+from gradscope.instruments.flat_copies import FlatCopies, Integers
 from gradscope.instruments.late import Known, Late, Numbers
 from gradscope.instruments.segments import DeviceSegments, HostSegments, HostWhole, Segments
 
@@ -214,9 +214,7 @@ def _cut(copies: FlatCopies, run: Run) -> list[tuple[int, int, int, int, Any]]:
                 last,
                 start,
                 stop,
-                HostWhole(stop - start)
-                if last == first + 1
-                else HostSegments(starts[first:last] - start, stop - start),
+                _host_segments(starts[first:last] - start, stop - start),
             )
             for first, last, start, stop in _stretches(copies, run, False)
         ]
@@ -296,13 +294,12 @@ def _blocks(copies: FlatCopies, run: Run, *, on_host: bool) -> Iterator[_Block]:
     names = {"weight_before": "weight_before", "weight_after": "weight_after", **run.arrays}
     starts = copies.starts
     for first, last, start, stop in _stretches(copies, run, whole or not on_host):
+        begins, length = starts[first:last] - start, stop - start
         segments: Segments
-        if not on_host:
-            segments = DeviceSegments(starts[first:last] - start, stop - start, copies.device)
-        elif last == first + 1:
-            segments = HostWhole(stop - start)
+        if on_host:
+            segments = _host_segments(begins, length)
         else:
-            segments = HostSegments(starts[first:last] - start, stop - start)
+            segments = DeviceSegments(begins, length, copies.device)
         yield _Block(
             first,
             last,
@@ -314,15 +311,19 @@ def _blocks(copies: FlatCopies, run: Run, *, on_host: bool) -> Iterator[_Block]:
         )
 
 
+def _host_segments(begins: Integers, length: int) -> HostWhole | HostSegments:
+    return HostWhole(length) if len(begins) == 1 else HostSegments(begins, length)
+
+
 def _stretches(
     copies: FlatCopies, run: Run, undivided: bool
 ) -> Iterator[tuple[int, int, int, int]]:
     """Cut a run into (first member, last member + 1, first element, last element + 1)."""
     starts = copies.starts
-    sizes = np.diff(starts[run.first : run.last + 1])
     if undivided:
         yield run.first, run.last, int(starts[run.first]), int(starts[run.last])
         return
+    sizes = np.diff(starts[run.first : run.last + 1])
     large = [*(run.first + np.flatnonzero(sizes >= LARGE)).tolist(), run.last]
     changes = np.append(run.first + 1 + np.flatnonzero(np.diff(sizes)), run.last)
     member = run.first

@@ -47,23 +47,26 @@ class GroupReader:
         return readings
 
 
-_PLAIN = (float, int, str)
-
-
 def _is_unchanged(group: dict[str, Any], last: tuple[dict[str, Any], GroupReading]) -> bool:
-    """Whether a group is as it was; no tensor is compared, which might have to be waited for."""
+    """Whether a group is as it was, as far as that can be told.
+
+    No tensor is compared, which might have to be waited for, and nothing that may be the same
+    object and hold something else.
+    """
     before, reading = last
     if len(group) != len(before) + 1 or len(group["params"]) != reading.n_params:
         return False
     for name, value in before.items():
         now = group.get(name, _read)  # which is no setting
-        if isinstance(now, torch.Tensor | list):  # may be the same one, and hold something else
+        if type(now) is not type(value) or not _is_plain(now) or now != value:
             return False
-        if now is not value and not (
-            type(now) is type(value) and isinstance(now, _PLAIN) and now == value
-        ):
-            return False
-    return not any(isinstance(beta, torch.Tensor) for beta in before.get("betas") or ())
+    return True
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _read(group: dict[str, Any]) -> GroupReading:

@@ -226,11 +226,19 @@ def _sum_of_squares_on_device(tensor: torch.Tensor) -> Late[Reals]:
 
 
 def _sum_of_squares_on_host(tensor: torch.Tensor) -> float:
+    """To be called where numpy ignores what overflows."""
     if not tensor.numel():
         return 0.0
     if tensor.is_complex():
         tensor = _as_real(tensor)
-    return _squares_on_host(tensor, _elements(tensor))
+    elements = _elements(tensor)
+    total = 0.0
+    for start in range(0, len(elements), _BLOCK):
+        block = elements[start : start + _BLOCK]
+        total += float(np.dot(block, block))
+    if not TINY < total < HUGE and (total != 0.0 or elements.any()):
+        return _squares_in_double(elements)
+    return total
 
 
 def _as_real(tensor: torch.Tensor) -> torch.Tensor:
@@ -245,18 +253,8 @@ def _elements(tensor: torch.Tensor) -> npt.NDArray[Any]:
     return tensor.numpy().ravel(order="K")
 
 
-def _squares_on_host(tensor: torch.Tensor, elements: npt.NDArray[Any]) -> float:
-    """Their sum of squares; to be called where numpy ignores what overflows."""
-    if len(elements) <= _BLOCK:
-        total = float(np.dot(elements, elements))
-    else:
-        total = 0.0
-        for start in range(0, len(elements), _BLOCK):
-            block = elements[start : start + _BLOCK]
-            total += float(np.dot(block, block))
-    if not TINY < total < HUGE and (total != 0.0 or elements.any()):
-        total = float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
-    return total
+def _squares_in_double(elements: npt.NDArray[Any]) -> float:
+    return float(np.linalg.norm(elements.astype(np.float64))) ** 2
 
 
 def _all_statistics(tensor: torch.Tensor, count_zeros: bool) -> Late[Reals]:
@@ -290,7 +288,7 @@ def _statistics_on_host(elements: npt.NDArray[Any], count_zeros: bool) -> Reals:
                 zeros += np.count_nonzero(block == 0)
         ends = float(np.minimum.reduce(least)), float(np.maximum.reduce(greatest))
         if not TINY < squares < HUGE and ends != (0.0, 0.0):
-            squares = float(np.linalg.norm(elements.astype(np.float64))) ** 2
+            squares = _squares_in_double(elements)
         if not math.isfinite(total):
             total = float(elements.sum(dtype=np.float64))
     unfit = 0 if math.isfinite(squares) else np.count_nonzero(~np.isfinite(elements))

@@ -56,6 +56,17 @@ def test_what_can_change_in_place_is_read_every_time(name: str) -> None:
     assert 0.125 in values(reader, optimizer)[0].values()
 
 
+def test_an_option_that_is_changed_in_place_is_read_anew() -> None:
+    optimizer, reader = adamw(), GroupReader()
+    schedule = optimizer.param_groups[0]["schedule"] = {"warm": 1}
+    assert reader.read(optimizer)[0].options["schedule"] == {"warm": 1}
+    optimizer.param_groups[0]["schedule"] = (schedule,)
+    assert reader.read(optimizer)[0].options["schedule"] == ({"warm": 1},)
+    first = reader.read(optimizer)[0]
+    schedule["warm"] = 2
+    assert reader.read(optimizer)[0] is not first
+
+
 def test_groups_that_come_and_grow_are_seen() -> None:
     optimizer, reader = adamw(), GroupReader()
     assert [group.n_params for group in reader.read(optimizer)] == [1]
