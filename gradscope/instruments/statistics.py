@@ -211,10 +211,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor | None:
     tensor = local(tensor.detach())
     if tensor.layout is torch.sparse_coo:
         # A row may be stored several times; its parts add up.
-        is_own = not tensor.is_coalesced()
         tensor = tensor.coalesce().values()
-        # What NumPy has seen cannot be resized any more, which torch does with these.
-        tensor = tensor if is_own else tensor.clone()
     if tensor.is_meta or tensor.layout is not torch.strided:
         return None
     return tensor
@@ -227,6 +224,7 @@ def _sum_of_squares_on_device(tensor: torch.Tensor) -> Late[Reals]:
 
 def _sum_of_squares_on_host(tensor: torch.Tensor) -> float:
     """To be called where numpy ignores what overflows."""
+    # What NumPy has seen torch can resize no more, as it does with a sparse gradient of no rows.
     if not tensor.numel():
         return 0.0
     if tensor.is_complex():

@@ -129,6 +129,20 @@ def test_of_rows_that_wait_only_what_cannot_be_stored_is_lost() -> None:
     assert columns.n_rows == 2
 
 
+def test_a_backward_belongs_to_the_step_that_claims_it_first() -> None:
+    run = Recording()
+    for number in range(3):
+        run.add_backward({"backward": number})
+    run.claim_backward(0, 5)
+    run.claim_backward(0, 6)
+    run.claim_backward(2, 6)
+    run.claim_backward(7, 6)  # its row was forgotten
+    assert not run.are_claimed([0, 1])
+    assert run.are_claimed([0, 2])
+    run.claim_backward(2, 8)
+    assert run.frame("backwards")["step"].fillna(-1).tolist() == [5, -1, 6]
+
+
 def test_no_row_is_lost_while_another_thread_takes_rows_away() -> None:
     run = Recording()
     n_steps, taken, failed = 3000, [], []
