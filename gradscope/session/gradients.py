@@ -193,11 +193,7 @@ class GradientHistory:
             self._integers["cleared"][at] = self._integers["written"][at]
             self._remember(look)
             return
-        if (
-            look is self._last
-            and not before_backward
-            and (look.zero is None or not look.zero.any())
-        ):
+        if look is self._last and (look.zero is None or not look.zero.any()):
             return  # the usual case between backward and step: nothing happened
         token, version, written, cleared, used = self._at(
             at, "token", "version", "written", "cleared", "used"

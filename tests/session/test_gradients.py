@@ -264,6 +264,21 @@ def test_after_a_clearing_the_same_id_and_version_are_another_gradient() -> None
         assert STATUSES[found.status[0]] == "assigned"
 
 
+def test_zeros_that_moved_no_version_are_seen_by_a_look_that_serves_twice() -> None:
+    for is_shared in (False, True):
+        history = GradientHistory()
+        history.grow(1)
+        history.look_before_backward(looks((0, 0, False)))
+        look = looks((7, 0, False))
+        history.look_after_backward(look)
+        history.consume(0, 0, look)
+        now = looks((7, 0, True))  # after p.grad.data.zero_()
+        if is_shared:
+            look.squares = now.squares
+        found = history.consume(0, 1, look if is_shared else now)
+        assert STATUSES[found.status[0]] == "zeroed"
+
+
 def test_a_gradient_that_backward_computed_as_zeros_is_fresh() -> None:
     history = GradientHistory()
     history.grow(2)
