@@ -91,6 +91,10 @@ _GREATEST = [row for name, row in _ROWS.items() if name.endswith("_max")]
 _SUMS = {row for row in _ROWS.values() if row not in (*_LEAST, *_GREATEST)}
 
 
+_OF_ALL = ("weight_before", "weight_after", "update")
+"""What is known of a parameter whose turn it is not."""
+
+
 @dataclass(slots=True)
 class Run:
     """Neighbouring parameters that one evaluation of a formula works out together.
@@ -115,16 +119,28 @@ class Run:
 
 
 class WorkedOut(Late[Anatomy]):
-    """The anatomies of the parameters of several copies, as one."""
+    """The anatomies of the parameters of several copies, as one.
+
+    Args:
+        n: how many parameters the optimizer has.
+        empty: places of those without elements.
+        parts: copies, and what :func:`work_out` made of them.
+        others: places of parameters that were not taken apart, and float64[3, k]: sums of squares
+            of weight before, weight after and update.
+    """
 
     def __init__(
-        self, n: int, empty: Sequence[int], parts: Sequence[tuple[FlatCopies, Late[Any]]]
+        self,
+        n: int,
+        empty: Sequence[int],
+        parts: Sequence[tuple[FlatCopies, Late[Any]]],
+        others: Sequence[tuple[Integers, Late[Reals]]] = (),
     ) -> None:
-        self._n, self._empty, self._parts = n, empty, parts
+        self._n, self._empty, self._parts, self._others = n, empty, parts, others
 
     def ready(self) -> bool:
         """Whether all numbers have arrived."""
-        return all(numbers.ready() for _, numbers in self._parts)
+        return all(numbers.ready() for _, numbers in (*self._parts, *self._others))
 
     def value(self) -> Anatomy:
         """Return the anatomy of all parameters of the optimizer."""
@@ -133,6 +149,9 @@ class WorkedOut(Late[Anatomy]):
             rows = numbers.value()
             for name, row in _ROWS.items():
                 getattr(anatomy, name)[copies.places] = rows[row]
+        for places, squares in self._others:
+            for name, found in zip(_OF_ALL, squares.value(), strict=True):
+                getattr(anatomy, name)[places] = found
         for name in ("weight_before", "weight_after", "update", "formula", "residual"):
             getattr(anatomy, name)[self._empty] = 0
         return anatomy

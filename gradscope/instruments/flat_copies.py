@@ -20,8 +20,10 @@ from gradscope.instruments.local import is_spread
 
 Integers = npt.NDArray[np.int64]
 
-MOST_BYTES = 512 * 2**20
-"""What all copies but that of the weights may take, unless the weights themselves take more."""
+MOST_BYTES = 64 * 2**20
+"""What all copies but that of the weights may take, or :data:`_SHARE` of that if it is more."""
+
+_SHARE = 0.25
 
 
 _STACKED = 4
@@ -32,8 +34,8 @@ class FlatCopies:
     """Buffers for copies of the parameters of one device and working precision.
 
     Complex parameters are copied as pairs of real numbers. The copy of the weights has room for all
-    parameters. The other quantities have room for :attr:`turn`, a range of them, because a model
-    may be too large for copies of everything: then the ranges take turns.
+    parameters. The other quantities have room for :attr:`turn`, a range of them, because a large
+    model leaves no memory for copies of everything: then the ranges take turns.
 
     Args:
         device: where the buffers lie.
@@ -66,8 +68,8 @@ class FlatCopies:
         sizes = np.array([shape.numel() for shape in self._shapes], np.int64)
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         total = int(self.starts[-1])
-        most = max(MOST_BYTES // dtype.itemsize, total) // max(1, n_quantities)
-        self._turns = _turns(self.starts, most)
+        most = max(MOST_BYTES // dtype.itemsize, int(_SHARE * total))
+        self._turns = _turns(self.starts, most // max(1, n_quantities))
         self._turn = 0
         self._room = max(int(self.starts[b] - self.starts[a]) for a, b in self._turns)
         self._has_complex = any(parameter.is_complex() for parameter in parameters)
@@ -87,6 +89,11 @@ class FlatCopies:
     def _all_present(self) -> npt.NDArray[np.bool_]:
         return np.ones(self.turn[1] - self.turn[0], np.bool_)
 
+    @property
+    def has_turns(self) -> bool:
+        """Whether there is no room for all parameters at once."""
+        return len(self._turns) > 1
+
     def next_turn(self) -> None:
         """Make room for the next parameters; what was copied of the present ones is lost."""
         self._turn = (self._turn + 1) % len(self._turns)
@@ -95,6 +102,10 @@ class FlatCopies:
         """Copy all weights, as they are now."""
         sources = [real_view(p) for p in parameters] if self._has_complex else parameters
         self._copy_all("weight_before", sources)
+
+    def weights(self) -> list[torch.Tensor]:
+        """Return the copies of all weights, each in its shape."""
+        return self._views_of("weight_before")
 
     def copy(self, quantity: str, tensors: Sequence[torch.Tensor | None]) -> npt.NDArray[np.bool_]:
         """Copy a quantity of the parameters whose turn it is.

@@ -16,12 +16,14 @@ from gradscope.formulas.formula import Formula
 from gradscope.instruments.anatomy import LARGE, Anatomy, Run, WorkedOut, work_out
 from gradscope.instruments.flat_copies import (
     FlatCopies,
+    Integers,
     can_be_copied,
     is_elsewhere,
     working_dtype,
 )
 from gradscope.instruments.late import Known, Late, scalar_of
 from gradscope.instruments.local import is_spread, local
+from gradscope.instruments.other_updates import OtherUpdates
 from gradscope.run.weight_step import GivenTogether, TrackedWeights, WeightStep
 
 TRACKED = 16
@@ -103,7 +105,8 @@ class StepCopies:
         with torch.no_grad():
             own = self._here(parameters)
             worked_out = [(part.copies, part.after(own)) for part in self._parts]
-        return WorkedOut(self._n, self._empty, worked_out)
+            others = [part.others(own) for part in self._parts if part.copies.has_turns]
+        return WorkedOut(self._n, self._empty, worked_out, others)
 
     def _here(self, tensors: Tensors) -> Tensors:
         """Tensors as they are, or what this rank holds of them."""
@@ -172,6 +175,7 @@ class _Part:
         self._is_first: Flags = np.zeros(0, np.bool_)
         self._runs: list[Run] = []
         self._positions: tuple[tuple[int, int], Any, Any] | None = None
+        self._other_updates: OtherUpdates | None = None
 
     def before(
         self,
@@ -239,6 +243,14 @@ class _Part:
         self._states = []
         self._runs = self._cut_into_runs()
         return work_out(copies, self._runs)
+
+    def others(self, parameters: Tensors) -> tuple[Integers, Late[Any]]:
+        """Read what was not taken apart; places of these parameters, and numbers of each."""
+        if self._other_updates is None:
+            self._other_updates = OtherUpdates(self.copies)
+        places = self.copies.places
+        at, squares = self._other_updates.read([parameters[place] for place in places])
+        return places[at], squares
 
     def tracked(self, params: Any) -> Late[TrackedWeights | None]:
         copies = self.copies

@@ -13,6 +13,7 @@ from gradscope.errors import ScopeStateError, UsageError
 from gradscope.formulas import FORMULAS
 from gradscope.formulas.formula import Formula
 from gradscope.formulas.worksheet import Worksheet
+from gradscope.run.columns import Columns
 from gradscope.run.entries import ParameterEntry
 from gradscope.run.recording import Recording
 from gradscope.run.weight_step import WeightStep
@@ -132,7 +133,9 @@ def _recorded_step(recording: Recording, param: int, step: int) -> int:
             if holders
             else f"{name} is in no optimizer, so no step was about to change it"
         )
-    at = _from_the_end(steps, step)
+    if step < 0:
+        return _from_the_end(_taken_apart(updates, param) or steps, step)
+    at = step
     if at in steps:
         return at
     if not 0 <= at < recording.n_steps:
@@ -155,6 +158,13 @@ def _recorded_step(recording: Recording, param: int, step: int) -> int:
         f"step {at} was not recorded in full; recorded: {_listed(steps)}. To have it, pass "
         f"keep=[{name!r}], keep_steps=[{at}] to watch(), or every=1 for all steps"
     )
+
+
+def _taken_apart(updates: Columns, param: int) -> list[int]:
+    """The steps that more is known of than norms: parameters of a large model take turns."""
+    is_known = np.isfinite(updates.array("unchanged_fraction"))
+    steps: list[int] = updates.array("step")[is_known & (updates.array("param") == param)].tolist()
+    return steps
 
 
 def _optimizer_of(recording: Recording, step: int) -> int:

@@ -98,12 +98,14 @@ def test_one_number_for_every_element() -> None:
     assert copies.flat("t", 0, 9).tolist() == [7, 7, 7, 7, 3, 3, 3, 0, 2.5]
 
 
+@pytest.mark.parametrize("most", [0, 40, 52])
 @pytest.mark.parametrize("n_quantities", [1, 2, 3, 5, 9])
 def test_turns_cover_everybody_and_keep_to_the_room(
-    n_quantities: int, monkeypatch: pytest.MonkeyPatch
+    n_quantities: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flat_copies, "MOST_BYTES", 0)
+    monkeypatch.setattr(flat_copies, "MOST_BYTES", most * torch.float32.itemsize)
     sizes = [10, 1, 5, 4, 30, 2]
+    room = max(most, sum(sizes) // 4) // n_quantities
     parameters = [torch.arange(float(size)) for size in sizes]
     copies = copies_of(parameters, n_quantities)
     turns = []
@@ -122,12 +124,13 @@ def test_turns_cover_everybody_and_keep_to_the_room(
         copies.next_turn()
     assert [member for turn in turns for member in range(*turn)] == list(range(len(sizes)))
     for first, last in turns:
-        assert last - first == 1 or sum(sizes[first:last]) <= sum(sizes) // n_quantities
+        assert last - first == 1 or sum(sizes[first:last]) <= room
     # None of them is smaller than it has to be.
     for (first, last), (_, after) in pairwise(turns):
         assert after > last
-        assert sum(sizes[first : last + 1]) > sum(sizes) // n_quantities
-    assert (len(turns) == 1) == (n_quantities == 1)
+        assert sum(sizes[first : last + 1]) > room
+    assert (len(turns) == 1) == (sum(sizes) <= room)
+    assert copies.has_turns == (len(turns) > 1)
 
 
 def test_what_fits_is_copied_all_at_once() -> None:

@@ -54,6 +54,7 @@ def step(
 
 
 def squares(x: torch.Tensor) -> float:
+    x = torch.view_as_real(x) if x.is_complex() else x
     return float(x.double().square().sum())
 
 
@@ -73,19 +74,14 @@ def test_where_there_is_no_room_for_all_they_take_turns(
     n_steps = 12
     for number in range(n_steps):
         around = step(copies, optimizer, parameters)
-        known = ~np.isnan(around.anatomy.update)
+        known = ~np.isnan(around.anatomy.residual)
         seen += known
         assert 0 < known.sum() < len(SHAPES)
         for i, is_known in enumerate(known):
+            assert_norms(around, i)
             if not is_known:
-                assert np.isnan(around.anatomy.residual[i])
                 assert copies.weight(i, 0, (0,) * len(SHAPES[i])) is None
                 continue
-            change = around.after[i].double() - around.before[i].double()
-            assert around.anatomy.update[i] == pytest.approx(squares(change), rel=1e-4)
-            assert around.anatomy.weight_after[i] == pytest.approx(
-                squares(around.after[i]), rel=1e-5
-            )
             assert around.anatomy.residual[i] <= 1e-6 * around.anatomy.update[i], number
             index = tuple(n - 1 for n in SHAPES[i])
             found = copies.weight(i, max(int(np.prod(SHAPES[i])) - 1, 0), index)
@@ -98,6 +94,47 @@ def test_where_there_is_no_room_for_all_they_take_turns(
     # Everybody has had the same number of turns, or one more.
     assert seen.min() >= 1
     assert seen.max() - seen.min() <= 1
+
+
+def assert_norms(around: Around, i: int) -> None:
+    before, after = around.before[i], around.after[i]
+    found = around.anatomy
+    assert found.weight_before[i] == pytest.approx(squares(before), rel=1e-5)
+    assert found.weight_after[i] == pytest.approx(squares(after), rel=1e-5)
+    if before.is_complex():
+        change = after.to(torch.complex128) - before.to(torch.complex128)
+    else:
+        change = after.double() - before.double()
+    assert found.update[i] == pytest.approx(squares(change), rel=1e-4)
+
+
+def test_norms_of_those_whose_turn_it_is_not_whatever_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flat_copies, "MOST_BYTES", 0)
+    torch.manual_seed(0)
+    parameters = [
+        torch.nn.Parameter(torch.randn(shape, dtype=dtype))
+        for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.complex64)
+        for shape in ((3, 2), (4,), (5, 5), (0, 3), (), (30, 1_000))
+    ]
+    parameters.append(torch.nn.Parameter(torch.randn(6, 4).T))
+    parameters.append(torch.nn.Parameter(torch.full((4,), 1e-30)))
+    parameters.append(torch.nn.Parameter(torch.tensor([1.0, float("nan")])))
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    copies = StepCopies(optimizer, parameters)
+    weight = parameters[0].detach()
+    for _ in range(6):
+        around = step(copies, optimizer, parameters)
+        for i in range(len(parameters) - 1):
+            assert_norms(around, i)
+        assert np.isnan(around.anatomy.update[-1])
+    # A step that does nothing says so.
+    optimizer.param_groups[0]["lr"] = 0.0
+    around = step(copies, optimizer, parameters)
+    assert (around.anatomy.update[:-1] == 0).all()
+    # What is asked of the program's own memory can still be resized.
+    weight.resize_(3, 4)
 
 
 def test_tracked_weights_are_spread_over_each_parameter() -> None:

@@ -276,17 +276,28 @@ def test_where_there_is_no_room_for_all_parameters_take_turns(
 ) -> None:
     monkeypatch.setattr(flat_copies, "MOST_BYTES", 0)
     scope, seen = adamw(steps=8, **({"keep": "p.3"} if keep else {}))
-    known = scope.updates["update_norm"].notna()
+    known = scope.updates["residual"].notna()
     assert 0 < known.sum() < len(known)
     assert (scope.updates.loc[known, "residual"] <= 1e-3).all()
-    for row in scope.updates[known].to_dict("records"):
+    for row in scope.updates.to_dict("records"):
         each = of(seen, row["param"], row["step"])
         change = float((each.after.double() - each.before.double()).norm())
         assert row["update_norm"] == pytest.approx(change, rel=1e-4)
+        for name, weight in (("before", each.before), ("after", each.after)):
+            norm = float(weight.double().norm())
+            assert row[f"weight_norm_{name}"] == pytest.approx(norm, rel=1e-5)
+    for step, row in scope.steps.set_index("step").iterrows():
+        own = scope.updates[scope.updates["step"] == step]
+        for of_all, each in (
+            ("update_norm", "update_norm"),
+            ("weight_norm", "weight_norm_before"),
+        ):
+            assert row[of_all] == pytest.approx(float((own[each] ** 2).sum() ** 0.5), rel=1e-5)
+    for row in scope.updates[known].to_dict("records"):
+        each = of(seen, row["param"], row["step"])
         first = (0,) * each.before.dim()
         assert_is(scope.explain(each.name, first, each.step), each, first)
     for row in scope.updates[~known].to_dict("records"):
-        assert np.isnan(row["residual"])
         each = of(seen, row["param"], row["step"])
         first = (0,) * each.before.dim()
         if keep and each.name == "p.3":
@@ -294,6 +305,11 @@ def test_where_there_is_no_room_for_all_parameters_take_turns(
         else:
             with pytest.raises(ScopeStateError, match="nothing was kept of"):
                 scope.explain(each.name, first, each.step)
+    # Counted from the end are the steps at which it was its turn.
+    for name, own in scope.updates[known].groupby("param"):
+        first = (0,) * of(seen, str(name), 0).before.dim()
+        assert scope.explain(str(name), first).step == own["step"].max()
+        assert scope.explain(str(name), first, -len(own)).step == own["step"].min()
 
 
 def test_a_whole_parameter_in_sum() -> None:
