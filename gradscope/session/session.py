@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,19 @@ import torch
 from torch import nn
 
 from gradscope.config import WatchOptions
-from gradscope.errors import text_of
-from gradscope.instruments.late import Known, Late, scalar_of
-from gradscope.instruments.precomputed import precomputed_weights
-from gradscope.instruments.roots import Roots
+from gradscope.instruments.late import Late, scalar_of
 from gradscope.instruments.source_lines import SourceLines
 from gradscope.instruments.weight_facts import read_norms
-from gradscope.run.captured_graph import CapturedGraph
 from gradscope.run.recording import Recording
 from gradscope.run.weight_step import WeightStep
 from gradscope.session.all_gradients import AllGradients
 from gradscope.session.attempts import Attempts
+from gradscope.session.backwards import Backwards
 from gradscope.session.census import Census, is_compiled
 from gradscope.session.compiled_parts import CompiledParts
 from gradscope.session.costs import Costs
 from gradscope.session.cut_search import CutSearch
 from gradscope.session.failures import Failures
-from gradscope.session.gradients import NO_GRADIENT, GradientLook, Integers
 from gradscope.session.graph_capture import GraphCapture
 from gradscope.session.in_order import InOrder
 from gradscope.session.ledger import Ledger
@@ -79,9 +74,6 @@ _TAPS: tuple[Tap, ...] = (
 
 _EVERY_TAP: tuple[Tap, ...] = (*_TAPS, optimizer_creation, module_creation)
 
-_MOST_GRAPHS_WAITING = 8
-"""How many captured graphs wait for the step they belong to; a loop may never step."""
-
 _SHARE_OF_LOOKING_AROUND = 0.005
 """The share of time that may go into finding out whether the models have changed."""
 
@@ -122,27 +114,6 @@ def _exclusive(handle: Callable[..., None]) -> Callable[..., None]:
         handle(self, *arguments)
 
     return exclusive
-
-
-@dataclass(slots=True)
-class _Backward:
-    """A backward that is running.
-
-    Attributes:
-        call: as the engine was called; kept until it returns.
-        began: when, in seconds of the process clock.
-        last_node: autograd's sequence number at that moment.
-        captured: its graph, until a step takes it.
-        root_facts: for its row in ``backwards``.
-        used_inside: numbers of the parameters whose gradients a step inside of it has used.
-    """
-
-    call: BackwardCall
-    began: float
-    last_node: int
-    captured: CapturedGraph | None
-    root_facts: dict[str, Any]
-    used_inside: list[Integers] = field(default_factory=list)
 
 
 class Session:
@@ -201,14 +172,25 @@ class Session:
             lambda number: self.recording.optimizers[number].name,
         )
         self._graphs = GraphCapture(options.graph, self._census, self._failures, lines)
+        self._backwards = Backwards(
+            self.recording,
+            self._census,
+            self._ledger,
+            self._in_order,
+            self._attempts,
+            self._failures,
+            self._all,
+            self._graphs,
+            self._cuts,
+            self._nonfinite,
+            self._looks,
+            self.event,
+        )
         self._followed = 0.0
         self._call: tuple[float, int] = (0.0, 0)
-        self._backward: _Backward | None = None
         self._scale: Late[Any] | None = None
         self._scaler_stepped = False
         self._in_scaler_step = False
-        self._roots = Roots()
-        self._first_backward: int | None = None  # where it came; -1 after the second
         self._broken = False
         self._saving: Saving | None = None
         self._place: Place | None = None
@@ -522,7 +504,7 @@ class Session:
             return
         for output in outputs if isinstance(outputs, list | tuple) else (outputs,):
             if isinstance(output, torch.Tensor):
-                self._roots.scaled(output)
+                self._backwards.roots.scaled(output)
 
     def scale_updated(self, scaler: Any, location: Location | None) -> None:
         """Account for ``GradScaler.update``."""
@@ -556,79 +538,16 @@ class Session:
             return
         if self._place is None:
             self._something_trains()
-        captured = None
         if call.accumulates:
             self._tell_holdings()
-            look = self._all.look()
-            self._in_order.do(functools.partial(self._account_start, look), look)
-            if len(self._attempts.graphs) < _MOST_GRAPHS_WAITING and self._graphs.wanted(
-                self._attempts.n_ended,
-                call.location,
-                _sequence_nr() - self._call[1],
-                someone_is_new=self._attempts.someone_is_new,
-            ):
-                captured = self._graphs.capture(call.roots)
-        # Before the backward: a graph that it will free is still to be met, or not, at the next.
-        root_facts = self._failures.run("roots", self._roots.met, call.roots) or {}
-        self._nonfinite.backward_started(call.roots, captured)
-        if call.accumulates:
-            self._look_for_results(call)
-        root_facts |= self._looks.backward_started(call.roots, len(self._attempts.optimizers))
-        self._backward = _Backward(call, time.perf_counter(), _sequence_nr(), captured, root_facts)
+        self._backwards.started(call, first_node=self._call[1])
 
     @_timed
     @_exclusive
     def backward_ended(self, call: BackwardCall, error: BaseException | None) -> None:
         """Look at what a backward wrote."""
-        began = time.perf_counter()
-        if self._broken or self._backward is None or not self._is_here():
-            return
-        backward, self._backward = self._backward, None
-        # What is done later holds none of the roots, and so keeps no graph alive.
-        started, last_node, captured = backward.began, backward.last_node, backward.captured
-        value = _root_value(call)
-        row = _row(call, error) | backward.root_facts
-        if not call.accumulates:
-            self._in_order.do(
-                lambda: self._record_backward(self._ledger.other_backward(), value, row), value
-            )
-            return
-        look = self._attempts.last_look = self._all.look_at_identities()
-        is_foreign = False
-        used_inside = backward.used_inside
-        if not self._all.changed and not used_inside:
-            leaves: list[torch.Tensor] = []
-            captured = self._graphs.capture(call.roots, leaves, whole=captured is not None)
-            if all(root.grad_fn is None for root in call.roots):
-                leaves.clear()  # a root that is a leaf itself has no graph behind it
-            row["ends_in_cut"] = self._cuts.backward_reached_nothing(call.roots, leaves)
-            # Another model's graph, or an input's: its leaves are all strangers, and none was cut.
-            known = [leaf for leaf in leaves if self._census.knows(leaf)]
-            is_foreign = bool(leaves) and not known and not row["ends_in_cut"]
-            del leaves, known
-        if self._looks.now is None:
-            self._cuts.backward_ended()
-        if captured is not None:
-            row["n_in_graph"] = sum(bool(names) for names in captured.params)
-
-        account = functools.partial(
-            self._account_backward,
-            look,
-            value,
-            row,
-            captured,
-            self._all.params,
-            used_inside,
-            last_node=last_node,
-            seconds=began - started,
-            is_foreign=is_foreign,
-        )
-        self._in_order.do(account, value)
-        if captured is not None:  # large, and counted only once it is accounted for
-            self._in_order.settle()
-        self._attempts.backward_ended()
-        if error is not None:
-            self.event("exception", f"backward: {text_of(error)}", call.location)
+        if not self._broken and self._is_here():
+            self._backwards.ended(call, error)
 
     @_timed
     @_exclusive
@@ -650,8 +569,7 @@ class Session:
         if self._census.refresh_groups(number):
             self._tell_holdings()
             self.event("parameters_changed", self.recording.optimizers[number].name)
-        if self._backward is not None and self._backward.call.accumulates:
-            self._account_inside_backward(number, self._backward)
+        self._backwards.used_inside(number)
         self._looks.step_started(number)
         if not has_closure:
             self._cuts.look_away()
@@ -757,18 +675,6 @@ class Session:
         if error is not None:
             self.saving_failed(error)
 
-    def _look_for_results(self, call: BackwardCall) -> None:
-        """See at the second backward whether weights were computed once, before the loop."""
-        if self._first_backward is None:
-            self._first_backward = _sequence_nr()
-        elif self._first_backward >= 0:
-            before, self._first_backward = self._first_backward, -1
-            names = self._failures.run(
-                "precomputed", precomputed_weights, call.roots, before, self._census.knows
-            )
-            if names:
-                self.event("non_leaf", ", ".join(name for name in names if name))
-
     def _look_closer(self, module: nn.Module | None, *, someone_is_new: bool) -> None:
         """Follow every call of the step that begins, if there is a reason to."""
         is_search = self._cuts.wants_to_search(someone_is_new=someone_is_new)
@@ -797,68 +703,6 @@ class Session:
         if followed > self._followed:
             self._costs.add("followed_calls", followed - self._followed)
             self._followed = followed
-
-    def _account_start(self, look: Late[GradientLook]) -> None:
-        """Account for the gradients as a backward found them."""
-        self._ledger.backward_started(look.value())
-
-    def _account_backward(
-        self,
-        look: GradientLook,
-        value: Late[Any],
-        row: dict[str, Any],
-        captured: CapturedGraph | None,
-        params: Integers,
-        used_inside: list[Integers],
-        **facts: Any,
-    ) -> None:
-        """Account for what a backward wrote, and add its row.
-
-        Args:
-            look: the gradients as it left them.
-            value: its root's.
-            row: of ``backwards``, as far as it was known when it ended.
-            captured: its graph.
-            params: int64[n], numbers of the parameters looked at.
-            used_inside: numbers of the parameters whose gradients a step inside of it has used.
-            facts: passed on to the ledger.
-        """
-        number, wrote = self._ledger.backward_ended(
-            look, root=float(value.value()), used_inside=bool(used_inside), **facts
-        )
-        if captured is not None:
-            self._attempts.graphs[number] = captured
-        reached = params[wrote]
-        if used_inside:
-            reached = np.unique(np.concatenate([reached, *used_inside]))
-        row["n_reached"] = len(reached)
-        self._record_backward(number, value, row)
-        self.recording.reached(reached)
-
-    def _account_inside_backward(self, number: int, backward: _Backward) -> None:
-        """Let an optimizer that steps before a backward is over have its share of it.
-
-        What was written is cleared again by the time the backward ends.
-        """
-        look = self._attempts.look_at_gradients(number)
-        params = self._census.params_of(number)[look.token != NO_GRADIENT]
-        backward.used_inside.append(params)
-        captured, backward.captured = backward.captured, None
-        value, last_node = _root_value(backward.call), backward.last_node
-        seconds = time.perf_counter() - backward.began
-
-        def account() -> None:
-            running = self._ledger.backward_used_inside(
-                number,
-                look,
-                root=float(value.value()),
-                last_node=last_node,
-                seconds=seconds,
-            )
-            if captured is not None:
-                self._attempts.graphs[running] = captured
-
-        self._in_order.do(account, value)
 
     def _is_here(self, *, binding: bool = False) -> bool:
         """Whether this is the thread that is watched.
@@ -914,7 +758,7 @@ class Session:
                 self._guarded("taps", leave)
         self.recording.seconds += time.perf_counter() - self._began if self._began else 0.0
         self._began = 0.0
-        self._backward = None
+        self._backwards.forget()
 
     def _close(self) -> None:
         for number in self._attempts.optimizers:
@@ -998,9 +842,6 @@ class Session:
         optimizers = self._attempts.optimizers
         return optimizers if len(optimizers) == 1 else self._census.optimizers_of(module)
 
-    def _record_backward(self, number: int, value: Late[Any], row: dict[str, Any]) -> None:
-        self.recording.add_backward({"backward": number, "root": float(value.value()), **row})
-
     def _note_failure(self, part: str, text: str) -> None:
         self.recording.notes.append(
             f"{part} failed at step {self._attempts.n_ended} and was switched off ({text})"
@@ -1013,20 +854,3 @@ class Session:
             function()
         except Exception as error:
             self.failed(part, error)
-
-
-def _root_value(call: BackwardCall) -> Late[Any]:
-    return scalar_of(call.roots[0]) if len(call.roots) == 1 else Known(float("nan"))
-
-
-def _row(call: BackwardCall, error: BaseException | None) -> dict[str, Any]:
-    return {
-        "function": "backward" if call.accumulates else "grad",
-        "root_shape": ", ".join(str(tuple(root.shape)) for root in call.roots),
-        "root_grad_fn": ", ".join(r.grad_fn.name() for r in call.roots if r.grad_fn is not None),
-        "root_requires_grad": any(root.requires_grad for root in call.roots),
-        "retain_graph": call.retain_graph,
-        "create_graph": call.create_graph,
-        "error": "" if error is None else type(error).__name__,
-        **columns_of(call.location),
-    }

@@ -35,7 +35,8 @@ def replace(
         return vars(owner).get(name) is replacement
 
     def restore() -> None:
-        if is_in_place():
+        # Without a call of ours: what has to come out again depends on as little as can be.
+        if vars(owner).get(name) is replacement:
             setattr(owner, name, original)
 
     undo.callback(restore)
