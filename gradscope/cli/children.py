@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from gradscope.cli.ranks import remove_at_exit
 from gradscope.run.directory import layout
 from gradscope.taps.patch import replace
+from gradscope.taps.undo import Undo
 
 if TYPE_CHECKING:
     from gradscope.session.session import Session
@@ -76,7 +77,7 @@ class Children:
     def __init__(self, watching: Watching, session: Session) -> None:
         self.watching = watching
         self.session = session
-        self._undo = contextlib.ExitStack()
+        self._undo = Undo()
         self._pid = os.getpid()
         self._has_started = False
         self._is_handing_over = False
@@ -296,7 +297,7 @@ def _end_before_exit(session: Session) -> None:
 
         return _exit
 
-    replace(contextlib.ExitStack(), os, "_exit", wrap)  # for good
+    replace(Undo(), os, "_exit", wrap)  # for good
 
 
 def _end(session: Session, ended: str) -> None:

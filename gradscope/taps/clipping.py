@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.nn.utils import clip_grad
 from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
 from gradscope.taps.uncompiled import uncompiled
+from gradscope.taps.undo import Undo
 from gradscope.taps.user_frame import user_location
 
 
@@ -31,7 +31,7 @@ class ClippingTap(Tap):
 
     events = ("gradients_clipped",)
 
-    def install(self, undo: ExitStack) -> None:
+    def install(self, undo: Undo) -> None:
         """Replace the inner functions."""
         replace(undo, clip_grad, "_clip_grads_with_norm_", self._wrap_norm)
         replace(undo, clip_grad, "_group_tensors_by_device_and_dtype", self._wrap_grouping)

@@ -12,7 +12,6 @@ import functools
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
 from gradscope.taps.uncompiled import uncompiled
+from gradscope.taps.undo import Undo
 
 EVAL_FRAME = "torch._dynamo.eval_frame"
 _SWITCH = "_maybe_set_eval_frame"
@@ -49,11 +49,11 @@ class CompiledCodeTap(Tap):
         self._here = threading.local()
         self._sees_edges: Callable[[], bool] | None = None
 
-    def install(self, undo: ExitStack) -> None:
+    def install(self, undo: Undo) -> None:
         """Replace the switch; where nothing was compiled yet, as soon as something is."""
         self._here = threading.local()
         self._sees_edges = None
-        self._undo_later = ExitStack()
+        self._undo_later = Undo()
         undo.callback(self._undo_later.close)
         if EVAL_FRAME in sys.modules:
             self._replace_switch()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch._guards import TracingContext
 from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
 from gradscope.taps.uncompiled import uncompiled
+from gradscope.taps.undo import Undo
 from gradscope.taps.user_frame import Location, user_location
 
 
@@ -73,7 +73,7 @@ class EngineTap(Tap):
 
     events = ("backward_started", "backward_ended")
 
-    def install(self, undo: ExitStack) -> None:
+    def install(self, undo: Undo) -> None:
         """Replace the engine's entry in both modules that hold it."""
         replace(undo, torch.autograd.graph, "_engine_run_backward", self._wrap)
         replace(undo, torch.autograd, "_engine_run_backward", self._wrap)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 from torch.amp.grad_scaler import GradScaler
@@ -13,6 +12,7 @@ from torch.compiler import is_dynamo_compiling
 
 from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
+from gradscope.taps.undo import Undo
 
 
 class GradScalerTap(Tap):
@@ -32,7 +32,7 @@ class GradScalerTap(Tap):
         "scale_updated",
     )
 
-    def install(self, undo: ExitStack) -> None:
+    def install(self, undo: Undo) -> None:
         """Replace the methods on the class; ``torch.cuda.amp.GradScaler`` inherits them."""
         self._stepping = threading.local()
         replace(undo, GradScaler, "scale", self._wrap_scale)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -19,6 +18,7 @@ from torch.compiler import is_dynamo_compiling
 from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap, out_of_sight
 from gradscope.taps.uncompiled import uncompiled
+from gradscope.taps.undo import Undo
 
 _CHOICE = ("_compiled_call_impl", "_call_impl")
 """The names in torch's own ``nn.Module.__call__`` (2.13), which does nothing but call one of the
@@ -46,7 +46,7 @@ class ModelCallTap(Tap):
 
     events = ("takes_call", "call_ended")
 
-    def install(self, undo: ExitStack) -> None:
+    def install(self, undo: Undo) -> None:
         """Replace ``nn.Module.__call__``."""
         self._here = _Here()
         replace(undo, nn.Module, "__call__", self._wrap)

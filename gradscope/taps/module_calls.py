@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -26,6 +25,7 @@ from gradscope.taps.compiled_code import EVAL_FRAME, compiled_code
 from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
 from gradscope.taps.uncompiled import uncompiled
+from gradscope.taps.undo import Undo
 
 
 class ModuleCallTap(Tap):
@@ -43,19 +43,20 @@ class ModuleCallTap(Tap):
     def __init__(self) -> None:
         super().__init__()
         self.seconds = 0.0
+        self._looking = Undo()
 
-    def install(self, undo: ExitStack) -> None:
+    def install(self, undo: Undo) -> None:
         """Register the two global hooks."""
         self._n_looking_away = 0
         self._here = threading.local()
         undo.callback(self._end)
         self._look()
+        undo.callback(compiled_code.remove, self)
         compiled_code.add(self)
 
     def _end(self) -> None:
-        compiled_code.remove(self)
         self._n_looking_away = 0
-        self._stop_looking()
+        self._looking.close()
 
     def compiled_code_entered(self, function: Any, args: Any, kwargs: Any) -> None:
         """See no calls; a module that was compiled in place begins its own."""
@@ -80,23 +81,20 @@ class ModuleCallTap(Tap):
         self._look_back()
 
     def _look(self) -> None:
-        with ExitStack() as undo:
+        with Undo() as undo:
             undo.callback(register_module_forward_pre_hook(self._before).remove)
             undo.callback(register_module_forward_hook(self._after, always_call=True).remove)
             wrapper = getattr(sys.modules.get(EVAL_FRAME), "OptimizedModule", None)
             if wrapper is not None and "__call__" in vars(wrapper):
                 replace(undo, wrapper, "__call__", self._wrap_compiled_call)
-            self._looking = undo.pop_all()
-
-    def _stop_looking(self) -> None:
-        self._looking.close()
+        self._looking = undo
 
     def _look_away(self) -> None:
         """Take the hooks out, which are those of all threads: they would be compiled in."""
         with self._lock:
             self._n_looking_away += 1
             if self._n_looking_away == 1:
-                self._stop_looking()
+                self._looking.close()
 
     def _look_back(self) -> None:
         with self._lock:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
 from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
+from gradscope.taps.undo import Undo
 
 
 class ModuleCreationTap(Tap):
@@ -21,7 +21,7 @@ class ModuleCreationTap(Tap):
 
     events = ("module_created",)
 
-    def install(self, undo: ExitStack) -> None:
+    def install(self, undo: Undo) -> None:
         """Replace the base class's ``__init__``, which every module calls."""
         replace(undo, nn.Module, "__init__", self._wrap)
 

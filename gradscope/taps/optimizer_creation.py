@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
+from gradscope.taps.undo import Undo
 
 
 class OptimizerCreationTap(Tap):
@@ -18,7 +18,7 @@ class OptimizerCreationTap(Tap):
 
     events = ("optimizer_created",)
 
-    def install(self, undo: ExitStack) -> None:
+    def install(self, undo: Undo) -> None:
         """Replace the base class's ``__init__``, which every optimizer calls."""
         replace(undo, torch.optim.Optimizer, "__init__", self._wrap)
 

@@ -10,7 +10,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch.optim.optimizer import (
 from gradscope.taps.compiled_code import compiled_code
 from gradscope.taps.tap import Tap
 from gradscope.taps.uncompiled import passed_over, uncompiled
+from gradscope.taps.undo import Undo
 
 # The function that runs the hooks around every optimizer's step (torch 2.13). Its code object is
 # one and the same for all optimizers, so that it can be counted on the stack.
@@ -67,7 +67,7 @@ class OptimizerStepTap(Tap):
         """
         return bool(getattr(self._here, "inside_hook", False))
 
-    def install(self, undo: ExitStack) -> None:
+    def install(self, undo: Undo) -> None:
         """Register the two global hooks."""
         self._here = threading.local()
         undo.callback(register_optimizer_step_pre_hook(self._before).remove)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 from gradscope.taps.uncompiled import passed_over
+from gradscope.taps.undo import Undo
 
 
 def replace(
-    undo: ExitStack, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Any]
+    undo: Undo, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Any]
 ) -> Callable[[], bool]:
     """Replace one attribute of a module or class.
 

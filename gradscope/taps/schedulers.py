@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 from torch.compiler import is_dynamo_compiling
@@ -13,6 +12,7 @@ from torch.optim import lr_scheduler
 
 from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
+from gradscope.taps.undo import Undo
 
 
 class SchedulerTap(Tap):
@@ -24,7 +24,7 @@ class SchedulerTap(Tap):
 
     events = ("scheduler_stepped",)
 
-    def install(self, undo: ExitStack) -> None:
+    def install(self, undo: Undo) -> None:
         """Replace ``step`` in each class of the module that defines one."""
         self._stepping = threading.local()
         for kind in vars(lr_scheduler).values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any, ClassVar, Protocol
 
 from torch._C import DisableTorchFunction as _DisableTorchFunction
@@ -12,6 +12,7 @@ from torch._C import _len_torch_dispatch_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gradscope.taps.uncompiled import uncompiled
+from gradscope.taps.undo import Undo
 from gradscope.taps.user_frame import user_location
 
 
@@ -47,9 +48,9 @@ class Tap:
     def __init__(self) -> None:
         self.listeners: tuple[Any, ...] = ()
         self._lock = threading.Lock()
-        self._undo = ExitStack()
+        self._undo = Undo()
 
-    def install(self, undo: ExitStack) -> None:
+    def install(self, undo: Undo) -> None:
         """Hook into torch. Called with the first listener.
 
         Args:
@@ -64,9 +65,9 @@ class Tap:
             if any(known is listener for known in self.listeners):
                 return
             if not self.listeners:
-                with ExitStack() as undo:
+                with Undo() as undo:
                     self.install(undo)
-                    self._undo = undo.pop_all()
+                self._undo = undo
             self.listeners = (*self.listeners, listener)
 
     def remove(self, listener: Listener) -> None:

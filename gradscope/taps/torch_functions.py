@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch.overrides import (
 
 from gradscope.taps.compiled_code import compiled_code
 from gradscope.taps.tap import Tap
+from gradscope.taps.undo import Undo
 
 _sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
@@ -77,20 +77,15 @@ class TorchFunctionTap(Tap):
         self.suspended = 0
         self.seconds = 0.0
 
-    def install(self, undo: ExitStack) -> None:
+    def install(self, undo: Undo) -> None:
         """Slip the mode in below the others."""
         self.suspended = 0
         self._thread = threading.get_ident()
         self._is_inside_compiled_code = False
-        for _ in range(2):  # a second time if the first fails: left in place it would outlive us
-            undo.callback(self._end)
+        undo.callback(self._take_out)
         self._insert()
+        undo.callback(compiled_code.remove, self)
         compiled_code.add(self)
-
-    def _end(self) -> None:
-        compiled_code.remove(self)
-        self._is_inside_compiled_code = False
-        self._take_out()
 
     def compiled_code_entered(self, function: Any, args: Any, kwargs: Any) -> None:
         """See no calls, unless the compiled code runs inside of a call, where none are seen."""

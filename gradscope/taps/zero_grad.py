@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.compiler import is_dynamo_compiling
 
 from gradscope.taps.patch import replace
 from gradscope.taps.tap import Tap
+from gradscope.taps.undo import Undo
 
 
 class ZeroGradTap(Tap):
@@ -22,7 +22,7 @@ class ZeroGradTap(Tap):
 
     events = ("zero_grad_called",)
 
-    def install(self, undo: ExitStack) -> None:
+    def install(self, undo: Undo) -> None:
         """Replace both methods on their classes."""
         replace(undo, torch.optim.Optimizer, "zero_grad", self._wrap)
         replace(undo, torch.nn.Module, "zero_grad", self._wrap)

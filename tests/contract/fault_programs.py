@@ -531,7 +531,7 @@ def findings_of(scope: Scope) -> set[str]:
 
 def is_programs(point: Point) -> bool:
     """Whether a call is the program's own, which goes through a tap."""
-    names = ("original", "func", "closure")
+    names = ("original", "func", "closure", "module._call_impl")
     return point.file.startswith("taps/") and point.callee in names
 
 
@@ -544,7 +544,10 @@ _OUTERMOST = {
 _EMPTY_RECORDING = {"Recording.__init__", "Columns.__init__", "KeptTensors.__init__"}
 """Without an empty recording there is nothing that could be returned."""
 
-_TAKES_OUT = re.compile(r".*\.(remove|disarm|close|stop|end|give_up|unregister)|leave|_replace_all")
+_TAKES_OUT = re.compile(
+    r".*\.(remove|disarm|close|stop|end|give_up|unregister|_take_out)|leave|take_out|_replace_all"
+)
+_TAKING_OUT = {"TorchFunctionTap._take_out", "_rebuild", "_replace_all"}
 """What takes a hook, a patch or a mode out is tried twice; it cannot fail for ever."""
 
 
@@ -554,7 +557,7 @@ def variants(point: Point, n_calls: int, *, all_of_them: bool) -> Iterator[tuple
     times = [(0, FOREVER), (0, 1), (n_calls // 2, FOREVER)]
     if point.function in _EMPTY_RECORDING:
         times = [(0, 1)] * 3
-    if _TAKES_OUT.fullmatch(point.callee) or "_take_out" in point.function:
+    if _TAKES_OUT.fullmatch(point.callee) or point.function in _TAKING_OUT:
         times = [(0, 1), (n_calls // 2, n_calls // 2 + 1), (0, 1)]
     if all_of_them:
         for error in fault_points.ERRORS:
