@@ -44,7 +44,8 @@ def test_a_block_that_raises_is_undone_and_one_that_does_not_is_kept() -> None:
     with Undo() as undo:
         undo.callback(made.append, "kept")
     assert made == []
-    with pytest.raises(ValueError, match="halfway"), Undo() as undo:
-        undo.callback(made.append, "half")
+    half = Undo()
+    half.callback(made.append, "half")
+    with pytest.raises(ValueError, match="halfway"), half:
         raise ValueError("halfway")
     assert made == ["half"]
