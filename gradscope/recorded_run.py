@@ -219,14 +219,15 @@ class RecordedRun:
 
         Any weight of the last recorded step of its optimizer can be explained, every weight of
         parameters and steps asked for with ``keep=``, and 16 weights of each parameter, spread
-        evenly, at every recorded step.
+        evenly, at every recorded step. In a model of more than about four million parameters these
+        take turns: at each recorded step there is a part of them.
 
         Args:
             param: name of the parameter, as in ``scope.params``.
             index: of the weight, ``(3, 7)``; of a complex parameter with 0 for the real or 1 for
                 the imaginary part at the end. None sums up the whole parameter.
-            step: number of the step, as in ``scope.steps``; a negative one counts the recorded
-                steps from the last.
+            step: number of the step, as in ``scope.steps``; a negative one counts the parameter's
+                recorded steps from the last.
 
         Returns:
             For a weight an object whose attributes are the numbers: ``g``, ``m_before``, ``m``,

@@ -26,6 +26,9 @@ MOST_BYTES = 64 * 2**20
 _SHARE = 0.25
 
 
+TRACKED = 16
+"""How many weights of each parameter are kept of every recorded step."""
+
 _STACKED = 4
 """From how many neighbours of one shape on one call for all is quicker than one for each."""
 
@@ -260,6 +263,11 @@ def real_view(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor without graph, a complex one as pairs of real numbers."""
     tensor = tensor.detach()
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def spread(start: int, stop: int) -> Integers:
+    """Places of the tracked weights: spread evenly, the first and the last element among them."""
+    return np.unique(np.linspace(start, stop - 1, TRACKED).astype(np.int64))
 
 
 def _plain(tensor: torch.Tensor | None, view: torch.Tensor) -> Any:

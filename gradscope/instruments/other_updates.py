@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from gradscope.instruments.flat_copies import FlatCopies, Integers, real_view
+from gradscope.instruments.flat_copies import FlatCopies, Integers, real_view, spread
 from gradscope.instruments.late import Late
 from gradscope.instruments.statistics import Reals, StatisticsReader
 
@@ -17,11 +18,17 @@ class OtherUpdates:
 
     Args:
         copies: where the weights are copied before each update.
+
+    Attributes:
+        tracked: of the last update, weights by their places in a buffer of all, int64[k]: which
+            members they belong to, int64[k], and their values by name.
     """
 
     def __init__(self, copies: FlatCopies) -> None:
         self._copies = copies
         self._reader = StatisticsReader(copies.weights())
+        nothing = np.zeros(0, np.int64)
+        self.tracked: tuple[Integers, Integers, dict[str, Late[Any]]] = (nothing, nothing, {})
 
     def read(self, parameters: Sequence[torch.Tensor | None]) -> tuple[Integers, Late[Reals]]:
         """Read what an update has done; it needs the memory of their copies for that.
@@ -41,13 +48,18 @@ class OtherUpdates:
             own[i] = weights[i]
         now = [real_view(p) for i in others if (p := parameters[i]) is not None]
         copied = [weights[i] for i in others]
+        at = np.array(others, np.int64)
+        places = [spread(*self._copies.starts[i : i + 2]) for i in others]
+        in_all = np.concatenate([np.zeros(0, np.int64), *places])
+        values = {"weight_before": self._copies.gather("weight_before", in_all)}
         # The program's weights are not shown to NumPy: torch could resize them no more.
         before = self._reader.sums_of_squares(own)
         torch._foreach_sub_(copied, now)
         update = self._reader.sums_of_squares(own)
         torch._foreach_copy_(copied, now)
         after = self._reader.sums_of_squares(own)
-        at = np.array(others, np.int64)
+        values["weight_after"] = self._copies.gather("weight_before", in_all)
+        self.tracked = (in_all, np.repeat(at, [len(each) for each in places]), values)
         return at, _Chosen((before, after, update), at)
 
 

@@ -19,15 +19,13 @@ from gradscope.instruments.flat_copies import (
     Integers,
     can_be_copied,
     is_elsewhere,
+    spread,
     working_dtype,
 )
 from gradscope.instruments.late import Known, Late, scalar_of
 from gradscope.instruments.local import is_spread, local
 from gradscope.instruments.other_updates import OtherUpdates
 from gradscope.run.weight_step import GivenTogether, TrackedWeights, WeightStep
-
-TRACKED = 16
-"""How many weights of each parameter are kept of every recorded step."""
 
 Tensors = Sequence[torch.Tensor | None]
 Flags = npt.NDArray[np.bool_]
@@ -113,14 +111,14 @@ class StepCopies:
         return [local(tensor) for tensor in tensors] if self._reads_parts else tensors
 
     def tracked(self, params: Any) -> Late[TrackedWeights | None]:
-        """Return :data:`TRACKED` weights of each parameter around the step that is just over.
+        """Return a few weights of each parameter around the step that is just over.
 
         Args:
             params: int64[n], the numbers of the parameters.
         """
         if self._is_spread:
             return Known(None)
-        return _Tracked([part.tracked(params) for part in self._parts])
+        return _Tracked([late for part in self._parts for late in part.tracked(params)])
 
     def weight(self, place: int, position: int, index: tuple[int, ...]) -> WeightStep | None:
         """Return any weight around the last step that was copied; None if it was not.
@@ -252,13 +250,13 @@ class _Part:
         at, squares = self._other_updates.read([parameters[place] for place in places])
         return places[at], squares
 
-    def tracked(self, params: Any) -> Late[TrackedWeights | None]:
+    def tracked(self, params: Any) -> list[Late[TrackedWeights | None]]:
         copies = self.copies
         if self._formula is not None and not self._formula.elementwise:
-            return Known(None)
+            return []
         first, last = copies.turn
         if self._positions is None or self._positions[0] != copies.turn:
-            at = [_spread(int(a), int(b)) for a, b in pairwise(copies.starts[first : last + 1])]
+            at = [spread(int(a), int(b)) for a, b in pairwise(copies.starts[first : last + 1])]
             member = np.repeat(np.arange(first, last), [len(each) for each in at])
             self._positions = (copies.turn, np.concatenate([[], *at]).astype(np.int64), member)
         _, at_all, member = self._positions
@@ -274,7 +272,16 @@ class _Part:
             common = tuple(_Together(each, late).value() for each in runs)
             return TrackedWeights(param, position, arrived, common, run)
 
-        return _Gathered(values, finish)
+        if self._other_updates is None:
+            return [_Gathered(values, finish)]
+        at_others, others, values_of_others = self._other_updates.tracked
+
+        def finish_others(arrived: dict[str, Any]) -> TrackedWeights:
+            param = params[copies.places[others]]
+            position = at_others - copies.starts[others]
+            return TrackedWeights(param, position, arrived, (), np.full(len(param), -1))
+
+        return [_Gathered(values, finish), _Gathered(values_of_others, finish_others)]
 
     def run_of(self, member: int) -> Run | None:
         """Return the run that a member belonged to in the last step; None if it was not copied."""
@@ -407,7 +414,9 @@ class _Tracked(Late[TrackedWeights | None]):
                 for name in names
             },
             tuple(common for each in found for common in each.common),
-            np.concatenate([e.run + shift for e, shift in zip(found, shifts, strict=False)]),
+            np.concatenate(
+                [np.where(e.run < 0, -1, e.run + s) for e, s in zip(found, shifts, strict=False)]
+            ),
         )
 
 
@@ -429,11 +438,6 @@ class _Together(Late[GivenTogether]):
         if isinstance(value, tuple):
             return tuple(map(self._plain, value))
         return float(self._late[id(value)].value()) if isinstance(value, torch.Tensor) else value
-
-
-def _spread(start: int, stop: int) -> Any:
-    """Positions spread evenly over a parameter, its first and last element among them."""
-    return np.unique(np.linspace(start, stop - 1, TRACKED).astype(np.int64))
 
 
 def _copies(parameters: Tensors, groups: Any, formula: Formula | None) -> list[FlatCopies]:

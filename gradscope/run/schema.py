@@ -380,7 +380,9 @@ MOMENTS = Table(
 
 UPDATES = Table(
     "updates",
-    "recorded step and parameter of the optimizer that stepped",
+    "recorded step and parameter of the optimizer that stepped; in a model of more than about four "
+    "million parameters these take turns, and out of turn only the norms of weight and update and "
+    "their ratio are there",
     _columns(
         _STEP,
         _PARAM,

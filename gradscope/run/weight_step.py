@@ -59,7 +59,9 @@ class TrackedWeights:
         position: int64[k], its place in the flattened parameter.
         values: real[k] by name: ``weight_before``, ``weight_after``, ``g``, the state before.
         common: what else the rule is given, by run of parameters.
-        run: int64[k], index into ``common``.
+        run: int64[k], index into ``common``; -1 for a weight of which only the values before and
+            after the step are known, because it was its parameter's turn neither to be taken apart
+            nor to be explained.
     """
 
     param: Integers
@@ -71,7 +73,7 @@ class TrackedWeights:
     def weight(self, param: int, position: int, index: tuple[int, ...]) -> WeightStep | None:
         """Return what is known of one weight, or None if it is not tracked."""
         at = np.flatnonzero((self.param == param) & (self.position == position))
-        if not len(at):
+        if not len(at) or self.run[at[0]] < 0:
             return None
         common = self.common[self.run[at[0]]]
         own = {name: np.float64(self.values[kept][at[0]]) for name, kept in common.arrays.items()}

@@ -62,7 +62,14 @@ def explain(
     if found is None and at in recording.tracked:
         found = recording.tracked[at].weight(number, position, place)
     if found is None:
-        raise ScopeStateError(_unknown(recording, number, shape, place, at))
+        turns = _taken_apart(recording.rows("updates"), number)
+        raise ScopeStateError(
+            _unknown(recording, number, shape, place, at)
+            if at in turns or not turns
+            else f"{entry.name} was not taken apart at step {at}: parameters of a large model take "
+            f"turns, and it had its own at {_listed(turns)}. To have it at all of them, pass "
+            f"keep=[{entry.name!r}] to watch()"
+        )
     optimizer = _optimizer_of(recording, at)
     return Explanation(
         _rule_for(found),
@@ -220,7 +227,7 @@ def _unknown(
     tracked = recording.tracked.get(step)
     if tracked is None:
         return text
-    positions = tracked.position[tracked.param == param].tolist()
+    positions = tracked.position[(tracked.param == param) & (tracked.run >= 0)].tolist()
     indices = [tuple(map(int, np.unravel_index(at, shape))) for at in positions]
     return f"{text}; without that there is, of this step, {_listed(indices)}" if indices else text
 

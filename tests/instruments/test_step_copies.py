@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,8 @@ from torch import nn
 from gradscope.formulas import FORMULAS
 from gradscope.instruments import flat_copies
 from gradscope.instruments.anatomy import Anatomy
-from gradscope.instruments.step_copies import TRACKED, StepCopies, formula_of, group_numbers
+from gradscope.instruments.flat_copies import TRACKED
+from gradscope.instruments.step_copies import StepCopies, formula_of, group_numbers
 from gradscope.run.weight_step import TrackedWeights
 
 
@@ -90,10 +92,24 @@ def test_where_there_is_no_room_for_all_they_take_turns(
             whole = found_before[index] if found_before.ndim else found_before
             assert whole == around.before[i][index].item()
         if name != "Adafactor":
-            assert set(around.tracked.param) == set(10 + np.flatnonzero(known))
+            assert_tracked(around, known)
     # Everybody has had the same number of turns, or one more.
     assert seen.min() >= 1
     assert seen.max() - seen.min() <= 1
+
+
+def assert_tracked(around: Around, known: npt.NDArray[np.bool_]) -> None:
+    """Of every parameter some weights are tracked; of those it is the turn of, also the rest."""
+    tracked = around.tracked
+    for i in range(len(SHAPES)):
+        own = tracked.param == 10 + i
+        positions = tracked.position[own]
+        assert len(positions) == min(TRACKED, around.before[i].numel())
+        for name, weights in (("before", around.before[i]), ("after", around.after[i])):
+            expected = weights.reshape(-1)[positions].numpy()
+            assert np.array_equal(tracked.values[f"weight_{name}"][own], expected)
+        index = (0,) * len(SHAPES[i])
+        assert (tracked.weight(10 + i, 0, index) is not None) == known[i]
 
 
 def assert_norms(around: Around, i: int) -> None:

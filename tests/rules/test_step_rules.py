@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradscope
+from gradscope.instruments import flat_copies
 
 Loop = Callable[[nn.Module, torch.optim.Optimizer], None]
 
@@ -136,6 +137,7 @@ def taken_back_if_worse(model: nn.Module, optimizer: torch.optim.Optimizer) -> N
 EVERY_FIFTH = (i % 5 for i in itertools.count())
 
 
+@pytest.mark.parametrize("takes_turns", [False, True])
 @pytest.mark.parametrize(
     ("loop", "is_broken"),
     [
@@ -145,8 +147,12 @@ EVERY_FIFTH = (i % 5 for i in itertools.count())
         (taken_back_if_worse, False),
     ],
 )
-def test_weights_written_now_and_then(loop: Loop, is_broken: bool) -> None:
+def test_weights_written_now_and_then(
+    loop: Loop, is_broken: bool, takes_turns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     global EVERY_FIFTH
+    if takes_turns:
+        monkeypatch.setattr(flat_copies, "MOST_BYTES", 0)
     EVERY_FIFTH = (i % 5 for i in itertools.count())
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -154,6 +160,29 @@ def test_weights_written_now_and_then(loop: Loop, is_broken: bool) -> None:
         for _ in range(60):
             loop(model, optimizer)
     assert ("GS512" in {f.code for f in scope.findings if f.severity > 0}) is is_broken
+
+
+@pytest.mark.parametrize("takes_turns", [False, True])
+@pytest.mark.parametrize("shrinks", [False, True])
+def test_batches_with_nothing_to_learn_and_weights_that_are_shrunk(
+    shrinks: bool, takes_turns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a step without gradient nobody can tell how far those before it went."""
+    if takes_turns:
+        monkeypatch.setattr(flat_copies, "MOST_BYTES", 0)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with gradscope.watch(model, optimizer, on_error="raise", budget=1e-9) as scope:
+        for n in range(140):
+            optimizer.zero_grad()
+            is_doubled = n >= 8 and n & (n - 1) == 0  # those that are recorded
+            (loss_of(model) * (0.0 if is_doubled else 1.0)).backward()
+            optimizer.step()
+            with torch.no_grad():
+                for weight in model.parameters() if shrinks else ():
+                    weight.mul_(0.9)
+    assert scope.steps.query("step == 128").update_norm.item() == 0
+    assert ({f.code for f in scope.findings if f.severity > 0} == {"GS512"}) is shrinks
 
 
 @pytest.mark.parametrize("every_time", [True, False])

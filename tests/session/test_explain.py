@@ -303,7 +303,9 @@ def test_where_there_is_no_room_for_all_parameters_take_turns(
         if keep and each.name == "p.3":
             assert_is(scope.explain(each.name, first, each.step), each, first)
         else:
-            with pytest.raises(ScopeStateError, match="nothing was kept of"):
+            own = scope.updates.loc[known & (scope.updates["param"] == each.name), "step"]
+            said = f"take turns, and it had its own at {', '.join(map(str, own))}"
+            with pytest.raises(ScopeStateError, match=said):
                 scope.explain(each.name, first, each.step)
     # Counted from the end are the steps at which it was its turn.
     for name, own in scope.updates[known].groupby("param"):

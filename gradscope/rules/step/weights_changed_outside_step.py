@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,7 @@ class WeightsChangedOutsideStep(Rule):
             held = [number for number in held_by(run, str(optimizer)) if number not in shared]
             looks = _looks(run, own, held)
             constantly = _changed_constantly(run, looks) if len(active) == 1 else []
-            jumps, names = _jumps(run, looks, _written(own))
+            jumps, names = _jumps(run, looks, own)
             if constantly:
                 how, params = "after every step", constantly
                 text = (
@@ -217,12 +218,15 @@ def _written(own: pd.DataFrame) -> set[int]:
     return set(written) if len(written) <= _RARELY * len(own) else set()
 
 
-def _jumps(run: Recording, looks: list[_Look], written: set[int]) -> tuple[list[int], list[int]]:
+def _jumps(run: Recording, looks: list[_Look], own: pd.DataFrame) -> tuple[list[int], list[int]]:
     """Steps before which nearly all weights lay where the optimizer cannot have brought them."""
+    written = _written(own)
+    gradients = own.set_index("optimizer_step")["grad_norm"]
     jumps, names = [], set[int]()
     for place, (a, b) in enumerate(itertools.pairwise(looks)):
         common = sorted(a.after.keys() & b.before.keys())
         limit = _JUMP_OF_WRITTEN if b.step in written else _JUMP
+        limit *= _larger_between(gradients, a.turn, b.turn)
         far = [
             n
             for n in common
@@ -241,6 +245,15 @@ def _jumps(run: Recording, looks: list[_Look], written: set[int]) -> tuple[list[
             jumps.append(b.step)
             names.update(common if back else far)
     return jumps, sorted(names)
+
+
+def _larger_between(gradients: pd.Series[float], first: int, last: int) -> float:
+    """How much larger gradients were on the way than at its ends: so may updates have been."""
+    seen = gradients.reindex([first, last]).max()
+    most = gradients.loc[first:last].max()
+    if not most > seen:  # also where nothing is known
+        return 1.0
+    return float(most / seen) if seen > 0 else math.inf
 
 
 def _is_same(later: _Look, earlier: _Look) -> bool:

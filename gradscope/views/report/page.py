@@ -157,6 +157,7 @@ def _charts_and_data(run: Recording, findings: Findings) -> tuple[dict[str, Any]
         "anatomy": [],
         "params": [param["name"] for param in parts["params"]] if parts else [],
         "n_recorded": parts["n_recorded"] if parts else 0,
+        "takes_turns": parts["takes_turns"] if parts else False,
         "n_shown": len(parts["steps"]) if parts else 0,
         "n_params": parts["n_params"] if parts else 0,
         "formula_missing": parts is not None and "residual" not in parts["values"],
@@ -238,6 +239,7 @@ def _worked_example(run: Recording) -> dict[str, Any] | None:
         tracked = run.tracked[step]
         values = tracked.values
         has_moved = values.get("weight_before") != values.get("weight_after")
+        has_moved = has_moved & (tracked.run >= 0)
         numels = np.array([run.parameters[param].numel for param in tracked.param.tolist()])
         # A weight from the middle of a large parameter moves as most weights do.
         for at in np.argsort(-numels * has_moved, kind="stable").tolist()[8:9] or [0]:

@@ -76,7 +76,8 @@ def anatomy(run: Recording) -> dict[str, Any] | None:
     Returns:
         For JSON: ``params``, each with ``name``, ``optimizer``, ``kind`` and ``keys`` of its
         optimizer's state; ``steps``; ``values``, packed [params, steps] by quantity;
-        ``n_recorded``, how many steps were recorded in full, and ``n_params``.
+        ``n_recorded``, how many steps were recorded in full, ``n_params``, and ``takes_turns``,
+        whether there are steps at which a parameter was not taken apart.
     """
     order, n_all = _with_updates(run, MOST_PARAMS)
     if not order:
@@ -106,6 +107,9 @@ def anatomy(run: Recording) -> dict[str, Any] | None:
         },
         "n_recorded": n_recorded,
         "n_params": n_all,
+        "takes_turns": bool(
+            (np.isnan(values["unchanged_fraction"]) & (values["update_norm"] > 0)).any()
+        ),
     }
 
 

@@ -332,6 +332,12 @@ class Ratios extends Chart {
 
 // One quantity of the anatomy.
 class Part extends Chart {
+  // Where parameters take turns, norms of updates are there at more steps than their parts.
+  steps() {
+    const known = this.lines.map(line => line.model.data.x).filter(x => x.length);
+    return known.reduce((least, x) => x.length < least.length ? x : least, known[0] ?? []);
+  }
+
   pick(at) {
     const {steps, params, values} = anatomy, n = steps.length, keys = params[at].keys;
     let low = Infinity, high = 0;
@@ -421,8 +427,8 @@ function facts() {
   if (!table) return;
   const {steps, params, values} = anatomy, n = steps.length;
   let at = nearest(steps, cursor ?? steps[n - 1]);
-  const known = place => !Number.isNaN(values.update_norm?.[param * n + place] ?? NaN);
-  // Where parameters take turns: the nearest step at which this one was recorded.
+  const known = place => !Number.isNaN(values.unchanged_fraction?.[param * n + place] ?? NaN);
+  // Where parameters take turns: the nearest step at which this one was taken apart.
   for (let off = 1; !known(at) && off < n; off++) {
     if (known(at - off) && at >= off) at -= off;
     else if (at + off < n && known(at + off)) at += off;
