@@ -201,7 +201,13 @@ def _parameters(run: Recording) -> list[str]:
         )
     if strangers:
         facts.append(f"held, but in no watched model: {_listed([p.name for p in strangers])}")
-    unreached = [p for p in registered if p.requires_grad and not p.reached]
+    grads = run.rows("grads")
+    assigned = set(grads.array("param")[~np.isnan(grads.array("norm"))].tolist())
+    unreached = [
+        p
+        for number, p in enumerate(run.parameters)
+        if p.in_model and p.requires_grad and not p.reached and number not in assigned
+    ]
     if unreached and run.rows("backwards").n_rows:
         facts.append(f"never given a gradient: {_listed([p.name for p in unreached])}")
     return facts
@@ -229,7 +235,11 @@ def _zero_grad(steps: pd.DataFrame) -> list[str]:
     # What a first step finds says nothing about the loop: nothing had been used before.
     later = steps.loc[(steps["optimizer_step"] > 0) & (steps["zeroed"] != "")]
     if later.empty:
-        facts.append("one step only: nothing had to be cleared" if len(steps) else "")
+        facts.append(
+            "one step only: nothing had to be cleared"
+            if len(steps) == 1
+            else "no backward found a gradient that a step had used"
+        )
     words = {
         "none": "cleared to None before backward",
         "zero": "cleared to zero before backward",
@@ -295,10 +305,12 @@ def _step(run: Recording, steps: pd.DataFrame) -> list[str]:
         if len(own):
             first, last = own["step"].min(), own["step"].max()
             seen = f"step {first:,} → {last:,}" if first < last else f"step {first:,}"
-            facts.append(
-                f"{of}state: |exp_avg| {_course(_together(own, 'exp_avg_norm_after'))}, "
-                f"|exp_avg_sq| {_course(_together(own, 'exp_avg_sq_norm_after'))} ({seen})"
+            norms = ", ".join(
+                f"|{key}| {_course(_together(own, f'{key}_norm_after'))}"
+                for key in ("exp_avg", "exp_avg_sq")
+                if own[f"{key}_norm_after"].notna().any()  # Adamax has no second one
             )
+            facts.append(f"{of}state: {norms} ({seen})")
             counted = own["step"].map(rows.set_index("step")["optimizer_step"]) + 1
             if (own["step_count"] != counted).any():  # it began, or begins again, elsewhere
                 facts[-1] += f", own step count {_course(own['step_count'])}"

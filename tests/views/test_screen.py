@@ -177,3 +177,35 @@ def test_an_optimizers_own_count_is_told_where_it_is_not_that_of_its_steps() -> 
     assert "(step 0 → 1)" in first
     assert "own step count" not in first
     assert "(step 0 → 1), own step count 3 → 4" in second
+
+
+def test_gradients_that_the_program_computes_and_assigns_are_gradients_all_the_same() -> None:
+    torch.manual_seed(0)
+    model, own = nn.Linear(4, 3), nn.Linear(4, 3)
+    optimizer = torch.optim.Adam(model.parameters())
+    with gradscope.watch([model, own], optimizer) as scope:
+        for _ in range(5):
+            params = list(model.parameters())
+            loss = model(torch.randn(5, 4)).square().mean() + 0 * own.weight.detach().sum()
+            for p, g in zip(params, torch.autograd.grad(loss, params), strict=True):
+                p.grad = g
+            optimizer.step()
+    text = str(scope)
+    assert "one step only" not in text
+    assert "no backward found a gradient that a step had used" in text
+    (line,) = [line for line in text.splitlines() if "never given a gradient" in line] or [""]
+    assert "model.weight" not in line
+
+
+def test_adamax_has_no_second_moment_to_tell_of() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.Adamax(model.parameters())
+    with gradscope.watch(model, optimizer) as scope:
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(5, 4)).square().mean().backward()
+            optimizer.step()
+    text = str(scope)
+    assert "state: |exp_avg| " in text
+    assert "exp_avg_sq" not in text

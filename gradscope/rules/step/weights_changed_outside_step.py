@@ -170,7 +170,10 @@ def _looks(run: Recording, own: Any, held: list[int]) -> list[_Look]:
         tracked = run.tracked.get(int(step))
         if tracked is None or "weight_after" not in tracked.values:
             continue
-        before, after = tracked.values["weight_before"], tracked.values["weight_after"]
+        # Squares of these numbers may lie outside of single precision.
+        before, after = (
+            tracked.values[name].astype(np.complex128) for name in ("weight_before", "weight_after")
+        )
         where = {n: tracked.param == n for n in wanted}
         looks.append(
             _Look(
@@ -184,7 +187,7 @@ def _looks(run: Recording, own: Any, held: list[int]) -> list[_Look]:
 
 
 def _distance(a: Any, b: Any) -> float:
-    return float(np.linalg.norm(np.asarray(a, np.complex128) - np.asarray(b, np.complex128)))
+    return float(np.linalg.norm(a - b))
 
 
 def _changed_constantly(run: Recording, looks: list[_Look]) -> list[int]:
