@@ -11,6 +11,12 @@ from gradscope.rules.rule import Rule
 from gradscope.run.entries import ParameterEntry
 from gradscope.run.recording import Recording
 
+_ROUNDING = {"float16": 2.0**-7, "bfloat16": 2.0**-4}
+"""By how much of its norm a copy may be behind and still be the nearest to it; eight times the step
+from one number to the next, for norms have the precision of what they are of."""
+
+_ROUNDING_ELSE = 1e-5
+
 
 def _lost(run: Recording) -> list[ParameterEntry]:
     """Parameters with gradients that no optimizer holds and that nothing moved."""
@@ -55,6 +61,32 @@ def _module_made_at(run: Recording, entry: ParameterEntry) -> dict[str, Any]:
     """Where the module that holds an unregistered parameter was made, as a finding takes it."""
     calls = run.frame("calls")
     return first_place(calls.loc[calls["module_type"] == entry.module_type])
+
+
+def _fed_by_hand(run: Recording) -> set[str]:
+    """Names of the parameters whose gradients the program has put there."""
+    grads = run.frame("grads")
+    return set(grads.loc[grads["status"] == "assigned", "param"])
+
+
+def _left_behind(
+    run: Recording, masters: list[ParameterEntry], lost: list[ParameterEntry]
+) -> set[tuple[int, ...]]:
+    """Shapes of which more masters moved far enough for a copy to show it than copies did move."""
+    shapes = set()
+    for shape in {e.shape for e in masters} & {e.shape for e in lost}:
+        hidden = max(_ROUNDING.get(e.dtype, _ROUNDING_ELSE) for e in lost if e.shape == shape)
+        n_far = sum(
+            abs(e.norm_last - e.norm_first) > hidden * max(e.norm_first, e.norm_last)
+            for e in masters
+            if e.shape == shape
+        )
+        n_moved = sum(
+            e.in_model and e.shape == shape and e.norm_first != e.norm_last for e in run.parameters
+        )
+        if n_far > n_moved:
+            shapes.add(shape)
+    return shapes
 
 
 class ParameterNotInOptimizer(Rule):
@@ -156,7 +188,10 @@ class StaleOptimizerParameter(Rule):
 
     ## How it is found
 
-    From what each optimizer holds, what models register, and which gradients backward wrote.
+    From what each optimizer holds, what models register, and which gradients backward wrote. Copies
+    of a wider dtype that the program gives gradients, as a model in bfloat16 has its master
+    weights, are in use, and weights of bfloat16 do not show their small steps at once. Only if such
+    copies have moved by more than rounding hides, and the model has not, are they stale.
 
     ## Example
 
@@ -176,15 +211,19 @@ class StaleOptimizerParameter(Rule):
     code = "GS102"
     name = "stale-optimizer-parameter"
     severity = Severity.ERROR
-    tables = ("params", "steps", "events")
+    tables = ("params", "steps", "events", "grads")
 
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per optimizer with stale parameters."""
         lost = [entry for entry in _lost(run) if entry.in_model]
+        fed = _fed_by_hand(run)
         findings = []
         for number in sorted(_stepping(run)):
             held = [e for e in run.parameters if any(n == number for n, _ in e.holders)]
             stale = [e for e in held if not e.reached and e.requires_grad]
+            masters = [e for e in stale if e.name in fed]
+            left = _left_behind(run, masters, lost)
+            stale = [e for e in stale if e.name not in fed or e.shape in left]
             shapes = {e.shape for e in stale}
             ranks = {(len(e.shape), *e.shape[1:]) for e in stale}
             replaced = [
