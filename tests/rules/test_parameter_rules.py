@@ -314,6 +314,29 @@ def test_master_weights_in_float32_are_in_use(lr: float) -> None:
     assert not {"GS101", "GS102"} & set(with_masters(held="copied back", lr=lr))
 
 
+def test_master_weights_beside_norms_that_the_optimizer_holds_themselves() -> None:
+    torch.manual_seed(0)
+    first, norm, last = nn.Linear(6, 8).bfloat16(), nn.LayerNorm(8), nn.Linear(8, 3).bfloat16()
+    model = nn.Sequential(first, norm, last)
+    narrow = [*first.parameters(), *last.parameters()]
+    masters = [p.detach().float().requires_grad_() for p in narrow]
+    optimizer = torch.optim.Adam([*norm.parameters(), *masters], lr=1e-6)
+    with gradscope.watch(model, optimizer, on_error="raise", every=1) as scope:
+        for _ in range(20):
+            x = torch.randn(8, 6)
+            h = norm(first(x.bfloat16()).float())
+            F.cross_entropy(last(h.bfloat16()).float(), x[:, :3].argmax(1)).backward()
+            for weight, master in zip(narrow, masters, strict=True):
+                assert weight.grad is not None
+                master.grad, weight.grad = weight.grad.float(), None
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for weight, master in zip(narrow, masters, strict=True):
+                    weight.copy_(master)
+    assert not {"GS101", "GS102", "GS105"} & {f.code for f in scope.findings}
+
+
 @pytest.mark.parametrize("held", ["another model", "never copied back"])
 def test_wider_weights_that_are_in_use_nowhere(held: str) -> None:
     assert "GS102" in with_masters(held=held, lr=1e-2)

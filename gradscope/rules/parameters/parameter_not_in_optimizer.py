@@ -19,8 +19,11 @@ _ROUNDING_ELSE = 1e-5
 
 
 def _lost(run: Recording) -> list[ParameterEntry]:
-    """Parameters with gradients that no optimizer holds and that nothing moved."""
-    return [
+    """Parameters with gradients that no optimizer holds and that nothing moved.
+
+    One whose master weight an optimizer trains is not lost.
+    """
+    lost = [
         entry
         for entry in run.parameters
         if entry.requires_grad
@@ -29,6 +32,38 @@ def _lost(run: Recording) -> list[ParameterEntry]:
         and (entry.in_model or entry.module_type)
         and entry.norm_first == entry.norm_last
     ]
+    known = {e.shape for e in _masters(run)} - _left_behind(run, lost)
+    return [entry for entry in lost if entry.shape not in known]
+
+
+def _masters(run: Recording) -> list[ParameterEntry]:
+    """What optimizers hold, no backward reaches, and the program itself gives gradients."""
+    grads = run.frame("grads")
+    fed = set(grads.loc[grads["status"] == "assigned", "param"])
+    return [
+        e
+        for e in run.parameters
+        if e.holders and e.requires_grad and not e.reached and not e.in_model and e.name in fed
+    ]
+
+
+def _left_behind(run: Recording, lost: list[ParameterEntry]) -> set[tuple[int, ...]]:
+    """Shapes of which more masters moved far enough for a copy to show it than copies did move."""
+    masters = _masters(run)
+    shapes = set()
+    for shape in {e.shape for e in masters} & {e.shape for e in lost}:
+        hidden = max(_ROUNDING.get(e.dtype, _ROUNDING_ELSE) for e in lost if e.shape == shape)
+        n_far = sum(
+            abs(e.norm_last - e.norm_first) > hidden * max(e.norm_first, e.norm_last)
+            for e in masters
+            if e.shape == shape
+        )
+        n_moved = sum(
+            e.in_model and e.shape == shape and e.norm_first != e.norm_last for e in run.parameters
+        )
+        if n_far > n_moved:
+            shapes.add(shape)
+    return shapes
 
 
 def _stepping(run: Recording) -> set[int]:
@@ -63,32 +98,6 @@ def _module_made_at(run: Recording, entry: ParameterEntry) -> dict[str, Any]:
     return first_place(calls.loc[calls["module_type"] == entry.module_type])
 
 
-def _fed_by_hand(run: Recording) -> set[str]:
-    """Names of the parameters whose gradients the program has put there."""
-    grads = run.frame("grads")
-    return set(grads.loc[grads["status"] == "assigned", "param"])
-
-
-def _left_behind(
-    run: Recording, masters: list[ParameterEntry], lost: list[ParameterEntry]
-) -> set[tuple[int, ...]]:
-    """Shapes of which more masters moved far enough for a copy to show it than copies did move."""
-    shapes = set()
-    for shape in {e.shape for e in masters} & {e.shape for e in lost}:
-        hidden = max(_ROUNDING.get(e.dtype, _ROUNDING_ELSE) for e in lost if e.shape == shape)
-        n_far = sum(
-            abs(e.norm_last - e.norm_first) > hidden * max(e.norm_first, e.norm_last)
-            for e in masters
-            if e.shape == shape
-        )
-        n_moved = sum(
-            e.in_model and e.shape == shape and e.norm_first != e.norm_last for e in run.parameters
-        )
-        if n_far > n_moved:
-            shapes.add(shape)
-    return shapes
-
-
 class ParameterNotInOptimizer(Rule):
     """GS101 parameter-not-in-optimizer: a parameter gets gradients and no optimizer holds it.
 
@@ -106,7 +115,8 @@ class ParameterNotInOptimizer(Rule):
     From what each optimizer holds, which gradients backward wrote, and the norms of the values at
     the beginning and the end. A whole model without an optimizer is reported only if it runs in
     training mode and before one that is trained, as an encoder does and a teacher or critic does
-    not. What a program updates by hand is not reported.
+    not. What a program updates by hand is not reported, nor what has a master weight of a wider
+    dtype that an optimizer trains.
 
     ## Example
 
@@ -124,7 +134,7 @@ class ParameterNotInOptimizer(Rule):
     code = "GS101"
     name = "parameter-not-in-optimizer"
     severity = Severity.WARNING
-    tables = ("params", "steps", "events")
+    tables = ("params", "steps", "events", "grads")
     symptom_of = ("GS102",)
 
     def check(self, run: Recording) -> list[Finding]:
@@ -216,14 +226,13 @@ class StaleOptimizerParameter(Rule):
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per optimizer with stale parameters."""
         lost = [entry for entry in _lost(run) if entry.in_model]
-        fed = _fed_by_hand(run)
+        left = _left_behind(run, lost)
+        in_use = {e.name for e in _masters(run) if e.shape not in left}
         findings = []
         for number in sorted(_stepping(run)):
             held = [e for e in run.parameters if any(n == number for n, _ in e.holders)]
             stale = [e for e in held if not e.reached and e.requires_grad]
-            masters = [e for e in stale if e.name in fed]
-            left = _left_behind(run, masters, lost)
-            stale = [e for e in stale if e.name not in fed or e.shape in left]
+            stale = [e for e in stale if e.name not in in_use]
             shapes = {e.shape for e in stale}
             ranks = {(len(e.shape), *e.shape[1:]) for e in stale}
             replaced = [
