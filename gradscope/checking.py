@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -157,19 +158,25 @@ def _stale(run: Recording, graph: CapturedGraph | None) -> list[Finding]:
         twins = [p for p in free if p.shape in shapes]
         if not strangers:
             continue
-        is_stale = bool(twins) or len(strangers) == len(held)
+        are_masters = _are_masters(strangers, twins)
+        is_stale = not are_masters and (bool(twins) or len(strangers) == len(held))
         message = (
             f"{optimizer.name} holds {some_of(len(strangers), len(held))} tensors that belong to "
             "no model that was passed"
         )
         if twins:
             message += f", while no optimizer holds {_names(twins)}, of the same shapes"
+        if are_masters:
+            message += f" in {twins[0].dtype}: they look like its weights in full precision"
         findings.append(
             _finding(
                 "GS102",
                 Severity.ERROR if is_stale else Severity.INFO,
                 message,
-                f"make {optimizer.name} after the last change to the model (a new layer, "
+                "give them the model's gradients before each step, and copy them into the model "
+                "after it"
+                if are_masters
+                else f"make {optimizer.name} after the last change to the model (a new layer, "
                 "load, .to(), copy), from the parameters that the model has then",
                 params=_params(twins or strangers),
                 modules=_modules(twins),
@@ -178,6 +185,19 @@ def _stale(run: Recording, graph: CapturedGraph | None) -> list[Finding]:
             )
         )
     return findings
+
+
+def _are_masters(strangers: Sequence[ParameterEntry], free: Sequence[ParameterEntry]) -> bool:
+    """Whether tensors are weights in full precision of a model in bfloat16 or float16.
+
+    There is one for each of the model's that no optimizer holds.
+    """
+    return (
+        bool(free)
+        and all(p.dtype in ("bfloat16", "float16") for p in free)
+        and all(p.dtype in ("float32", "float64") for p in strangers)
+        and Counter(p.shape for p in free) == Counter(p.shape for p in strangers)
+    )
 
 
 def _twice(run: Recording) -> list[Finding]:
@@ -332,7 +352,7 @@ def _not_reached(run: Recording, loss: torch.Tensor, graph: CapturedGraph) -> li
     if not _reached(graph):
         return [_detached(trainable, loss, graph)]
     missing = {name for each in unreached(graph) for p in each.params for name in p.names}
-    missed = [p for p in trainable if p.name in missing]
+    missed = [p for p in trainable if p.name in missing and p.numel]
     if not missed:
         return []
     whole = _whole_modules(missed, run.parameters)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from gradscope.instruments.graph_nodes import node_of
 from gradscope.instruments.nested_tensors import nested_tensors
 from gradscope.taps.module_calls import module_calls
 from gradscope.taps.tap import Listener
@@ -171,7 +172,7 @@ class GraphCutFinder:
             if any(parameter.requires_grad for parameter in module.parameters()):
                 cut = Cut("no_grad", self._without_grad_at, self._n_calls)
                 for output in nested_tensors(result):
-                    if output.grad_fn is None:
+                    if node_of(output) is None:
                         self._remember(output, frozenset({cut}), _NOTHING)
 
     def torch_function_called(
@@ -186,7 +187,7 @@ class GraphCutFinder:
             self._origins.clear()
             return
         name = _spelled(function)
-        outputs = [tensor for tensor in nested_tensors(result) if tensor.grad_fn is None]
+        outputs = [tensor for tensor in nested_tensors(result) if node_of(tensor) is None]
         if not outputs and name not in _EXITS:
             return
         if name.startswith("new_") or name.endswith("_like"):

@@ -12,9 +12,29 @@ from gradscope.run.captured_graph import operation
 _MOST_NODES = 50_000
 
 
+def node_of(tensor: torch.Tensor) -> Any:
+    """Return the ``grad_fn`` of a tensor; None as well where torch will not say which it is.
+
+    That is a view made under ``no_grad``, or one of several made at once, once something was
+    written in place into what it is a view of: reading its ``grad_fn`` or ``is_leaf`` raises.
+    """
+    try:
+        return tensor.grad_fn
+    except RuntimeError:
+        return None
+
+
+def is_leaf_tensor(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a leaf; one of which torch will not say so is none."""
+    try:
+        return tensor.is_leaf
+    except RuntimeError:
+        return False
+
+
 def operations_behind(roots: Sequence[torch.Tensor]) -> list[Any]:
     """Return the nodes that lead to some roots, in no order; the leaves' own are left out."""
-    pending = [root.grad_fn for root in roots if root.grad_fn is not None]
+    pending = [first for root in roots if (first := node_of(root)) is not None]
     seen: set[Any] = set(pending)
     nodes: list[Any] = []
     while pending and len(nodes) < _MOST_NODES:

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from gradscope.instruments.autograd_graph import NamesOf, capture_graph
-from gradscope.instruments.graph_nodes import described, operation_of
+from gradscope.instruments.graph_nodes import described, node_of, operation_of
 from gradscope.instruments.late import Known, Late, Numbers, scalar_of
 from gradscope.instruments.module_survey import ModuleSurvey
 from gradscope.instruments.tensor_summary import TensorSummary, is_readable
@@ -153,7 +153,7 @@ class LossCalls:
 
     def _note_squashing(self, result: torch.Tensor) -> None:
         kind, made = self._survey.innermost
-        node: Any = result.grad_fn
+        node: Any = node_of(result)
         location = made if made is not None and kind.lower() in _SQUASHING_KINDS else None
         location = location or user_location()
         if node is not None and location is not None:
@@ -195,7 +195,7 @@ class LossCalls:
             return
         if name == "mul" and isinstance(second, torch.Tensor) and second.requires_grad:
             first, second = second, first
-        if not isinstance(first, torch.Tensor) or first.grad_fn is None or first.dim() < 2:
+        if not isinstance(first, torch.Tensor) or node_of(first) is None or first.dim() < 2:
             return
         made_by, dim = described(_origin(first))
         if dim is not None and made_by in ("Softmax", "LogSoftmax") and _is_plain_index(second):
@@ -210,9 +210,9 @@ class LossCalls:
         if len(args) < 2 or not _are_tensors(*args[:2], result) or result.is_nested:
             return
         weights, values = args[:2]
-        if weights.dim() != 3 or values.dim() != 3 or described(weights.grad_fn)[1] != 0:
+        if weights.dim() != 3 or values.dim() != 3 or described(node_of(weights))[1] != 0:
             return
-        scores: Any = weights.grad_fn.next_functions[0][0]
+        scores: Any = node_of(weights).next_functions[0][0]
         for _ in range(_LONGEST_CHAIN):
             givers = (
                 [] if scores is None else [n for n, _ in scores.next_functions if n is not None]
@@ -238,7 +238,7 @@ class LossCalls:
         location = user_location()
         owner, owner_made = self._survey.innermost
         made_at = None if origin is None else self._made_at.get(origin._sequence_nr())
-        is_loss = name in _LOSSES and result.grad_fn is not None
+        is_loss = name in _LOSSES and node_of(result) is not None
         leads_to: frozenset[str] = frozenset()
         if is_loss and self._n_nodes < _MOST_NODES:
             graph = capture_graph((result,), self._names_of)
@@ -249,7 +249,7 @@ class LossCalls:
             "input_shape": str(tuple(prediction.shape)),
             "target_shape": str(tuple(target.shape)),
             "input_made_by": made_by,
-            "input_scale": self._written.scale_of(prediction.grad_fn),
+            "input_scale": self._written.scale_of(node_of(prediction)),
             "owner": owner if owner.lower().endswith("loss") else "",
             **columns_of(location),
             **columns_of(owner_made if owner.lower().endswith("loss") else None, "owner_"),
@@ -257,7 +257,7 @@ class LossCalls:
         }
         if dim is not None:
             facts["input_dim"] = dim
-        node: Any = result.grad_fn
+        node: Any = node_of(result)
         call = _LossCall(facts, -1 if node is None else node._sequence_nr(), leads_to, is_loss)
         self._calls.append(call)
         return call
@@ -282,7 +282,7 @@ def _blows_up(first: torch.Tensor, second: torch.Tensor, result: torch.Tensor) -
 
 def _origin(tensor: torch.Tensor) -> Any:
     """The node of the operation that made a tensor, views passed over; None if there is none."""
-    node: Any = tensor.grad_fn
+    node: Any = node_of(tensor)
     for _ in range(_LONGEST_CHAIN):
         if node is None or operation_of(node) not in _PASSED_OVER or not node.next_functions:
             return node

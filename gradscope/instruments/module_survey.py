@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from gradscope.instruments.graph_nodes import node_of
 from gradscope.instruments.late import Known, Late, Numbers
 from gradscope.instruments.nested_tensors import nested_tensors
 from gradscope.instruments.tensor_summary import is_readable
@@ -40,6 +41,10 @@ _SETTINGS = (
     "reduction",
 )
 
+STATISTICS_LEARNT = "running_statistics=learnt"
+"""What is added to the settings of a batch normalisation in evaluation mode, unless its statistics
+are a mean of 0 and a variance of 1 throughout."""
+
 _MOST_MODULES = 5000
 
 _OF_UNKNOWN = "\0"
@@ -61,6 +66,8 @@ class _Called:
     values_per_channel: int | None = None
     settings: str = ""
     made: Location | None = None
+    # Whether a batch normalisation in evaluation mode has statistics other than a new one has.
+    learnt: Late[Any] = field(default_factory=lambda: Known(None))
 
     def add(self, other: _Called) -> None:
         """Take in another module that is called by the same name."""
@@ -125,6 +132,8 @@ class ModuleSurvey:
             known = weakref.ref(module)
             called = self._called[path] = _Called(known, kind, settings=_settings_of(module))
             called.made = self._open_made[-1]
+            if not module.training:
+                called.learnt = _has_learnt(module)
         called.runs += 1
         called.training &= module.training
         if torch.is_grad_enabled():
@@ -149,7 +158,7 @@ class ModuleSurvey:
         called = self._called.get(path)
         outputs = list(nested_tensors(result))
         if called is not None:
-            called.has_graph |= any(output.grad_fn is not None for output in outputs)
+            called.has_graph |= any(node_of(output) is not None for output in outputs)
         if outputs and next(module.children(), None) is None:
             self._read(path, kind, outputs[0])
 
@@ -169,7 +178,10 @@ class ModuleSurvey:
     @property
     def awaited(self) -> list[Late[Any]]:
         """What may still be on its way."""
-        return [given.numbers for given in self._given]
+        return [
+            *(given.numbers for given in self._given),
+            *(called.learnt for called in self._called.values()),
+        ]
 
     def path_of(self, key: str) -> str:
         """Return the path of a module that was called, once the look has ended."""
@@ -191,6 +203,8 @@ class ModuleSurvey:
                 by_path[path] = called
         for path, called in by_path.items():
             row = {name: getattr(called, name) for name in _Called.__slots__ if name != "module"}
+            if row.pop("learnt").value():
+                row["settings"] += f", {STATISTICS_LEARNT}"
             optional = ("batch_size", "values_per_channel")
             yield {
                 "module": path,
@@ -288,6 +302,14 @@ def _summary_on_device(values: torch.Tensor, ends: tuple[float, float] | None) -
             (~torch.isfinite(values)).sum().float(),
         ]
     )
+
+
+def _has_learnt(module: nn.Module) -> Late[Any]:
+    """Whether a batch normalisation has other running statistics than a new one; else None."""
+    mean, variance = (vars(module)["_buffers"].get(f"running_{of}") for of in ("mean", "var"))
+    if mean is None or variance is None or not (is_readable(mean) and is_readable(variance)):
+        return Known(None)
+    return Numbers(((mean != 0).any() | (variance != 1).any()).reshape(1))
 
 
 def _settings_of(module: nn.Module) -> str:

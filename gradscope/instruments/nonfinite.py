@@ -21,6 +21,16 @@ _IS_INFINITE_ITSELF = frozenset(
 )
 """Of the operations below those whose value, too, is infinite at such a point."""
 
+_PASS_ON = frozenset(
+    {"View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze"}
+    | {"Clone", "Alias", "Expand", "AsStrided", "Slice", "Select", "Index", "IndexSelect"}
+    | {"Gather", "Narrow", "Unbind", "Split", "SplitWithSizes", "Chunk", "Diagonal", "Unfold"}
+    | {"Neg", "Relu", "Tanh", "Sigmoid"}
+)
+"""Operations whose value is finite where what goes into them is; a change of dtype can overflow."""
+
+_LONGEST_CHAIN = 32
+
 _SOFTMAXES = ("Softmax", "LogSoftmax")
 _MASKED = "as for a row that is -inf throughout, which an attention mask can make"
 
@@ -119,6 +129,7 @@ def first_nonfinite(roots: Sequence[torch.Tensor]) -> Origin | None:
             guilty = node if saved in _RESULTS else _giver(node, saved)
             if guilty is None:
                 return _origin(node, nodes, _FROM_OUTSIDE, bad)
+            guilty = _maker(guilty)
             kind = "NaN" if bool(torch.isnan(value).any()) else "infinity"
             found = _singularity(guilty)
             at = _MASKED if operation_of(guilty) in _SOFTMAXES else found and found[0]
@@ -202,6 +213,16 @@ def _giver(node: Any, saved: str) -> Any:
         return None if giver is None or is_leaf(giver) else giver
     givers = [used for used, _ in node.next_functions if used is not None and not is_leaf(used)]
     return max(givers, key=lambda used: used._sequence_nr(), default=None)
+
+
+def _maker(node: Any) -> Any:
+    """The operation from which a value that is not finite came to one that gave it, or that one."""
+    for _ in range(_LONGEST_CHAIN):
+        givers = [used for used, _ in node.next_functions if used is not None]
+        if operation_of(node) not in _PASS_ON or len(givers) != 1 or is_leaf(givers[0]):
+            break
+        node = givers[0]
+    return node
 
 
 def _origin(node: Any, nodes: list[Any], what: str, count: int) -> Origin:

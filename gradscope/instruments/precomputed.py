@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gradscope.instruments.graph_nodes import is_leaf, operation_of, operations_behind
+from gradscope.instruments.graph_nodes import is_leaf, node_of, operation_of, operations_behind
 
 # What only looks at the memory of a leaf gives no values of its own: img = pixels.view(3, 64, 64).
 _VIEWS = frozenset(
@@ -54,9 +54,9 @@ def precomputed_weights(
     last = [node for node in old if node not in used_by_old and not _is_view(node)]
     program = vars(sys.modules["__main__"]) if "__main__" in sys.modules else {}
     names = {
-        value.grad_fn: name
+        node_of(value): name
         for name, value in list(program.items())
-        if isinstance(value, torch.Tensor) and value.grad_fn is not None
+        if isinstance(value, torch.Tensor) and node_of(value) is not None
     }
     return [names.get(node, "") for node in last]
 

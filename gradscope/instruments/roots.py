@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from gradscope.instruments.graph_nodes import node_of
+
 _KEY = "gradscope"
 _MOST_REMEMBERED = 4096
 _SCALING = ("DivBackward0", "MulBackward0", "NegBackward0")
@@ -59,11 +61,11 @@ class Roots:
             met = self._met.get(id(root))
             if met is not None and met[0]() is root:
                 facts["repeats"] = met[1]
-            elif root.grad_fn is not None:
-                term = _earlier_term(root.grad_fn)
+            elif node_of(root) is not None:
+                term = _earlier_term(node_of(root))
                 if term is not None:
                     facts["repeats"] = term.backward
-                self._watch(root.grad_fn, number)
+                self._watch(node_of(root), number)
             self._met[id(root)] = (weakref.ref(root), number)
         if len(self._met) > _MOST_REMEMBERED:
             self._met = {key: met for key, met in self._met.items() if met[0]() is not None}

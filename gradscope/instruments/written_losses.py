@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from gradscope.instruments.graph_nodes import described, operation_of
+from gradscope.instruments.graph_nodes import described, node_of, operation_of
 from gradscope.instruments.late import Late, Numbers
 from gradscope.instruments.tensor_summary import is_readable
 from gradscope.taps.user_frame import Location, columns_of, user_location
@@ -87,7 +87,7 @@ class WrittenLosses:
         """Take one call of a torch function into account."""
         if (
             not isinstance(result, torch.Tensor)
-            or result.grad_fn is None
+            or node_of(result) is None
             or not is_readable(result)
         ):
             return
@@ -101,15 +101,15 @@ class WrittenLosses:
             first, second = args if _has_graph(args[0]) else reversed(args)
             scale = _constant(second)
             if scale:
-                number = _number(result.grad_fn)
+                number = _number(node_of(result))
                 self._scales[number] = 1 / scale if name in _QUOTIENTS else scale
             elif name in _PRODUCTS and isinstance(second, torch.Tensor):
                 self._note_product(first, second, result)
 
     def backward_started(self, roots: Sequence[torch.Tensor]) -> None:
         """See whether the root of a backward is such a loss."""
-        if self._terms and len(roots) == 1 and roots[0].grad_fn is not None:
-            terms = self._terms_of(roots[0].grad_fn)
+        if self._terms and len(roots) == 1 and node_of(roots[0]) is not None:
+            terms = self._terms_of(node_of(roots[0]))
             signs = {sign for sign, _ in terms}
             if len(signs) == 1:
                 self._note_loss(signs.pop(), [term for _, term in terms])
@@ -151,18 +151,18 @@ class WrittenLosses:
     # -- what calls leave -------------------------------------------------------------------
 
     def _note_picks(self, values: torch.Tensor, result: torch.Tensor) -> None:
-        if operation_of(result.grad_fn) not in _PICKED_BY:
+        if operation_of(node_of(result)) not in _PICKED_BY:
             return  # a slice: the same class of every example
-        softmax, _ = _behind(values.grad_fn, _LIMITED)
+        softmax, _ = _behind(node_of(values), _LIMITED)
         if _is_softmax(softmax):
-            self._picked[_number(result.grad_fn)] = (softmax, values.shape, user_location())
+            self._picked[_number(node_of(result))] = (softmax, values.shape, user_location())
             return
-        softmax, sign = _log_softmax_behind(values.grad_fn)
+        softmax, sign = _log_softmax_behind(node_of(values))
         if softmax is not None:
             self._note_picked(softmax, values.shape, result, sign, user_location())
 
     def _note_logarithm(self, values: torch.Tensor, result: torch.Tensor) -> None:
-        pick = values.grad_fn
+        pick = node_of(values)
         for _ in range(_LONGEST_CHAIN):
             known = self._picked.get(_number(pick))
             if known is not None:
@@ -188,14 +188,14 @@ class WrittenLosses:
             facts |= {"n_classes": shape[dim], "class_dim": dim}
             mean = sign * result.detach().float().mean()
             term = _Term(facts, mean, torch.ones_like(mean), sign)
-            self._terms[_number(result.grad_fn)] = term
+            self._terms[_number(node_of(result))] = term
 
     def _note_product(
         self, values: torch.Tensor, weights: torch.Tensor, result: torch.Tensor
     ) -> None:
         if weights.requires_grad or not is_readable(weights) or not values.dim():
             return
-        softmax, sign = _log_softmax_behind(values.grad_fn)
+        softmax, sign = _log_softmax_behind(node_of(values))
         location = user_location()
         if softmax is not None and values.dim() > 1 and values.shape == weights.shape:
             made_over = described(softmax)[1]
@@ -210,16 +210,16 @@ class WrittenLosses:
             alike = (weights >= 0).all() | (weights <= 0).all()
             fits = alike & ((sums.abs() - 1).abs() < _ROUNDING).all()
             mean = sign * result.detach().float().sum() / sums.numel()
-            self._terms[_number(result.grad_fn)] = _Term(facts, mean, fits, sign)
+            self._terms[_number(node_of(result))] = _Term(facts, mean, fits, sign)
             return
-        logarithm, sign = _behind(values.grad_fn, _VIEWS | {"Neg"})
+        logarithm, sign = _behind(node_of(values), _VIEWS | {"Neg"})
         if operation_of(logarithm) in ("Log", "LogSigmoid"):
             probability, _ = _behind(_givers(logarithm)[0], _COMPLEMENT)
             facts = self._facts(
                 "written_binary_cross_entropy", probability, values.shape, weights.shape, location
             )
             mean = sign * result.detach().float().mean()
-            self._terms[_number(result.grad_fn)] = _Term(
+            self._terms[_number(node_of(result))] = _Term(
                 facts, mean, torch.ones_like(mean), sign, (probability, weights.detach())
             )
 
@@ -292,7 +292,7 @@ class WrittenLosses:
 
 
 def _has_graph(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.grad_fn is not None
+    return isinstance(value, torch.Tensor) and node_of(value) is not None
 
 
 def _constant(value: Any) -> float | None:

@@ -539,7 +539,13 @@ CALLS = Table(
         ("has_graph", F, "whether any output had a `grad_fn`"),
         ("batch_size", O, "first dimension of its first tensor; missing without one"),
         ("values_per_channel", O, "of its first tensor: elements in each channel"),
-        ("settings", T, "what its class adds: `momentum=0.1, track_running_stats=True`"),
+        (
+            "settings",
+            T,
+            "what its class adds: `momentum=0.1, track_running_stats=True`, and of a batch "
+            "normalisation in evaluation mode `running_statistics=learnt`, unless they are those "
+            "of a new one",
+        ),
         ("file", T, "the line of the program that made it, where `gradscope run` saw that"),
         ("line", O, "the line of the program that made it"),
     ),

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from gradscope.errors import text_of
+from gradscope.instruments.graph_nodes import node_of
 from gradscope.instruments.late import Known, Late, scalar_of
 from gradscope.instruments.precomputed import precomputed_weights
 from gradscope.instruments.roots import Roots
@@ -166,7 +167,7 @@ class Backwards:
         if not self._all.changed and not used_inside:
             leaves: list[torch.Tensor] = []
             captured = self._graphs.capture(call.roots, leaves, whole=captured is not None)
-            if all(root.grad_fn is None for root in call.roots):
+            if all(node_of(root) is None for root in call.roots):
                 leaves.clear()  # a root that is a leaf itself has no graph behind it
             row["ends_in_cut"] = self._cuts.backward_reached_nothing(call.roots, leaves)
             # Another model's graph, or an input's: its leaves are all strangers, and none was cut.
@@ -289,7 +290,9 @@ def _row(call: BackwardCall, error: BaseException | None) -> dict[str, Any]:
     return {
         "function": "backward" if call.accumulates else "grad",
         "root_shape": ", ".join(str(tuple(root.shape)) for root in call.roots),
-        "root_grad_fn": ", ".join(r.grad_fn.name() for r in call.roots if r.grad_fn is not None),
+        "root_grad_fn": ", ".join(
+            node.name() for r in call.roots if (node := node_of(r)) is not None
+        ),
         "root_requires_grad": any(root.requires_grad for root in call.roots),
         "retain_graph": call.retain_graph,
         "create_graph": call.create_graph,

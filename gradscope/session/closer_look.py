@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gradscope.instruments.autograd_graph import capture_graph
+from gradscope.instruments.graph_nodes import is_leaf_tensor
 from gradscope.instruments.late import Late
 from gradscope.instruments.loss_calls import LossCalls
 from gradscope.instruments.module_survey import MadeAt, ModuleSurvey
@@ -98,7 +99,7 @@ class CloserLook:
         """Note the call of a loss or activation function, and who uses a stranger first."""
         if not self._is_elsewhere():
             for value in nested_tensors((args, kwargs)):
-                if value.requires_grad and value.is_leaf and not self._census.knows(value):
+                if value.requires_grad and is_leaf_tensor(value) and not self._census.knows(value):
                     use = (weakref.ref(value), self._survey.here, user_location())
                     self._uses.setdefault(id(value), use)
             self._losses.torch_function_called(function, args, kwargs, result, first_node)

@@ -116,6 +116,26 @@ def test_a_tensor_of_its_own_that_the_loss_needs_is_no_leftover() -> None:
     assert notes(without) == ["GS102"]
 
 
+def test_master_weights_of_a_model_in_bfloat16_are_no_leftover() -> None:
+    model = Net().bfloat16()
+    masters = [p.detach().float().requires_grad_() for p in model.parameters()]
+    setup = gradscope.check_setup(model, AdamW(masters))
+    assert serious(setup) == []
+    assert "in bfloat16: they look like its weights in full precision" in setup[0].message
+    # Those of another model, and an old copy of the same precision, are.
+    assert ("GS102", "error") in serious(
+        gradscope.check_setup(model, AdamW(nn.Linear(3, 4).parameters()))
+    )
+    same = [p.detach().requires_grad_() for p in model.parameters()]
+    assert ("GS102", "error") in serious(gradscope.check_setup(model, AdamW(same)))
+
+
+def test_a_parameter_without_elements_is_not_missed_by_a_loss() -> None:
+    model = Net()
+    model.register_parameter("dummy", nn.Parameter(torch.empty(0)))
+    assert serious(gradscope.check_setup(model, SGD(model.parameters(), lr=0.1), model(X))) == []
+
+
 def test_a_parameter_twice_in_one_optimizer_and_in_two() -> None:
     model = Net()
     with warnings.catch_warnings():

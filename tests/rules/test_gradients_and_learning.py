@@ -139,6 +139,32 @@ def test_a_logarithm_of_zero() -> None:
     assert "ogarithm" in findings[0].message
 
 
+@pytest.mark.parametrize(
+    ("pass_on", "not_from"),
+    [
+        (lambda out: out[:, :1], "Slice"),
+        (lambda out: out.relu()[:, :1].reshape(-1), "Relu"),
+        (lambda out: out.T[0], "Select"),
+    ],
+)
+def test_an_operation_that_passes_a_value_on_has_not_made_it_infinite(
+    pass_on: Callable[[torch.Tensor], torch.Tensor], not_from: str
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[1].weight.fill_(3e38)
+    findings = train(
+        model,
+        steps=2,
+        make_x=lambda: torch.ones(8, 6),
+        loss_of=lambda out, y: pass_on(out).square().mean(),
+    )
+    assert told(findings)[0] == "GS405"
+    assert "Addmm gave infinity" in findings[0].message
+    assert not_from not in findings[0].message
+
+
 def test_a_norm_at_zero() -> None:
     def norm_loss(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return ((out - out.detach()) ** 2).sum(1).sqrt().mean() + F.cross_entropy(out, y)

@@ -176,3 +176,14 @@ def test_a_new_normalisation_whose_weights_are_frozen_too_is_named() -> None:
     )
     model[1].requires_grad_(False)
     assert told(judged(lambda m, i: m[1].eval() and None, model)) == ["GS315"]
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_pretrained_normalisation_of_standardised_data_that_is_frozen(pretrained: bool) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(2)
+    for _ in range(200 if pretrained else 0):
+        norm(torch.randn(256, 2, 6))
+    model = nn.Sequential(norm, nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3))
+    named = told(judged(lambda m, i: m[0].eval() and None, model))
+    assert named == ([] if pretrained else ["GS315"])

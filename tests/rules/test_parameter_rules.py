@@ -239,3 +239,104 @@ def test_the_screen_says_of_unregistered_layers_what_the_finding_says() -> None:
     screen = repr(scope)
     assert "missed by every optimizer: 2 (layers[0].weight, layers[0].bias)" in screen
     assert "held, but in no watched model" not in screen
+
+
+class Quantised(nn.Module):
+    """A codebook that follows what is encoded, moved by hand or left as it was made."""
+
+    def __init__(self, *, moves: bool) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(6, 4), nn.Linear(4, 3)
+        self.codes = nn.Parameter(torch.randn(8, 4))
+        self.moves = moves
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.encode(x)
+        nearest = torch.cdist(z, self.codes).argmin(1)
+        if self.moves:
+            with torch.no_grad():
+                for code in nearest.unique():
+                    self.codes[code].lerp_(z[nearest == code].mean(0), 0.1)
+        result: torch.Tensor = self.decode(z + (self.codes[nearest] - z).detach())
+        return result
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_codebook_that_the_program_moves_by_hand(moves: bool) -> None:
+    torch.manual_seed(0)
+    model = Quantised(moves=moves)
+    found = train(model, sgd(model.parameters(), weight_decay=0.1))
+    assert found.get("GS105") == (None if moves else ("codes",))
+    assert "GS901" not in found
+
+
+@pytest.mark.parametrize("numel", [0, 1])
+def test_a_parameter_without_elements_which_tells_the_device(numel: int) -> None:
+    model = net()
+    model.register_parameter("dummy", nn.Parameter(torch.zeros(numel)))
+    assert ("GS105" in train(model, sgd(model.parameters()))) is bool(numel)
+
+
+def with_masters(*, held: str, lr: float) -> list[str]:
+    """Train a model in bfloat16 whose optimizer has weights in float32; returns the codes found.
+
+    Args:
+        held: ``copied back``; ``never copied back``; or ``another model``, without gradients.
+        lr: of Adam, that is, how far a weight moves in a step at most.
+    """
+    torch.manual_seed(0)
+    model = net().bfloat16()
+    masters = [p.detach().float().requires_grad_() for p in model.parameters()]
+    # In two groups, as is usual: not in the order of the model.
+    matrices = [p for p in masters if p.ndim > 1]
+    others = [p for p in masters if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": others}, {"params": matrices}], lr=lr, weight_decay=0.0
+    )
+    with gradscope.watch(model, optimizer, on_error="raise", every=1) as scope:
+        for _ in range(20):
+            x = torch.randn(8, 6)
+            F.cross_entropy(model(x.bfloat16()).float(), x[:, :3].argmax(1)).backward()
+            for weight, master in zip(model.parameters(), masters, strict=True):
+                assert weight.grad is not None
+                master.grad = None if held == "another model" else weight.grad.float()
+                weight.grad = None
+            optimizer.step()
+            if held == "copied back":
+                with torch.no_grad():
+                    for weight, master in zip(model.parameters(), masters, strict=True):
+                        weight.copy_(master)
+    return [f.code for f in scope.findings if f.severity > 0]
+
+
+@pytest.mark.parametrize("lr", [1e-6, 2e-5, 1e-3, 1e-1])
+def test_master_weights_in_float32_are_in_use(lr: float) -> None:
+    assert not {"GS101", "GS102"} & set(with_masters(held="copied back", lr=lr))
+
+
+def test_master_weights_beside_norms_that_the_optimizer_holds_themselves() -> None:
+    torch.manual_seed(0)
+    first, norm, last = nn.Linear(6, 8).bfloat16(), nn.LayerNorm(8), nn.Linear(8, 3).bfloat16()
+    model = nn.Sequential(first, norm, last)
+    narrow = [*first.parameters(), *last.parameters()]
+    masters = [p.detach().float().requires_grad_() for p in narrow]
+    optimizer = torch.optim.Adam([*norm.parameters(), *masters], lr=1e-6)
+    with gradscope.watch(model, optimizer, on_error="raise", every=1) as scope:
+        for _ in range(20):
+            x = torch.randn(8, 6)
+            h = norm(first(x.bfloat16()).float())
+            F.cross_entropy(last(h.bfloat16()).float(), x[:, :3].argmax(1)).backward()
+            for weight, master in zip(narrow, masters, strict=True):
+                assert weight.grad is not None
+                master.grad, weight.grad = weight.grad.float(), None
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for weight, master in zip(narrow, masters, strict=True):
+                    weight.copy_(master)
+    assert not {"GS101", "GS102", "GS105"} & {f.code for f in scope.findings}
+
+
+@pytest.mark.parametrize("held", ["another model", "never copied back"])
+def test_wider_weights_that_are_in_use_nowhere(held: str) -> None:
+    assert "GS102" in with_masters(held=held, lr=1e-2)

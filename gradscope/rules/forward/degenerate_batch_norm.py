@@ -22,6 +22,9 @@ _MAP = 4
 
 _MOMENTUM = re.compile(r"\bmomentum=([0-9.e+-]+)")
 
+_STATISTICS_LEARNT = "running_statistics=learnt"
+"""As ``instruments/module_survey.py`` writes it among the settings."""
+
 _FOLLOWS_THE_LAST = 0.9
 """From here on the running statistics are those of the last batch or two. Other frameworks call
 what is kept momentum, and have 0.99 there; torch calls momentum what is taken in."""
@@ -47,8 +50,8 @@ class DegenerateBatchNorm(Rule):
     At closer looks gradscope notes mode, settings and batch size of every batch normalisation. The
     finding is raised when the batch size was 1 at all looks, unless losses compare maps, as those
     of models from image to image do; when momentum is 0; when it was in evaluation mode at all
-    looks, inside a model in training mode, with scale and shift as they are made, which tells it
-    from a pretrained one that is frozen. A momentum near 1 is a note.
+    looks, inside a model in training mode, with scale, shift and running statistics as they are
+    made, which tells it from a pretrained one that is frozen. A momentum near 1 is a note.
 
     ## Example
 
@@ -169,5 +172,6 @@ def _way(
     is_seen = rows["step"].nunique() >= _LEAST_LOOKS and not training.any()
     around = {other.rpartition(".")[0] for other in trained}
     is_trained = module in trained or (bool(own) and module.rpartition(".")[0] in around)
-    never = is_seen and is_new and is_trained and tracks and model_trains
+    has_learnt = rows["settings"].str.contains(_STATISTICS_LEARNT, regex=False).any()
+    never = is_seen and is_new and is_trained and tracks and model_trains and not has_learnt
     return "never learnt" if never else ""

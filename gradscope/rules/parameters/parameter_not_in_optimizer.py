@@ -11,10 +11,19 @@ from gradscope.rules.rule import Rule
 from gradscope.run.entries import ParameterEntry
 from gradscope.run.recording import Recording
 
+_ROUNDING = {"float16": 2.0**-7, "bfloat16": 2.0**-4}
+"""By how much of its norm a copy may be behind and still be the nearest to it; eight times the step
+from one number to the next, for norms have the precision of what they are of."""
+
+_ROUNDING_ELSE = 1e-5
+
 
 def _lost(run: Recording) -> list[ParameterEntry]:
-    """Parameters with gradients that no optimizer holds and that nothing moved."""
-    return [
+    """Parameters with gradients that no optimizer holds and that nothing moved.
+
+    One whose master weight an optimizer trains is not lost.
+    """
+    lost = [
         entry
         for entry in run.parameters
         if entry.requires_grad
@@ -23,6 +32,38 @@ def _lost(run: Recording) -> list[ParameterEntry]:
         and (entry.in_model or entry.module_type)
         and entry.norm_first == entry.norm_last
     ]
+    known = {e.shape for e in _masters(run)} - _left_behind(run, lost)
+    return [entry for entry in lost if entry.shape not in known]
+
+
+def _masters(run: Recording) -> list[ParameterEntry]:
+    """What optimizers hold, no backward reaches, and the program itself gives gradients."""
+    grads = run.frame("grads")
+    fed = set(grads.loc[grads["status"] == "assigned", "param"])
+    return [
+        e
+        for e in run.parameters
+        if e.holders and e.requires_grad and not e.reached and not e.in_model and e.name in fed
+    ]
+
+
+def _left_behind(run: Recording, lost: list[ParameterEntry]) -> set[tuple[int, ...]]:
+    """Shapes of which more masters moved far enough for a copy to show it than copies did move."""
+    masters = _masters(run)
+    shapes = set()
+    for shape in {e.shape for e in masters} & {e.shape for e in lost}:
+        hidden = max(_ROUNDING.get(e.dtype, _ROUNDING_ELSE) for e in lost if e.shape == shape)
+        n_far = sum(
+            abs(e.norm_last - e.norm_first) > hidden * max(e.norm_first, e.norm_last)
+            for e in masters
+            if e.shape == shape
+        )
+        n_moved = sum(
+            e.in_model and e.shape == shape and e.norm_first != e.norm_last for e in run.parameters
+        )
+        if n_far > n_moved:
+            shapes.add(shape)
+    return shapes
 
 
 def _stepping(run: Recording) -> set[int]:
@@ -74,7 +115,8 @@ class ParameterNotInOptimizer(Rule):
     From what each optimizer holds, which gradients backward wrote, and the norms of the values at
     the beginning and the end. A whole model without an optimizer is reported only if it runs in
     training mode and before one that is trained, as an encoder does and a teacher or critic does
-    not. What a program updates by hand is not reported.
+    not. What a program updates by hand is not reported, nor what has a master weight of a wider
+    dtype that an optimizer trains.
 
     ## Example
 
@@ -92,7 +134,7 @@ class ParameterNotInOptimizer(Rule):
     code = "GS101"
     name = "parameter-not-in-optimizer"
     severity = Severity.WARNING
-    tables = ("params", "steps", "events")
+    tables = ("params", "steps", "events", "grads")
     symptom_of = ("GS102",)
 
     def check(self, run: Recording) -> list[Finding]:
@@ -156,7 +198,10 @@ class StaleOptimizerParameter(Rule):
 
     ## How it is found
 
-    From what each optimizer holds, what models register, and which gradients backward wrote.
+    From what each optimizer holds, what models register, and which gradients backward wrote. Copies
+    of a wider dtype that the program gives gradients, as a model in bfloat16 has its master
+    weights, are in use, and weights of bfloat16 do not show their small steps at once. Only if such
+    copies have moved by more than rounding hides, and the model has not, are they stale.
 
     ## Example
 
@@ -176,15 +221,18 @@ class StaleOptimizerParameter(Rule):
     code = "GS102"
     name = "stale-optimizer-parameter"
     severity = Severity.ERROR
-    tables = ("params", "steps", "events")
+    tables = ("params", "steps", "events", "grads")
 
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per optimizer with stale parameters."""
         lost = [entry for entry in _lost(run) if entry.in_model]
+        left = _left_behind(run, lost)
+        in_use = {e.name for e in _masters(run) if e.shape not in left}
         findings = []
         for number in sorted(_stepping(run)):
             held = [e for e in run.parameters if any(n == number for n, _ in e.holders)]
             stale = [e for e in held if not e.reached and e.requires_grad]
+            stale = [e for e in stale if e.name not in in_use]
             shapes = {e.shape for e in stale}
             ranks = {(len(e.shape), *e.shape[1:]) for e in stale}
             replaced = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from gradscope.rules.facts import is_compiled, listed, stepped
+from gradscope.rules.facts import has_moved, is_compiled, listed, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -32,7 +32,9 @@ class UnusedParameter(Rule):
 
     Over all backwards of the run. Experts, heads and blocks that are used now and then have their
     gradient by then; one that never was is silent if others of its list get theirs at some steps
-    only. Where the graph was cut on the way, that finding explains this one.
+    only. One without elements is silent, and one that never had a gradient at a step and moved all
+    the same: a codebook that follows a mean, which the program moves itself. Where the graph was
+    cut on the way, that finding explains this one.
 
     ## Example
 
@@ -71,6 +73,9 @@ class UnusedParameter(Rule):
         calls = run.frame("calls")
         called = set(calls["module"])
         used_at_times = _used_at_times(run)
+        grads = run.frame("grads")
+        # A step moves only what has a gradient, of zeros even.
+        given = set(grads.loc[grads["status"] != "none", "param"])
         findings = []
         for number, known in enumerate(run.optimizers):
             held = [e for e in run.parameters if any(n == number for n, _ in e.holders)]
@@ -78,8 +83,10 @@ class UnusedParameter(Rule):
                 e
                 for e in held
                 if e.requires_grad
+                and e.numel
                 and not e.reached
                 and e.in_model
+                and not (e.name not in given and has_moved(e))
                 and used_at_times.isdisjoint(_numbers_left_out(e.name))
             ]
             if (
