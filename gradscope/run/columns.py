@@ -249,8 +249,11 @@ class Columns:
     def take(self, stop: int) -> dict[str, np.ndarray[Any, Any] | Coded]:
         """Return copies of the rows before ``stop`` that nobody has taken yet, by column.
 
+        There may be fewer rows than ``stop``, after some were forgotten.
+
         Texts come as :class:`Coded`, parameters and optimizers as their numbers.
         """
+        stop = min(stop, self.n_rows)
         start, self.n_taken = self.n_taken, max(stop, self.n_taken)
         return self.copies(start, stop)
 
