@@ -82,10 +82,14 @@ class TorchFunctionTap(Tap):
         self.suspended = 0
         self._thread = threading.get_ident()
         self._is_inside_compiled_code = False
-        undo.callback(self._take_out)
+        undo.callback(self._end)
         self._insert()
         undo.callback(compiled_code.remove, self)
         compiled_code.add(self)
+
+    def _end(self) -> None:
+        self._is_inside_compiled_code = False  # its end may still be told, and puts nothing back
+        self._take_out()
 
     def compiled_code_entered(self, function: Any, args: Any, kwargs: Any) -> None:
         """See no calls, unless the compiled code runs inside of a call, where none are seen."""
