@@ -91,7 +91,7 @@ class TargetIndependentOfInput(Rule):
         *(f"GS31{number}" for number in range(6)),
         *(f"GS40{number}" for number in range(1, 10)),
         *("GS410", "GS501", "GS502", "GS503", "GS504", "GS505", "GS506", "GS507", "GS508"),
-        *("GS509", "GS510", "GS511", "GS512", "GS513", "GS514", "GS515"),
+        *("GS509", *(f"GS51{number}" for number in range(8))),
         *("GS601", "GS603", "GS604", "GS605", "GS606", "GS607"),
     )
 
