@@ -7,7 +7,8 @@ ones. The buffers are allocated once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from functools import cached_property
+from itertools import groupby, pairwise
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -24,7 +25,6 @@ MOST_BYTES = 64 * 2**20
 """What all copies but that of the weights may take, or :data:`_SHARE` of that if it is more."""
 
 _SHARE = 0.25
-
 
 TRACKED = 16
 """How many weights of each parameter are kept of every recorded step."""
@@ -105,6 +105,19 @@ class FlatCopies:
         """Copy all weights, as they are now."""
         sources = [real_view(p) for p in parameters] if self._has_complex else parameters
         self._copy_all("weight_before", sources)
+
+    @cached_property
+    def tracked(self) -> tuple[Integers, Integers]:
+        """Of each parameter some elements, spread evenly, its first and its last among them.
+
+        Their places in a buffer of all parameters, int64[k], and whose they are, int64[k].
+        """
+        places = [
+            np.unique(np.linspace(start, stop - 1, TRACKED).astype(np.int64))
+            for start, stop in pairwise(self.starts.tolist())
+        ]
+        member = np.repeat(np.arange(len(places)), [len(each) for each in places])
+        return np.concatenate([[], *places]).astype(np.int64), member
 
     def weights(self) -> list[torch.Tensor]:
         """Return the copies of all weights, each in its shape."""
@@ -263,11 +276,6 @@ def real_view(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor without graph, a complex one as pairs of real numbers."""
     tensor = tensor.detach()
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def spread(start: int, stop: int) -> Integers:
-    """Places of the tracked weights: spread evenly, the first and the last element among them."""
-    return np.unique(np.linspace(start, stop - 1, TRACKED).astype(np.int64))
 
 
 def _plain(tensor: torch.Tensor | None, view: torch.Tensor) -> Any:

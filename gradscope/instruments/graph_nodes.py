@@ -9,6 +9,12 @@ import torch
 
 from gradscope.run.captured_graph import operation
 
+RESHAPES = frozenset(
+    {"View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze"}
+    | {"Clone", "Alias"}
+)
+"""Operations that give every value on as it is, and none twice."""
+
 _MOST_NODES = 50_000
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gradscope.instruments.graph_nodes import is_leaf, operation_of, operations_behind
+from gradscope.instruments.graph_nodes import RESHAPES, is_leaf, operation_of, operations_behind
 from gradscope.instruments.saved_tensors import saved_tensors_of
 from gradscope.instruments.tensor_summary import is_readable
 
@@ -21,10 +21,10 @@ _IS_INFINITE_ITSELF = frozenset(
 )
 """Of the operations below those whose value, too, is infinite at such a point."""
 
-_PASS_ON = frozenset(
-    {"View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze"}
-    | {"Clone", "Alias", "Expand", "AsStrided", "Slice", "Select", "Index", "IndexSelect"}
-    | {"Gather", "Narrow", "Unbind", "Split", "SplitWithSizes", "Chunk", "Diagonal", "Unfold"}
+_PASS_ON = (
+    RESHAPES
+    | {"Expand", "AsStrided", "Slice", "Select", "Index", "IndexSelect", "Gather", "Narrow"}
+    | {"Unbind", "Split", "SplitWithSizes", "Chunk", "Diagonal", "Unfold"}
     | {"Neg", "Relu", "Tanh", "Sigmoid"}
 )
 """Operations whose value is finite where what goes into them is; a change of dtype can overflow."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradscope.instruments.flat_copies import FlatCopies, Integers, real_view, spread
+from gradscope.instruments.flat_copies import FlatCopies, Integers, real_view
 from gradscope.instruments.late import Late
 from gradscope.instruments.statistics import Reals, StatisticsReader
 
@@ -49,17 +49,18 @@ class OtherUpdates:
         now = [real_view(p) for i in others if (p := parameters[i]) is not None]
         copied = [weights[i] for i in others]
         at = np.array(others, np.int64)
-        places = [spread(*self._copies.starts[i : i + 2]) for i in others]
-        in_all = np.concatenate([np.zeros(0, np.int64), *places])
-        values = {"weight_before": self._copies.gather("weight_before", in_all)}
+        places, member = self._copies.tracked
+        is_other = np.isin(member, at)
+        places, member = places[is_other], member[is_other]
+        values = {"weight_before": self._copies.gather("weight_before", places)}
         # The program's weights are not shown to NumPy: torch could resize them no more.
         before = self._reader.sums_of_squares(own)
         torch._foreach_sub_(copied, now)
         update = self._reader.sums_of_squares(own)
         torch._foreach_copy_(copied, now)
         after = self._reader.sums_of_squares(own)
-        values["weight_after"] = self._copies.gather("weight_before", in_all)
-        self.tracked = (in_all, np.repeat(at, [len(each) for each in places]), values)
+        values["weight_after"] = self._copies.gather("weight_before", places)
+        self.tracked = (places, member, values)
         return at, _Chosen((before, after, update), at)
 
 

@@ -54,9 +54,9 @@ def precomputed_weights(
     last = [node for node in old if node not in used_by_old and not _is_view(node)]
     program = vars(sys.modules["__main__"]) if "__main__" in sys.modules else {}
     names = {
-        node_of(value): name
+        node: name
         for name, value in list(program.items())
-        if isinstance(value, torch.Tensor) and node_of(value) is not None
+        if isinstance(value, torch.Tensor) and (node := node_of(value)) is not None
     }
     return [names.get(node, "") for node in last]
 

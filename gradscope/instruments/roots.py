@@ -61,11 +61,11 @@ class Roots:
             met = self._met.get(id(root))
             if met is not None and met[0]() is root:
                 facts["repeats"] = met[1]
-            elif node_of(root) is not None:
-                term = _earlier_term(node_of(root))
+            elif (node := node_of(root)) is not None:
+                term = _earlier_term(node)
                 if term is not None:
                     facts["repeats"] = term.backward
-                self._watch(node_of(root), number)
+                self._watch(node, number)
             self._met[id(root)] = (weakref.ref(root), number)
         if len(self._met) > _MOST_REMEMBERED:
             self._met = {key: met for key, met in self._met.items() if met[0]() is not None}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from gradscope.instruments.flat_copies import (
     Integers,
     can_be_copied,
     is_elsewhere,
-    spread,
     working_dtype,
 )
 from gradscope.instruments.late import Known, Late, scalar_of
@@ -172,7 +170,6 @@ class _Part:
         self._shaped: dict[str, list[torch.Tensor | None]] = {}
         self._is_first: Flags = np.zeros(0, np.bool_)
         self._runs: list[Run] = []
-        self._positions: tuple[tuple[int, int], Any, Any] | None = None
         self._other_updates: OtherUpdates | None = None
 
     def before(
@@ -254,12 +251,9 @@ class _Part:
         copies = self.copies
         if self._formula is not None and not self._formula.elementwise:
             return []
-        first, last = copies.turn
-        if self._positions is None or self._positions[0] != copies.turn:
-            at = [spread(int(a), int(b)) for a, b in pairwise(copies.starts[first : last + 1])]
-            member = np.repeat(np.arange(first, last), [len(each) for each in at])
-            self._positions = (copies.turn, np.concatenate([[], *at]).astype(np.int64), member)
-        _, at_all, member = self._positions
+        at_all, member = copies.tracked
+        own = slice(*np.searchsorted(member, copies.turn))
+        at_all, member = at_all[own], member[own]
         runs = self._runs
         run = np.searchsorted([run.last for run in runs], member, "right")
         names = {"weight_before", "weight_after"}.union(*(run.arrays.values() for run in runs))

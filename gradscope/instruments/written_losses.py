@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from gradscope.instruments.graph_nodes import described, node_of, operation_of
+from gradscope.instruments.graph_nodes import RESHAPES, described, node_of, operation_of
 from gradscope.instruments.late import Late, Numbers
 from gradscope.instruments.tensor_summary import is_readable
 from gradscope.taps.user_frame import Location, columns_of, user_location
@@ -26,10 +26,7 @@ _PRODUCTS = frozenset({"mul", "rmul", "multiply"})
 _QUOTIENTS = frozenset({"div", "truediv", "divide", "true_divide"})
 _PICKED_BY = ("Index", "Gather")
 
-_VIEWS = frozenset(
-    {"View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze"}
-    | {"Clone", "ToCopy", "Alias"}
-)
+_VIEWS = RESHAPES | {"ToCopy"}
 _LIMITED = _VIEWS | {"Add", "Clamp", "ClampMin", "ClampMax"}
 """Between a probability and its logarithm: a small number that keeps it away from zero."""
 

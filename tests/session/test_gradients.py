@@ -252,13 +252,18 @@ def test_what_a_step_itself_does_to_gradients_is_not_the_programs_doing() -> Non
     assert not history.consume(0, 1, looks((7, 2, False))).edited_after_use[0]
 
 
+def after_a_backward() -> tuple[GradientHistory, GradientLook]:
+    history = GradientHistory()
+    history.grow(1)
+    history.look_before_backward(looks((0, 0, False)))
+    look = looks((7, 0, False))
+    history.look_after_backward(look)
+    return history, look
+
+
 def test_after_a_clearing_the_same_id_and_version_are_another_gradient() -> None:
     for is_shared in (False, True):
-        history = GradientHistory()
-        history.grow(1)
-        history.look_before_backward(looks((0, 0, False)))
-        look = looks((7, 0, False))
-        history.look_after_backward(look)
+        history, look = after_a_backward()
         history.forget(slice(0, 1))
         found = history.consume(0, 0, look if is_shared else looks((7, 0, False)))
         assert STATUSES[found.status[0]] == "assigned"
@@ -266,11 +271,7 @@ def test_after_a_clearing_the_same_id_and_version_are_another_gradient() -> None
 
 def test_zeros_that_moved_no_version_are_seen_by_a_look_that_serves_twice() -> None:
     for is_shared in (False, True):
-        history = GradientHistory()
-        history.grow(1)
-        history.look_before_backward(looks((0, 0, False)))
-        look = looks((7, 0, False))
-        history.look_after_backward(look)
+        history, look = after_a_backward()
         history.consume(0, 0, look)
         now = looks((7, 0, True))  # after p.grad.data.zero_()
         if is_shared:

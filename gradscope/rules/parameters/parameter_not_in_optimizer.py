@@ -38,13 +38,16 @@ def _lost(run: Recording) -> list[ParameterEntry]:
 
 def _masters(run: Recording) -> list[ParameterEntry]:
     """What optimizers hold, no backward reaches, and the program itself gives gradients."""
-    grads = run.frame("grads")
-    fed = set(grads.loc[grads["status"] == "assigned", "param"])
-    return [
+    unreached = [
         e
         for e in run.parameters
-        if e.holders and e.requires_grad and not e.reached and not e.in_model and e.name in fed
+        if e.holders and e.requires_grad and not e.reached and not e.in_model
     ]
+    if not unreached:  # as nearly always, and there may be many rows
+        return []
+    grads = run.frame("grads")
+    fed = set(grads.loc[grads["status"] == "assigned", "param"])
+    return [e for e in unreached if e.name in fed]
 
 
 def _left_behind(run: Recording, lost: list[ParameterEntry]) -> set[tuple[int, ...]]:

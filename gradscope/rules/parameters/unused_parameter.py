@@ -73,9 +73,7 @@ class UnusedParameter(Rule):
         calls = run.frame("calls")
         called = set(calls["module"])
         used_at_times = _used_at_times(run)
-        grads = run.frame("grads")
-        # A step moves only what has a gradient, of zeros even.
-        given = set(grads.loc[grads["status"] != "none", "param"])
+        moved_by_hand = _moved_by_hand(run)
         findings = []
         for number, known in enumerate(run.optimizers):
             held = [e for e in run.parameters if any(n == number for n, _ in e.holders)]
@@ -86,7 +84,7 @@ class UnusedParameter(Rule):
                 and e.numel
                 and not e.reached
                 and e.in_model
-                and not (e.name not in given and has_moved(e))
+                and e.name not in moved_by_hand
                 and used_at_times.isdisjoint(_numbers_left_out(e.name))
             ]
             if (
@@ -120,6 +118,16 @@ class UnusedParameter(Rule):
                 )
             )
         return findings
+
+
+def _moved_by_hand(run: Recording) -> set[str]:
+    """What no backward reached and no step could move, and what has moved all the same."""
+    moved = {e.name for e in run.parameters if not e.reached and has_moved(e)}
+    if not moved:
+        return moved
+    grads = run.frame("grads")
+    # A step moves only what has a gradient, of zeros even.
+    return moved - set(grads.loc[grads["status"] != "none", "param"])
 
 
 def _used_at_times(run: Recording) -> set[_Around]:
