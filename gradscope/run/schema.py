@@ -196,7 +196,8 @@ STEPS = Table(
             "loss",
             R,
             "sum of the roots of the backwards whose gradients this step is about: the scalar "
-            "that it descends. NaN where a root is no scalar. Unscaled under a gradient scaler",
+            "that it descends. Of a step that calls a closure several times, the last. NaN where "
+            "a root is no scalar. Unscaled under a gradient scaler",
         ),
         ("n_forward", C, "outermost calls of watched models since this optimizer's last attempt"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable
@@ -375,6 +376,8 @@ class Attempts:
     def _consume(self, optimizer: int, reading: StepReading) -> None:
         """Account for the gradients read as used by the update."""
         reading.is_consumed = True
+        if reading.in_closure:  # by the time this is accounted for, the next one has been read
+            reading = copy.copy(reading)
         account = functools.partial(self._account_use, self._followers[optimizer], reading)
         self._in_order.do(account, *reading.awaited())
 

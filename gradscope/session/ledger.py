@@ -54,7 +54,9 @@ class Attempt:
         first_node: the autograd sequence number at the first forward, or None.
         graph_nodes: nodes created from there to the last backward.
         forward_seconds, backward_seconds: time in each.
-        taken: the backwards that belong here.
+        taken: the backwards that belong here, and whose gradients are still there.
+        n_used: how many of these the step that is under way has used, within a closure.
+        used_before: backwards of earlier closures of the step, which it has used as well.
         foreign: backwards that wrote to strangers only.
         discarded: numbers of backwards whose gradients were cleared before any step used them.
     """
@@ -70,17 +72,19 @@ class Attempt:
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
     taken: list[Backward] = field(default_factory=list)
+    n_used: int = 0
+    used_before: list[int] = field(default_factory=list)
     foreign: list[Backward] = field(default_factory=list)
     discarded: list[int] = field(default_factory=list)
 
     @property
     def backwards(self) -> list[int]:
         """Numbers of the backwards whose gradients this attempt is about."""
-        return [backward.number for backward in self.taken]
+        return self.used_before + [backward.number for backward in self.taken]
 
     @property
     def loss(self) -> float:
-        """Sum of their roots; NaN if there are none, or one was no scalar."""
+        """Sum of the roots behind its gradients; NaN if there are none, or one was no scalar."""
         return sum(backward.root for backward in self.taken) if self.taken else math.nan
 
     def take(self, backward: Backward, last_node: int, seconds: float) -> None:
@@ -93,10 +97,10 @@ class Attempt:
 
     def drop_cleared(self) -> None:
         """Count no backward whose gradients have been cleared before any step used them."""
-        kept = [backward for backward in self.taken if not backward.reached]
-        if len(kept) < len(self.taken):
-            self.discarded += [backward.number for backward in self.taken if backward.reached]
-            self.taken = kept
+        self.used_before += [backward.number for backward in self.taken[: self.n_used]]
+        unused, self.n_used = self.taken[self.n_used :], 0
+        self.discarded += [backward.number for backward in unused if backward.reached]
+        self.taken = [backward for backward in unused if not backward.reached]
 
     def note(self, word: str) -> None:
         """Add an event to the order; the same word again only counts up."""
@@ -270,6 +274,8 @@ class Ledger:
 
     def consume(self, optimizer: int, look: GradientLook) -> Consumption:
         """Account for the gradients that an update of ``optimizer`` is about to read."""
+        attempt = self._attempts[optimizer]
+        attempt.n_used = len(attempt.taken)
         return self.gradients.consume(optimizer, self.n_steps, look)
 
     def describe(self, optimizer: int, look: GradientLook) -> Consumption:
@@ -322,9 +328,12 @@ class Ledger:
         """Number of the first backward that the next step of some optimizer may belong to."""
         return min(
             (
-                backward.number
+                number
                 for attempt in self._attempts.values()
-                for backward in (*attempt.taken[:1], *attempt.foreign[:1])
+                for number in (
+                    *attempt.backwards[:1],
+                    *(each.number for each in attempt.foreign[:1]),
+                )
             ),
             default=self.n_backwards,
         )

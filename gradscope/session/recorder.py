@@ -264,7 +264,7 @@ def record_step(
             "outcome": record.outcome,
             "loss": attempt.loss / loss_scale,
             "n_forward": attempt.n_forward,
-            "n_backward": len(attempt.taken),
+            "n_backward": len(attempt.backwards),
             "order": attempt.spelled_order(),
             "zeroed": attempt.zeroed,
             "zeroed_by": attempt.zeroed_by,

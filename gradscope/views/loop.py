@@ -247,7 +247,7 @@ def _zero_grad(steps: pd.DataFrame) -> list[str]:
         "never": "NOT cleared before backward",
     }
     for how, rows in later.groupby("zeroed"):
-        by = sorted(set(rows["zeroed_by"]) - {""})
+        by = sorted(set(rows["zeroed_by"]) - {""}) if how != "never" else []
         facts.append(
             f"used gradients {words[str(how)]} at {_of(len(rows), len(later), 'later step')}"
             + (f", by {', '.join(_spelled_by(name) for name in by)}" if by else "")

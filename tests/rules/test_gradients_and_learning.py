@@ -224,6 +224,28 @@ def test_zeros_that_move_on_are_silent() -> None:
     assert not told(train(Adapted()))
 
 
+class LowRank(nn.Module):
+    """A linear layer with an adapter of two matrices; ``second`` may be without use."""
+
+    def __init__(self, first: torch.Tensor, second: torch.Tensor, scale: float = 1.0) -> None:
+        super().__init__()
+        self.base, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.a, self.b, self.scale = nn.Parameter(first), nn.Parameter(second), scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.base(x) + self.scale * (x @ self.a.T @ self.b.T)))
+
+
+def test_an_adapter_of_which_both_matrices_are_zero_stays_zero() -> None:
+    torch.manual_seed(0)
+    (finding,) = train(LowRank(torch.zeros(2, 6), torch.zeros(8, 2)))
+    assert (finding.code, finding.params) == ("GS605", ("a", "b"))
+    assert not told(train(LowRank(torch.randn(2, 6), torch.zeros(8, 2))))
+    assert not told(train(LowRank(torch.zeros(2, 6), torch.randn(8, 2))))
+    # Here the zeros are not why nothing is learnt.
+    assert "GS605" not in told(train(LowRank(torch.randn(2, 6), torch.zeros(8, 2), scale=0.0)))
+
+
 def test_all_weights_zero() -> None:
     model = mlp()
     for parameter in model.parameters():

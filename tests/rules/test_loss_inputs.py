@@ -47,6 +47,19 @@ def logits_into_nll(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch
     return F.nll_loss(3 * model(x), y)  # bad
 
 
+def teacher(x: torch.Tensor) -> torch.Tensor:
+    return (2 * x[:, :3]).softmax(1)
+
+
+def softmax_into_kl_div(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.kl_div(model(x).softmax(1), teacher(x), reduction="batchmean")  # bad
+
+
+def logits_into_kl_div(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    out = model(x) / 0.1
+    return nn.KLDivLoss(reduction="batchmean")(out, teacher(x))  # bad
+
+
 def sigmoid_into_bce_with_logits(
     model: nn.Module, x: torch.Tensor, y: torch.Tensor
 ) -> torch.Tensor:
@@ -84,6 +97,8 @@ BROKEN: dict[MakeLoss, str] = {
     clamped_softmax: "GS307",
     softmax_into_nll: "GS308",
     logits_into_nll: "GS308",
+    softmax_into_kl_div: "GS308",
+    logits_into_kl_div: "GS308",
     sigmoid_into_bce_with_logits: "GS309",
     column_against_row: "GS310",
     column_minus_row: "GS310",
@@ -143,6 +158,15 @@ def nll_of_a_clamped_logarithm(model: nn.Module, x: torch.Tensor, y: torch.Tenso
     return F.nll_loss(model(x).softmax(1).clamp(min=1e-6).log(), y)
 
 
+def kl_div_of_log_softmax(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.kl_div(model(x).log_softmax(1), teacher(x), reduction="batchmean")
+
+
+def kl_div_of_a_logarithm(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    logs = (model(x).softmax(1) + 1e-8).log()
+    return F.kl_div(logs, teacher(x).log(), reduction="batchmean", log_target=True)
+
+
 def bce_of_sigmoid(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy(torch.sigmoid(model(x)[:, 0]), (y > 0).float())
 
@@ -188,6 +212,8 @@ def entropy_bonus(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.T
         softmax_for_the_accuracy,
         nll_of_log_softmax,
         nll_of_a_clamped_logarithm,
+        kl_div_of_log_softmax,
+        kl_div_of_a_logarithm,
         bce_of_sigmoid,
         same_shapes,
         one_target_for_all,

@@ -403,3 +403,39 @@ def test_steps_without_any_gradient_of_models_of_every_size(n_layers: int) -> No
             optimizer.step()
     assert list(scope.grads["status"].unique()) == ["none"]
     assert len(scope.grads) == 3 * 2 * n_layers
+
+
+@pytest.mark.parametrize("clears", [True, False])
+def test_every_backward_of_a_closure_belongs_to_the_step_that_called_it(clears: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    x = torch.randn(8, 3)
+    roots: list[list[float]] = []
+
+    def closure() -> torch.Tensor:
+        if clears:
+            optimizer.zero_grad()
+        loss = (model(x) - 1).square().mean()
+        loss.backward()
+        roots[-1].append(loss.item())
+        return loss
+
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(5):
+            optimizer.zero_grad()
+            roots.append([])
+            optimizer.step(closure)
+    steps, backwards = scope.steps, scope.backwards
+    assert steps["n_backward"].tolist() == [len(of_step) for of_step in roots]
+    assert backwards["step"].tolist() == [i for i, of_step in enumerate(roots) for _ in of_step]
+    assert steps["loss"].tolist() == pytest.approx([of_step[-1] for of_step in roots])
+    grads = scope.grads
+    assert set(grads["status"]) == {"fresh" if clears else "compounded"}
+    # Nobody changed a gradient between two calls of the closure.
+    assert not grads["edited_after_use"].any()
+    if not clears:
+        assert grads["carried_from"].tolist() == grads["step"].tolist()
+        (finding,) = scope.findings
+        assert (finding.code, finding.count) == ("GS201", 5)
+        assert "at the beginning of the closure" in finding.fix

@@ -1,4 +1,4 @@
-"""GS308: nll_loss is given something that is no log-probability."""
+"""GS308: nll_loss or kl_div is given something that is no log-probability."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from gradscope.run.recording import Recording
 _POSITIVE = 1e-3
 """A log-probability is never positive; rounding may make it a little so."""
 
+_FUNCTIONS = {"nll_loss": "NLLLoss", "kl_div": "KLDivLoss"}
+
 _LOGARITHMS = frozenset({"LogSoftmax", "Log", "LogSigmoid", "Logsumexp"})
 
 
 class NllWithoutLogSoftmax(Rule):
-    """GS308 nll-without-log-softmax: nll_loss is given no log-probabilities.
+    """GS308 nll-without-log-softmax: nll_loss or kl_div is given no log-probabilities.
 
     ## What it finds
 
-    The prediction passed to `nll_loss` is a probability or a logit, and no log-probability.
+    The prediction passed to `nll_loss`, or as the first argument to `kl_div`, is a probability or a
+    logit, and no log-probability.
 
     ## Why it matters
 
     `nll_loss` only picks the entry of the right class and negates it. Of probabilities that is a
-    loss between -1 and 0 with weak gradients; of logits it has no lower end, and diverges.
+    loss between -1 and 0 with weak gradients; of logits it has no lower end, and diverges. `kl_div`
+    is linear in its first argument as well: it takes a logarithm of the target only.
 
     ## How it is found
 
@@ -35,6 +39,7 @@ class NllWithoutLogSoftmax(Rule):
     ## Example
 
         loss = F.nll_loss(F.softmax(logits, dim=1), y)
+        loss = F.kl_div(F.softmax(student, dim=1), F.softmax(teacher, dim=1))
 
     ## Fix
 
@@ -42,7 +47,8 @@ class NllWithoutLogSoftmax(Rule):
 
     ## When it is wrong
 
-    When the entries are scores whose normalisation is subtracted later.
+    When the entries are scores whose normalisation is subtracted later, or logarithms of a density,
+    which may be positive.
     """
 
     code = "GS308"
@@ -53,9 +59,11 @@ class NllWithoutLogSoftmax(Rule):
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per line that calls the loss."""
         losses = reached_losses(run)
-        losses = losses.loc[losses["function"] == "nll_loss"]
+        losses = losses.loc[losses["function"].isin(_FUNCTIONS)]
         findings = []
-        for _, rows in losses.groupby(["file", "line"], sort=False, dropna=False):
+        for (function, *_), rows in losses.groupby(
+            ["function", "file", "line"], sort=False, dropna=False
+        ):
             made_by = set(rows["input_made_by"])
             is_probability = made_by <= {"Softmax", "Sigmoid"}
             is_positive = bool((rows["input_max"] > _POSITIVE).all())
@@ -64,19 +72,23 @@ class NllWithoutLogSoftmax(Rule):
             file, line = place_of(rows.iloc[0], "made_at_")
             called = at(*place_of(rows.iloc[0]))
             what = next(iter(made_by)) if is_probability else ""
+            function = str(function)
             modules = culprits(run, what) if what else ()
             given = f"comes out of {with_kind(modules, what)}" if what else "is no log-probability"
             low, high = float(rows["input_min"].min()), float(rows["input_max"].max())
             findings.append(
                 self.finding(
                     message=(
-                        f"the prediction given to nll_loss (NLLLoss){called} {given}: its "
+                        f"the prediction given to {function} ({_FUNCTIONS[function]}){called} "
+                        f"{given}: its "
                         f"values go from {low:.3g} to {high:.3g}, log-probabilities are never "
                         "positive"
                     ),
                     fix=(
-                        f"use log_softmax in the place of softmax{at(file, line)}, or "
-                        "cross_entropy on the logits"
+                        f"use log_softmax in the place of softmax{at(file, line)}"
+                        + (", or cross_entropy on the logits" if function == "nll_loss" else "")
+                        if what
+                        else "pass it the log_softmax of the logits"
                     ),
                     modules=modules,
                     file=file,

@@ -14,10 +14,15 @@ from gradscope.run.entries import ParameterEntry
 from gradscope.run.recording import Recording
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from gradscope.run.captured_graph import CapturedGraph
 
 _LEAST_LOOKS = 3
 """A last layer that starts with zeros, or an adapter, breaks its symmetry at the first step."""
+
+_LEAST_STEPS = 5
+"""Weights of zero that wait for others to move have a gradient at the second step."""
 
 _LAYERS = (
     "Linear",
@@ -39,12 +44,13 @@ class SymmetricInitialization(Rule):
     ## What it finds
 
     All rows of a weight are equal, and so are all rows of its gradient, from the start and at every
-    later look.
+    later look. Or a weight that began with zeros has a gradient of exactly zero at every step.
 
     ## Why it matters
 
     Units that compute the same get the same gradient, and go on to compute the same: a layer of 64
-    units that start equal is a layer of one. With weights of zero there may be no gradient at all.
+    units that start equal is a layer of one. Of two matrices that are multiplied and are both zero,
+    neither gets a gradient: each is the other's derivative.
 
     ## How it is found
 
@@ -53,10 +59,15 @@ class SymmetricInitialization(Rule):
     multiplies with something on its left, the columns. The finding is raised
     when they were equal at every look, at least three, the last ones long after the start. A layer
     that starts with zeros on purpose, such as the last one of a block, is different after one step.
+    Zeros that get no gradient are told from the norms of all steps, at least five; where weights
+    that did not begin with zeros get none either, that has another cause.
 
     ## Example
 
         nn.init.zeros_(layer.weight)
+
+        self.A = nn.Parameter(torch.zeros(rank, n))     # LoRA: one of both must not be zero
+        self.B = nn.Parameter(torch.zeros(m, rank))
 
     ## Fix
 
@@ -70,7 +81,7 @@ class SymmetricInitialization(Rule):
     code = "GS605"
     name = "symmetric-initialization"
     severity = Severity.ERROR
-    tables = ("params", "steps")
+    tables = ("params", "steps", "grads")
     symptom_of = ("GS405", "GS503", "GS601")
 
     def check(self, run: Recording) -> list[Finding]:
@@ -98,8 +109,10 @@ class SymmetricInitialization(Rule):
         ]
         alike = by_rows or by_columns
         steps = stepped(run)
-        if not alike or steps.empty:
+        if steps.empty:
             return []
+        if not alike:
+            return self._stuck_at_zero(run, steps)
         weights = tuple(entry.name for entry in alike)
         modules = tuple(dict.fromkeys(entry.module for entry in alike))
         # Their biases share their fate.
@@ -126,6 +139,37 @@ class SymmetricInitialization(Rule):
                     "began_with_zeros": len(zero),
                     "symmetric_weights": len(alike),
                 },
+            )
+        ]
+
+    def _stuck_at_zero(self, run: Recording, steps: pd.DataFrame) -> list[Finding]:
+        """Find weights that began with zeros, and whose gradients are zeros at every step."""
+        weights = {entry.name: entry for entry in run.parameters if len(entry.shape) >= 2}
+        if not any(entry.norm_first == 0 and entry.holders for entry in weights.values()):
+            return []
+        grads = run.frame("grads")
+        grads = grads.loc[grads["param"].isin(weights) & grads["step"].isin(steps["step"])]
+        got = grads.loc[grads["status"].isin(("fresh", "accumulated"))]
+        norms = got.groupby("param", sort=False)["norm"].agg(["max", "count"])
+        none = norms.index[(norms["max"] == 0) & (norms["count"] >= _LEAST_STEPS)]
+        stuck = [weights[str(name)] for name in none]
+        if not stuck or any(entry.norm_first != 0 or entry.norm_last != 0 for entry in stuck):
+            return []
+        names = tuple(entry.name for entry in stuck)
+        return [
+            self.finding(
+                message=(
+                    f"{listed(names)} began with zeros and stay there: every gradient of theirs is "
+                    f"exactly zero, at all {int(norms.loc[none, 'count'].min())} steps"
+                ),
+                fix=(
+                    "where two of them are multiplied, as in an adapter, initialise one at random, "
+                    "with nn.init.kaiming_uniform_, and leave only the other at zero"
+                ),
+                params=names,
+                modules=tuple(dict.fromkeys(entry.module for entry in stuck if entry.module)),
+                **span(steps),
+                evidence={"weights_of_zero": len(stuck), "largest_gradient_norm": 0.0},
             )
         ]
 

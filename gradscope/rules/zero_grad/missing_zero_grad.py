@@ -83,20 +83,25 @@ class MissingZeroGrad(Rule):
             line = int(at["line"].iloc[0]) if file is not None else None
             where = f" ({place(file, line)})" if file is not None and line is not None else ""
             calls = int((own["zeroed_by"] != "").sum())
-            although = (
-                f"; the gradients were cleared before {calls} of its steps, but not these"
-                if calls
-                else ""
-            )
+            in_closure = bool(own["in_closure"].any())
+            although = ""
+            if calls and in_closure:
+                although = "; they were cleared, but not between two calls of its closure"
+            elif calls:
+                although = (
+                    f"; the gradients were cleared before {calls} of its steps, but not these"
+                )
+            when = "at the beginning of the closure," if in_closure else "in every iteration"
             findings.append(
                 self.finding(
                     message=(
-                        f"{optimizer}.step() used gradients that still held what its earlier "
-                        f"steps had already used: {some_of(len(params), held)} parameters, at "
+                        f"{optimizer}.step() used gradients that still held what "
+                        f"{'it' if in_closure else 'its earlier steps'} had already used: "
+                        f"{some_of(len(params), held)} parameters, at "
                         f"{some_of(count, len(own))} steps{although}"
                     ),
                     fix=(
-                        f"call {optimizer}.zero_grad() in every iteration before "
+                        f"call {optimizer}.zero_grad() {when} before "
                         f"loss.backward(){where}; when several micro-batches are accumulated, once "
                         "before the first of them"
                     ),
