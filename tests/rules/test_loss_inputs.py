@@ -71,6 +71,12 @@ def column_against_row(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> to
     return F.mse_loss(model(x)[:, :1], y.float())  # bad
 
 
+def column_against_row_of_two_dimensions(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    return F.mse_loss(model(x)[:, :1], y.float()[None])  # bad
+
+
 def column_minus_row(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (model(x)[:, :1] - y.float()).pow(2).mean()  # bad
 
@@ -101,6 +107,7 @@ BROKEN: dict[MakeLoss, str] = {
     logits_into_kl_div: "GS308",
     sigmoid_into_bce_with_logits: "GS309",
     column_against_row: "GS310",
+    column_against_row_of_two_dimensions: "GS310",
     column_minus_row: "GS310",
     log_softmax_over_batch: "GS311",
     picked_by_hand: "GS311",
@@ -184,6 +191,16 @@ def all_pairs_of_predictions(model: nn.Module, x: torch.Tensor, y: torch.Tensor)
     return (out[:, None] - out).pow(2).mean() + F.cross_entropy(model(x), y)
 
 
+def energy_distance(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    made, real = model(x), torch.randn(len(x), 3)
+    between = F.l1_loss(made[:, None], real[None])
+    return 2 * between - F.l1_loss(made[:, None], made[None])
+
+
+def quantiles_of_a_sample(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.huber_loss(model(x)[:, :1], torch.linspace(-1, 1, 7)[None])
+
+
 def contrastive_over_both_sides(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     a, b = model(x), model(x + 0.1)
     similar = a @ b.T
@@ -218,6 +235,8 @@ def entropy_bonus(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.T
         same_shapes,
         one_target_for_all,
         all_pairs_of_predictions,
+        energy_distance,
+        quantiles_of_a_sample,
         contrastive_over_both_sides,
         attention_over_the_first_dimension,
         entropy_bonus,

@@ -34,8 +34,8 @@ class LossBroadcast(Rule):
 
     At closer looks gradscope notes the shapes given to loss functions, and subtractions of `[N]`
     and `[N, 1]` of which only one side requires grad, and products of labels and logarithms. The
-    finding is raised when the result has
-    more elements than either side.
+    finding is raised when the result has more elements than either side. Sides that were given
+    dimensions to meet in all pairs, `x[:, None]` and `y[None]` of the same features, are silent.
 
     ## Example
 
@@ -114,7 +114,21 @@ def _broadcast(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]
 
 def _stretch_each_other(left: tuple[int, ...], right: tuple[int, ...]) -> bool:
     # A smaller side alone may be stretched on purpose: one target, or one weight, for all.
-    return left != right and prod(_broadcast(left, right)) > max(prod(left), prod(right))
+    stretched = prod(_broadcast(left, right)) > max(prod(left), prod(right))
+    return stretched and not _are_paired(left, right)
+
+
+def _are_paired(left: tuple[int, ...], right: tuple[int, ...]) -> bool:
+    """Whether dimensions were put in so that all pairs meet: ``x[:, None]`` and ``y[None]``.
+
+    It takes as many features on both sides, or another number of examples, which nobody has by
+    mistake.
+    """
+    if len(left) != len(right):
+        return False
+    stretched = [(a, b) for a, b in zip(left, right, strict=True) if a != b]
+    counts = [max(pair) for pair in stretched]
+    return len(stretched) == 2 and (left[-1] == right[-1] > 1 or counts[0] != counts[1])
 
 
 def _is_column(left: tuple[int, ...], right: tuple[int, ...]) -> bool:
