@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from gradscope.instruments.autograd_graph import NamesOf, capture_graph
+from gradscope.instruments.dimensions import dimension_after
 from gradscope.instruments.graph_nodes import described, node_of, operation_of
 from gradscope.instruments.late import Known, Late, Numbers, scalar_of
 from gradscope.instruments.module_survey import ModuleSurvey
@@ -41,6 +42,14 @@ _MATRIX_PRODUCTS = frozenset({"matmul", "bmm"})
 
 _SCORES = frozenset({"Mul", "Div", "Add", "Sub", "MaskedFill", "Where", "View", "UnsafeView"})
 """Between the product of queries and keys and its softmax."""
+
+_DROPOUT = frozenset({"Mul", "NativeDropout"})
+"""By a mask that has no graph, as weights of attention go through on their way to the values."""
+
+_PICKED = frozenset({"getitem", "gather"})
+
+_NORMALISED = frozenset({"Log", "Div"})
+"""What ``torch.distributions.Categorical(probs)`` does before it picks log-probabilities."""
 
 _SUBTRACTIONS = frozenset({"sub", "rsub", "subtract"})
 
@@ -197,22 +206,29 @@ class LossCalls:
             first, second = second, first
         if not isinstance(first, torch.Tensor) or node_of(first) is None or first.dim() < 2:
             return
-        made_by, dim = described(_origin(first))
+        passed_over = _PASSED_OVER | (_NORMALISED if name in _PICKED else set())
+        origin = _origin(first, passed_over)
+        made_by, dim = described(origin[0])
         if dim is not None and made_by in ("Softmax", "LogSoftmax") and _is_plain_index(second):
             target = second if isinstance(second, torch.Tensor) else result
-            self._note(name, first, target, result, {})
+            self._note(name, first, target, result, {}, origin)
 
     def _note_attention(self, args: Any, result: Any) -> None:
-        """Note the product of attention weights, whose softmax runs over dimension 0, with values.
+        """Note the product of attention weights with values, if their softmax runs over a batch.
 
-        That dimension is the one of the batch in both products, and is never summed over.
+        Every dimension but the last two, of examples or of heads, is a batch in both products, and
+        neither sums over it.
         """
         if len(args) < 2 or not _are_tensors(*args[:2], result) or result.is_nested:
             return
         weights, values = args[:2]
-        if weights.dim() != 3 or values.dim() != 3 or described(node_of(weights))[1] != 0:
+        if weights.dim() not in (3, 4) or values.dim() != weights.dim():
             return
-        scores: Any = node_of(weights).next_functions[0][0]
+        origin = _origin(weights, _DROPOUT)
+        made_by, dim = described(origin[0])
+        if made_by != "Softmax" or dim is None or dim >= weights.dim() - 2:
+            return
+        scores: Any = origin[0].next_functions[0][0]
         for _ in range(_LONGEST_CHAIN):
             givers = (
                 [] if scores is None else [n for n, _ in scores.next_functions if n is not None]
@@ -221,7 +237,7 @@ class LossCalls:
                 break
             scores = givers[0]
         if scores is not None and operation_of(scores) == "Bmm":
-            self._note("matmul", weights, values, result, {})
+            self._note("matmul", weights, values, result, {}, origin)
 
     def _note(
         self,
@@ -230,11 +246,13 @@ class LossCalls:
         target: torch.Tensor,
         result: torch.Tensor,
         facts: dict[str, Any],
+        made: tuple[Any, list[Any]] | None = None,
     ) -> _LossCall | None:
         if len(self._calls) >= _MOST_CALLS:
             return None
-        origin = _origin(prediction)
+        origin, views = _origin(prediction) if made is None else made
         made_by, dim = described(origin)
+        dim = dimension_after(reversed(views), dim)
         location = user_location()
         owner, owner_made = self._survey.innermost
         made_at = None if origin is None else self._made_at.get(origin._sequence_nr())
@@ -280,14 +298,18 @@ def _blows_up(first: torch.Tensor, second: torch.Tensor, result: torch.Tensor) -
     return n > 1 and tuple(shapes[2].shape) == (n, 1) and tuple(result.shape) == (n, n)
 
 
-def _origin(tensor: torch.Tensor) -> Any:
-    """The node of the operation that made a tensor, views passed over; None if there is none."""
+def _origin(tensor: torch.Tensor, passed_over: Set[str] = _PASSED_OVER) -> tuple[Any, list[Any]]:
+    """The node of the operation that made a tensor, and those passed over, the last one first."""
     node: Any = node_of(tensor)
-    for _ in range(_LONGEST_CHAIN):
-        if node is None or operation_of(node) not in _PASSED_OVER or not node.next_functions:
-            return node
-        node = node.next_functions[0][0]
-    return None
+    passed: list[Any] = []
+    while node is not None and operation_of(node) in passed_over:
+        givers = [giver for giver, _ in node.next_functions if giver is not None]
+        # What is divided stands first, and is itself behind what it is divided by.
+        if not givers or len(passed) == _LONGEST_CHAIN or node.next_functions[0][0] is None:
+            break
+        passed.append(node)
+        node = givers[0]
+    return node, passed
 
 
 def _range_of(prediction: torch.Tensor, class_dim: int) -> torch.Tensor:

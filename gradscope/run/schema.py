@@ -638,7 +638,8 @@ LOSSES = Table(
         (
             "input_dim",
             O,
-            "the dimension over which a softmax or log-softmax that gave it runs",
+            "the dimension of the prediction over which a softmax or log-softmax that gave it ran; "
+            "missing where a view has made it a part of another",
         ),
         ("reached", F, "whether a backward of the same look came past it"),
         (

@@ -90,6 +90,24 @@ def picked_by_hand(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.
     return -logp[torch.arange(len(x)), y].mean()
 
 
+def drawn_from_probabilities(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    chosen = torch.distributions.Categorical(model(x).softmax(0))  # bad
+    return -(chosen.log_prob(y) * torch.randn(len(x))).mean()
+
+
+def of_a_map_over_examples(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    logp = F.log_softmax(model(x)[:, :, None].expand(-1, -1, 5), dim=0)  # bad
+    return F.nll_loss(logp, y[:, None].expand(-1, 5))
+
+
+def of_a_sequence_over_its_places(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    logits = model(x[:, None] + torch.randn(5, 6))
+    logp = logits.transpose(1, 2).log_softmax(-1)  # bad
+    return F.nll_loss(logp, y[:, None].expand(-1, 5))
+
+
 def negated(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return -F.cross_entropy(10 * model(x), y)  # bad
 
@@ -111,6 +129,9 @@ BROKEN: dict[MakeLoss, str] = {
     column_minus_row: "GS310",
     log_softmax_over_batch: "GS311",
     picked_by_hand: "GS311",
+    drawn_from_probabilities: "GS311",
+    of_a_map_over_examples: "GS311",
+    of_a_sequence_over_its_places: "GS311",
     negated: "GS603",
     summed: "GS608",
 }
@@ -215,6 +236,28 @@ def attention_over_the_first_dimension(
     return F.cross_entropy(model(x) + (weights * x[:, :1]).sum(), y)
 
 
+def classes_first(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.nll_loss(model(x).T.log_softmax(0).T, y)
+
+
+def classes_last_and_moved(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    logp = model(x[:, None] + torch.randn(5, 6)).log_softmax(-1)
+    target = y[:, None].expand(-1, 5)
+    return (
+        F.nll_loss(logp.permute(0, 2, 1), target)
+        + F.nll_loss(logp.transpose(-1, -2), target)
+        + F.nll_loss(logp.view(-1, 3), target.flatten())
+        + F.nll_loss(logp.movedim(2, 1)[:, :, None].contiguous(), target[:, None])
+    )
+
+
+def categorical_of_probabilities(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    chosen = torch.distributions.Categorical(model(x).softmax(1))
+    return -(chosen.log_prob(y) * torch.randn(len(x))).mean()
+
+
 def entropy_bonus(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     chosen = torch.distributions.Categorical(logits=model(x))
     return -(chosen.log_prob(y) * torch.randn(len(x))).mean() - 0.01 * chosen.entropy().mean()
@@ -239,6 +282,9 @@ def entropy_bonus(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.T
         quantiles_of_a_sample,
         contrastive_over_both_sides,
         attention_over_the_first_dimension,
+        classes_first,
+        classes_last_and_moved,
+        categorical_of_probabilities,
         entropy_bonus,
     ],
     ids=lambda f: f.__name__,
@@ -259,6 +305,22 @@ class Attention(nn.Module):
         scores = self.q(x) @ self.k(x).transpose(1, 2) / 6**0.5
         weights = scores.softmax(self.dim)  # attention
         return self.out(x + weights @ x)
+
+
+class Heads(nn.Module):
+    """The same with two heads, and dropout of the weights."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.qkv, self.out = nn.Linear(6, 18), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, length, width = x.shape
+        q, k, v = self.qkv(x).view(n, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-2, -1)) / 3**0.5
+        weights = F.dropout(scores.softmax(self.dim), 0.1)  # heads
+        return self.out(x + (weights @ v).transpose(1, 2).reshape(n, length, width))
 
 
 class Routing(nn.Module):
@@ -291,8 +353,14 @@ def trained(model: nn.Module) -> list[tuple[str, int | None]]:
 def test_attention_over_the_batch() -> None:
     torch.manual_seed(0)
     lines = Path(__file__).read_text("utf-8").splitlines()
-    line = next(number for number, text in enumerate(lines, 1) if text.endswith("# attention"))
+    line, of_heads = (
+        next(number for number, text in enumerate(lines, 1) if text.endswith(f"# {word}"))
+        for word in ("attention", "heads")
+    )
     assert trained(Attention(0)) == [("GS311", line)]
+    assert trained(Heads(0)) == trained(Heads(1)) == [("GS311", of_heads)]
+    assert not trained(Heads(-1))
+    assert not trained(Heads(2))
     assert not trained(Attention(-1))
     assert not trained(Attention(1))  # over queries, as slots that compete
     assert not trained(Routing())

@@ -340,3 +340,37 @@ def test_master_weights_beside_norms_that_the_optimizer_holds_themselves() -> No
 @pytest.mark.parametrize("held", ["another model", "never copied back"])
 def test_wider_weights_that_are_in_use_nowhere(held: str) -> None:
     assert "GS102" in with_masters(held=held, lr=1e-2)
+
+
+class TaskWeights(nn.Module):
+    """A loss with parameters of its own, and a network inside of it if ``judge`` is given."""
+
+    def __init__(self, judge: nn.Module | None = None) -> None:
+        super().__init__()
+        self.log_variances, self.judge = nn.Parameter(torch.zeros(2)), judge
+        self.loss = nn.CrossEntropyLoss()
+
+    def forward(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        losses = torch.stack([self.loss(out, x[:, :3].argmax(1)), out.square().mean()])
+        if self.judge is not None:
+            losses = losses + self.judge(out).square().mean()
+        return (losses * torch.exp(-self.log_variances)).sum() + self.log_variances.sum()
+
+
+@pytest.mark.parametrize("scale", [1, 4])
+def test_the_parameters_of_a_loss_are_in_no_optimizer(scale: int) -> None:
+    model, criterion = net(), TaskWeights(nn.Linear(3, 2))
+
+    def trained(*held: nn.Module) -> dict[str, tuple[str, ...]]:
+        optimizer = sgd([p for module in held for p in module.parameters()])
+        with gradscope.watch([model, criterion], optimizer, on_error="raise") as scope:
+            for _ in range(8):
+                optimizer.zero_grad()
+                x = torch.randn(8, 6)
+                (criterion(model(x), x) / scale).backward()
+                optimizer.step()
+        return {f.code: f.params for f in scope.findings if f.severity > 0}
+
+    # The network that judges may stay as it is on purpose; such weights may not.
+    assert trained(model) == {"GS101": ("criterion.log_variances",)}
+    assert not trained(model, criterion)

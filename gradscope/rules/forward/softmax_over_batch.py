@@ -1,4 +1,4 @@
-"""GS311: the softmax of a prediction runs over the batch and not over the classes."""
+"""GS311: a softmax runs over examples, heads or places and not over classes or keys."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class SoftmaxOverBatch(Rule):
 
     ## What it finds
 
-    The prediction of a classification, a matrix of examples by classes, went through a softmax or
-    log-softmax over its first dimension.
+    The prediction of a classification went through a softmax or log-softmax over another dimension
+    than that of its classes: over the examples, or over the places of an image or a sequence.
 
-    Or the softmax of attention scores, a matrix for each example, did.
+    Or the softmax of attention scores ran over the examples, or over the heads.
 
     ## Why it matters
 
@@ -50,12 +50,14 @@ class SoftmaxOverBatch(Rule):
     ## How it is found
 
     At closer looks gradscope notes which operation made the prediction of a loss function, or a
-    matrix that right classes are picked from, and over which dimension it runs. The finding is
-    raised when that is the first of two. Square matrices are silent: in a contrastive loss both
+    matrix that right classes are picked from, and over which dimension it runs, views followed. The
+    finding is raised when that is the first of two, or where `nll_loss` or `cross_entropy` has its
+    classes in another one. Square matrices are silent: in a contrastive loss both
     dimensions are the batch. So are entries picked along the first dimension as well, and weights
-    that are multiplied with something: a choice among moments, and an attention over them. The
-    softmax over dimension 0 of three is named where scores come out of a batched matrix product,
-    and go into another one, whose batch is that of the model's input: neither sums over it.
+    that are multiplied with something: a choice among moments, and an attention over them. A
+    softmax over dimension 0 of three, or over 0 or 1 of four, is named where scores come out of a
+    batched matrix product, and go into another one, whose batch is that of the model's input:
+    neither sums over it.
 
     ## Example
 
@@ -79,18 +81,22 @@ class SoftmaxOverBatch(Rule):
         """Return one finding per line that uses such a prediction."""
         losses = reached_losses(run)
         losses = losses.loc[
-            losses["function"].isin(_OF_CLASSES)
-            & losses["input_made_by"].isin(["Softmax", "LogSoftmax"])
+            losses["input_made_by"].isin(["Softmax", "LogSoftmax"]) & losses["input_dim"].notna()
         ]
-        attention = _attention_over_batch(run)
+        attention = losses.loc[losses["function"] == _ATTENTION]
+        losses = losses.loc[losses["function"].isin(_OF_CLASSES)]
         sizes = _batch_sizes(run)
         findings = []
-        for _, rows in losses.groupby(["file", "line"], sort=False, dropna=False):
+        for (_, _, dim), rows in losses.groupby(
+            ["file", "line", "input_dim"], sort=False, dropna=False
+        ):
             shapes = [shape_of(text) or () for text in rows["input_shape"]]
-            over_batch = (rows["input_dim"].fillna(-1) == 0).all()
-            if not over_batch or any(len(shape) != 2 or shape[1] < 2 for shape in shapes):
-                continue
-            if all(shape[0] == shape[1] for shape in shapes):
+            dim = int(str(dim))
+            if any(len(shape) == 2 for shape in shapes):
+                is_wrong = dim == 0 and not all(shape[:1] == shape[1:] for shape in shapes)
+            else:
+                is_wrong = bool((rows["class_dim"] != dim).fillna(False).all())
+            if not is_wrong or any(len(shape) < 2 or shape[1] < 2 for shape in shapes):
                 continue
             if not all(
                 _picks_classes(str(function), shape, shape_of(target) or ())
@@ -102,38 +108,52 @@ class SoftmaxOverBatch(Rule):
                 )
             ):
                 continue
-            findings.append(self._finding_for(run, rows, shapes[0], f"{shapes[0][1]} classes", 1))
-        for _, rows in attention.groupby(["file", "line"], sort=False, dropna=False):
+            findings.append(self._finding_for(run, rows, shapes[0], dim, 1, "classes"))
+        for (_, _, dim), rows in attention.groupby(
+            ["file", "line", "input_dim"], sort=False, dropna=False
+        ):
             shapes = [shape_of(text) or () for text in rows["input_shape"]]
             batch = [sizes.get(step) for step in rows["step"]]
-            if all(
-                len(own) == 3 and own[0] == size for own, size in zip(shapes, batch, strict=True)
-            ):
-                findings.append(self._finding_for(run, rows, shapes[0], f"{shapes[0][2]} keys", 2))
+            if all(own[0] == size for own, size in zip(shapes, batch, strict=True)):
+                last = len(shapes[0]) - 1
+                findings.append(
+                    self._finding_for(run, rows, shapes[0], int(str(dim)), last, "keys")
+                )
         return findings
 
     def _finding_for(
-        self, run: Recording, rows: pd.DataFrame, shape: tuple[int, ...], others: str, dim: int
+        self,
+        run: Recording,
+        rows: pd.DataFrame,
+        shape: tuple[int, ...],
+        dim: int,
+        right: int,
+        others: str,
     ) -> Finding:
         row = rows.iloc[0]
         kind = str(row["input_made_by"])
         file, line = place_of(row, "made_at_")
         modules = culprits(run, kind)
-        of = "attention weights" if dim == 2 else "the prediction"
+        of = "attention weights" if others == "keys" else "the prediction"
+        over, who = f"the batch of {shape[0]}", "examples compete"
+        if dim > 0:
+            is_head = others == "keys"
+            over = f"the {shape[dim]} {'heads' if is_head else 'places'}"
+            who = f"{'heads' if is_head else 'places'} compete"
         return self.finding(
             message=(
                 f"the {kind}"
                 + (f" (module {', '.join(modules)})" if modules else "")
-                + f" of {of} of shape {list(shape)}{at(file, line)} runs over dim=0, the batch of "
-                f"{shape[0]}, and not over the {others}: examples compete with each other"
+                + f" of {of} of shape {list(shape)}{at(file, line)} runs over dim={dim}, {over}, "
+                f"and not over the {shape[right]} {others}: {who} with each other"
             ),
-            fix=(f"give the {kind} dim={dim}, or dim=-1, the dimension of the {others.split()[1]}"),
+            fix=f"give the {kind} the dimension of the {others}, which is dim={right} there",
             modules=modules,
             file=file,
             line=line,
             evidence={
                 "operation": kind,
-                "dim": 0,
+                "dim": dim,
                 "input_shape": str(shape),
                 "function": str(row["function"]),
             },
@@ -145,15 +165,6 @@ def _picks_classes(function: str, shape: tuple[int, ...], target: tuple[int, ...
     """Whether a use of a matrix takes its rows for examples, and its columns for classes."""
     is_by_hand = function in ("getitem", "gather")
     return not is_by_hand or target[:1] == shape[:1]  # something of every row
-
-
-def _attention_over_batch(run: Recording) -> pd.DataFrame:
-    losses = reached_losses(run)
-    return losses.loc[
-        (losses["function"] == _ATTENTION)
-        & (losses["input_made_by"] == "Softmax")
-        & (losses["input_dim"] == 0)
-    ]
 
 
 def _batch_sizes(run: Recording) -> dict[int, int]:

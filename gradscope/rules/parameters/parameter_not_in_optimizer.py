@@ -95,6 +95,33 @@ def _fed_by(run: Recording, model: str, trained: Mapping[str, int]) -> str | Non
     return after[0] if after else None
 
 
+def _of_a_loss(run: Recording, entries: list[ParameterEntry]) -> list[ParameterEntry]:
+    """Those that are directly a module's which computes the loss itself, from its parameters.
+
+    The classes of a margin loss, weights of several tasks, transitions of a random field: nothing
+    else could have learnt them.
+    """
+    makers: set[str] = set()
+    for step in sorted(run.graphs)[:1]:
+        graph = run.graphs[step]
+        givers: dict[int, list[int]] = {}
+        for giver, taker in zip(graph.source.tolist(), graph.target.tolist(), strict=True):
+            givers.setdefault(taker, []).append(giver)
+        pending = [int(root) for root in graph.roots]
+        seen = set(pending)
+        while pending:
+            node = pending.pop()
+            if graph.outputs_of(node).shapes != ((),):
+                continue
+            call = int(graph.call[node])
+            while call >= 0:
+                makers |= {graph.calls.path(call), f"<{graph.calls.kind(call)}>"}
+                call = int(graph.calls.parent[call])
+            pending += [giver for giver in givers.get(node, ()) if giver not in seen]
+            seen.update(givers.get(node, ()))
+    return [e for e in entries if e.module in makers or f"<{e.module_type}>" in makers]
+
+
 def _module_made_at(run: Recording, entry: ParameterEntry) -> dict[str, Any]:
     """Where the module that holds an unregistered parameter was made, as a finding takes it."""
     calls = run.frame("calls")
@@ -118,8 +145,9 @@ class ParameterNotInOptimizer(Rule):
     From what each optimizer holds, which gradients backward wrote, and the norms of the values at
     the beginning and the end. A whole model without an optimizer is reported only if it runs in
     training mode and before one that is trained, as an encoder does and a teacher or critic does
-    not. What a program updates by hand is not reported, nor what has a master weight of a wider
-    dtype that an optimizer trains.
+    not, or if the parameters are those of the very module that returns the loss. What a program
+    updates by hand is not reported, nor what has a master weight of a wider dtype that an optimizer
+    trains.
 
     ## Example
 
@@ -157,22 +185,28 @@ class ParameterNotInOptimizer(Rule):
             if model not in trained:
                 feeds = _fed_by(run, model, trained)
                 if feeds is None:
+                    entries = _of_a_loss(run, entries)
+                if not entries or not trained:
                     continue
-                trained[model] = trained[feeds]
+                trained[model] = trained[feeds or next(iter(trained))]
             optimizer = run.optimizers[trained[model]].name
             plain = [entry for entry in entries if not entry.in_model]
-            how = "; it is in a plain list or attribute, which registers nothing" if plain else ""
+            how = ": they never change"
+            gets, them = "get gradients and are", "them"
+            if len(entries) == 1:
+                gets, them, how = "gets gradients and is", "it", ": it never changes"
+            if plain:
+                how += "; what lies in a plain list or attribute is not registered"
             findings.append(
                 self.finding(
                     message=(
-                        f"{listed(entry.name for entry in entries)} get gradients and are in no "
-                        f"optimizer ({optimizer} trains what is used with them): they never "
-                        f"change{how}"
+                        f"{listed(entry.name for entry in entries)} {gets} in no optimizer "
+                        f"({optimizer} trains what is used with {them}){how}"
                     ),
                     fix=(
                         "use nn.ModuleList or nn.ParameterList, so that model.parameters() has them"
                         if plain
-                        else f"add them to {optimizer}, or set requires_grad_(False) on them"
+                        else f"add {them} to {optimizer}, or set requires_grad_(False) on {them}"
                     ),
                     params=tuple(entry.name for entry in entries),
                     modules=tuple(dict.fromkeys(entry.module for entry in entries)),
