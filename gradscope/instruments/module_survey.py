@@ -114,8 +114,16 @@ class ModuleSurvey:
 
     @property
     def here(self) -> str:
-        """Key of the innermost module that is running, for :meth:`path_of`; empty outside."""
+        """Key of the innermost module that is running, for :meth:`path_of`; empty outside.
+
+        That of a model that is alone is empty as well.
+        """
         return self._open[-1][1] if self._open else ""
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a module is running."""
+        return bool(self._open)
 
     def module_started(self, module: nn.Module, args: Any) -> None:
         """Note the beginning of a call."""

@@ -74,6 +74,9 @@ class Census:
         self._parameters: list[weakref.ref[torch.Tensor]] = []
         self._number_of: dict[int, int] = {}
         self._lazy: set[int] = set()
+        self._schedulers: weakref.WeakKeyDictionary[Any, tuple[int, str]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     # -- meeting people ---------------------------------------------------------------------
 
@@ -97,6 +100,13 @@ class Census:
         number = len(self._optimizers) - 1
         self.refresh_groups(number)
         return number
+
+    def name_of_scheduler(self, scheduler: Any, optimizer: int) -> str:
+        """Return the class of a scheduler, with ``#2`` for a second one of an optimizer's."""
+        if scheduler not in self._schedulers:
+            taken = [name for holder, name in self._schedulers.values() if holder == optimizer]
+            self._schedulers[scheduler] = optimizer, _unused(type(scheduler).__name__, taken)
+        return self._schedulers[scheduler][1]
 
     def refresh_models(self) -> bool:
         """Look again which parameters the models have; returns whether that has changed."""

@@ -81,7 +81,7 @@ class CloserLook:
         """Note the beginning of a call, and what an outermost one is given."""
         if self._is_elsewhere():
             return
-        if not self._survey.here and torch.is_grad_enabled():
+        if not self._survey.is_inside and torch.is_grad_enabled():
             owner = type(module).__name__
             for value in nested_tensors(args):
                 if len(self._inputs) < _MOST_INPUTS and is_readable(value):

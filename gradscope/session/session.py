@@ -488,7 +488,8 @@ class Session:
         number = self._census.number_of_optimizer(scheduler.optimizer)
         if number is not None:
             self._in_order.do(lambda: self._ledger.note([number], "scheduler"))
-            self.event("scheduler", type(scheduler).__name__, location, number)
+            name = self._census.name_of_scheduler(scheduler, number)
+            self.event("scheduler", name, location, number)
 
     @_timed
     def gradients_unscaled(self, scaler: Any, optimizer: Any, location: Location | None) -> None:

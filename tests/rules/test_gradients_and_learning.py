@@ -195,6 +195,19 @@ def test_dead_units() -> None:
     assert "0.weight" in findings[0].params
 
 
+def test_an_output_that_dies_soon() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1), nn.ReLU())
+
+    def below_zero(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (out[:, 0] + y + 1).square().mean()
+
+    (finding,) = train(model, 60, loss_of=below_zero, lr=0.1)
+    assert (finding.code, finding.modules) == ("GS406", ("3",))
+    assert finding.params == ("0.weight", "0.bias", "2.weight", "2.bias")
+    assert 0 < finding.step_first < 30
+
+
 def test_functional_relu_that_is_dead() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -284,3 +284,94 @@ def test_steps_while_nobody_watched_are_not_writes() -> None:
     written = scope.steps["written_between"]
     assert list(written.isna()) == [True, False] * 3
     assert (written.dropna() == 0).all()
+
+
+def judged(
+    model: nn.Module, optimizer: torch.optim.Optimizer, n_steps: int = 60
+) -> dict[str, gradscope.Finding]:
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(n_steps):
+            usual(model, optimizer)
+    return {found.code: found for found in scope.findings if found.severity > 0}
+
+
+def test_decay_that_forgets_although_the_weights_stay_large() -> None:
+    def found(decay: float) -> dict[str, gradscope.Finding]:
+        model = net()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=decay)
+        with gradscope.watch(model, optimizer, on_error="raise") as scope:
+            for _ in range(80):
+                optimizer.zero_grad()
+                x = torch.randn(32, 6)
+                F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
+                optimizer.step()
+        return {found.code: found for found in scope.findings if found.severity > 0}
+
+    assert "forgotten" in found(0.8)["GS511"].message
+    assert not found(0.08)
+
+
+def test_a_ridge_regression_shrinks_its_weights_on_purpose() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(20, 1)
+    nn.init.normal_(model.weight)
+    x = torch.randn(256, 20)
+    y = 0.5 * x[:, :1] + 0.1 * torch.randn(256, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=0.25)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(200):
+            optimizer.zero_grad()
+            F.mse_loss(model(x), y).backward()
+            optimizer.step()
+    assert not [f.code for f in scope.findings if f.severity > 0]
+    assert model.weight.norm() < 0.3 * 20**0.5
+
+
+def test_first_updates_after_which_weights_have_grown() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, 3))
+    found = judged(model, torch.optim.Adam(model.parameters(), lr=20.0), 60)
+    assert set(found) == {"GS505"}
+    model = net()  # zeros have to grow, and a loss that falls has been learned from
+    nn.init.zeros_(model[2].weight)  # type: ignore[index]
+    assert not judged(model, torch.optim.Adam(model.parameters(), lr=0.05), 60)
+
+
+@pytest.mark.parametrize("is_mistaken", [True, False])
+def test_a_second_scheduler_of_the_same_optimizer(is_mistaken: bool) -> None:
+    models = net(), net()
+    optimizers = [torch.optim.Adam(model.parameters(), lr=1e-3) for model in models]
+    schedulers = [
+        torch.optim.lr_scheduler.StepLR(of, 5)
+        for of in (optimizers[0], optimizers[0 if is_mistaken else 1])
+    ]
+    with gradscope.watch(list(models), optimizers, on_error="raise") as scope:
+        for _ in range(20):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                usual(model, optimizer)
+            for scheduler in schedulers:
+                scheduler.step()
+    found = {f.code: f for f in scope.findings if f.severity > 0}
+    assert ("GS509" in found) is is_mistaken
+    if is_mistaken:
+        assert "has none" in found["GS509"].message
+
+
+def test_schedules_of_one_optimizer_that_multiply_or_follow_each_other() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    kinds = torch.optim.lr_scheduler
+    both = kinds.LambdaLR(optimizer, lambda i: min(1, (i + 1) / 5)), kinds.StepLR(optimizer, 30)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for i in range(20):
+            usual(model, optimizer)
+            for scheduler in both:
+                scheduler.step()
+            if i == 10:
+                both = (kinds.StepLR(optimizer, 30), both[1])
+    assert not [f.code for f in scope.findings if f.severity > 0]
+    assert set(scope.events.query("event == 'scheduler'")["detail"]) == {
+        "LambdaLR",
+        "StepLR",
+        "StepLR#2",
+    }

@@ -190,6 +190,16 @@ def test_batches_are_described() -> None:
     assert batches.loc["target", "distinct"] == 2
 
 
+def test_only_what_the_model_is_given_is_its_input() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Sequential(nn.Tanh(), nn.Linear(8, 3)))
+    scope, _ = train(
+        model, lambda m, _: F.cross_entropy(m(torch.randn(5, 6)), torch.ones(5).long())
+    )
+    inputs = scope.batches.loc[scope.batches["role"] == "input"]
+    assert set(inputs["shape"]) == {"(5, 6)"}
+    assert not inputs["step"].duplicated().any()
+
+
 def test_a_loss_knows_what_it_was_given_and_who_made_that() -> None:
     def loss_of(model: nn.Module, number: int) -> torch.Tensor:
         p = model(torch.ones(6, 3)).softmax(-1)

@@ -15,8 +15,9 @@ _CUT_OFF = frozenset({"ReLU", "relu", "relu_", "ReLU6", "relu6", "Threshold", "H
 _LEAST_LOOKS = 2
 """Two looks are two batches."""
 
-_LEAST_SHARE_OF_LOOKS = 0.5
-"""How long units must have been dead, up to the end of the run."""
+_LEAST_SHARE = 0.5
+"""How long units must have been dead, up to the end of the run: of the looks, of which there are
+many at the beginning, or of the steps."""
 
 _DEAD = 1.0
 """Share of units that are zero for the whole batch. Below all of them a network may still learn,
@@ -42,8 +43,8 @@ class DeadUnits(Rule):
     ## How it is found
 
     At closer looks gradscope reads what activations give. The finding is raised when all units of
-    one were zero at every look from some look on to the end, at least two looks and half of them,
-    and the parameters in front of it had gradients of exactly zero. Units that died only later
+    one were zero at every look from some look on to the end, two looks and half of them or for half
+    of the run, and parameters in front of it had gradients of exactly zero. Units that died later
     have been killed by something, such as a step that was too large: that is a warning. A layer
     that starts with zeros and moves on is silent.
 
@@ -122,8 +123,12 @@ def _dead_activations(run: Recording) -> list[tuple[str, str, int]]:
             looks = calls.groupby("step")["dead_fraction"].min().sort_index() >= _DEAD
             flags = looks.to_numpy()
             n_tail = len(flags) if flags.all() else int(np.argmin(flags[::-1]))
-            if n_tail >= max(_LEAST_LOOKS, _LEAST_SHARE_OF_LOOKS * len(flags)):
-                first = int(looks.index[-n_tail])
+            if not n_tail:
+                continue
+            first = int(looks.index[-n_tail])
+            of_looks = n_tail / len(flags) if n_tail >= _LEAST_LOOKS else 0.0
+            of_steps = 1 - first / max(run.n_steps, 1)  # gradients tell of those between looks
+            if max(of_looks, of_steps) >= _LEAST_SHARE:
                 key = (str(module), str(kind))
                 dead[key] = min(first, dead.get(key, first))
     return [(module, kind, first) for (module, kind), first in dead.items()]

@@ -9,6 +9,7 @@ import numpy as np
 from gradscope.rules.facts import made_at, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
+from gradscope.rules.step.loss_trend import loss_trend
 from gradscope.run.recording import Recording
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ _FAST = 0.01
 """lr × weight_decay. The usual ones are at most a thousandth; at a hundredth weights halve in 69
 steps, unless the gradient holds against it."""
 
+_FORGETTING = 0.03
+"""lr × weight_decay at which weights halve in 23 steps and so are made of the last few dozen
+gradients only. Published recipes stay below a thousandth."""
+
 _PULL = 2.0
 """Decay by gradient, where decay is a part of the gradient. A regularised model at its optimum has
 exactly 1."""
@@ -27,8 +32,9 @@ exactly 1."""
 _COLLAPSED = 0.7
 """Share of the first weights' norm."""
 
-_SHRINKING_BY_LR = ("AdamW", "SGD")
-"""Optimizers that shrink the weights by lr × weight_decay in each step."""
+_LEARNED = 0.5
+"""Share of the first loss below which SGD has found the minimum of loss and penalty together, as of
+a ridge regression, and not only that of the penalty."""
 
 
 class DominantWeightDecay(Rule):
@@ -47,7 +53,10 @@ class DominantWeightDecay(Rule):
 
     Where decay is decoupled (AdamW) or linear (SGD): lr × weight_decay at most steps. Where it is
     added to the gradient of an adaptive optimizer (Adam): its norm against the gradient's, at the
-    recorded steps. In both cases the norm of all weights has to have fallen by a third at least.
+    recorded steps. In both cases the norm of all weights has to have fallen by a third at least,
+    and where decay is linear the loss not by half: a ridge regression shrinks its weights, too.
+    Above 3 % a step decoupled decay is named whatever the norm does: the weights forget what was
+    learned some dozen steps ago.
 
     ## Example
 
@@ -83,13 +92,20 @@ class DominantWeightDecay(Rule):
                 continue
             shrunk = float(norms.iloc[-1] / norms.iloc[0]) if norms.iloc[0] > 0 else 1.0
             kind = kinds.get(str(optimizer), "")
-            linear = kind in _SHRINKING_BY_LR or bool(
+            decoupled = kind == "AdamW" or bool(
                 decayed["options"].str.contains("decoupled_weight_decay=True").any()
             )
+            linear = decoupled or kind == "SGD"
             share = (decayed["lr"] * decayed["weight_decay"]).groupby(decayed["step"]).max()
             pull = _pull(own, float(decayed["weight_decay"].median()))
             fast = linear and float((share >= _FAST).sum()) >= len(own) / 2
-            if not (fast or (not linear and pull >= _PULL)) or shrunk > _COLLAPSED:
+            forgets = decoupled and float((share >= _FORGETTING).sum()) >= len(own) / 2
+            forgets = forgets and len(own) * _FORGETTING > 1  # for long enough to have happened
+            trend = loss_trend(own)
+            learns = trend is not None and 0 < trend.last < _LEARNED * trend.first
+            if not (fast or (not linear and pull >= _PULL)):
+                continue
+            if not forgets and (shrunk > _COLLAPSED or (fast and learns)):
                 continue
             decay, lr = float(decayed["weight_decay"].max()), float(decayed["lr"].median())
             how = (
@@ -100,8 +116,12 @@ class DominantWeightDecay(Rule):
             findings.append(
                 self.finding(
                     message=(
-                        f"weight_decay={decay:g} of {optimizer} ({kind}, lr={lr:.3g}) {how}: the "
-                        f"norm of all weights fell to {shrunk:.0%} of what it was"
+                        f"weight_decay={decay:g} of {optimizer} ({kind}, lr={lr:.3g}) {how}: "
+                        + (
+                            f"the norm of all weights fell to {shrunk:.0%} of what it was"
+                            if shrunk <= _COLLAPSED
+                            else "what was learned some dozen steps ago is forgotten"
+                        )
                     ),
                     fix=f"lower weight_decay of {optimizer}; 0.01 is usual for AdamW, 1e-4 for SGD",
                     optimizer=str(optimizer),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,12 +13,21 @@ from gradscope.rules.rule import Rule
 from gradscope.rules.step.loss_trend import loss_trend, update_ratios
 from gradscope.run.recording import Recording
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _FEWEST_STEPS = 10
 """In fewer steps a healthy loss need not have fallen."""
 
 _LARGE = 0.3
 """Update by weights, as norms. Rules of thumb ask for a thousandth; Adam's first steps on a small
 network at a learning rate of 0.01 come to a tenth."""
+
+_FIRST = 3
+"""Steps after which weights that have grown make the same updates look small."""
+
+_MUCH_WORSE = 2.0
+"""By what factor a loss has risen that such steps have driven away for good."""
 
 _NO_BETTER = 0.95
 """A loss that ends above this share of where it began has not been learned from."""
@@ -39,7 +49,9 @@ class LearningRateTooHigh(Rule):
 
     At the recorded steps of the first quarter of the run the norm of the whole update is compared
     with the norm of the weights; the median has to be above 0.3. Then the loss decides: the median
-    of the last fifth of the steps is no better than that of the first, or not finite.
+    of the last fifth of the steps is no better than that of the first, or not finite. Where only
+    the first three updates were as large, as weights that grow with them make the later ones look
+    small, the loss has to end at twice of what the untrained model had.
 
     ## Example
 
@@ -92,6 +104,9 @@ class LearningRateTooHigh(Rule):
             )
             # Where every first loss is bad already, the very first is what a fresh model has.
             worse = worse or (begin > 0 and trend.last >= _NO_BETTER * begin)
+            if not (ratio >= _LARGE or math.isnan(ratio)):
+                ratio = _of_first(own)
+                worse = trend.last >= _MUCH_WORSE * begin > 0 and trend.last - begin > trend.spread
             if not (ratio >= _LARGE or math.isnan(ratio)) or not worse:
                 continue
             lr = float(groups.loc[groups["optimizer"] == optimizer, "lr"].max())
@@ -117,3 +132,9 @@ class LearningRateTooHigh(Rule):
                 )
             )
         return findings
+
+
+def _of_first(own: pd.DataFrame) -> float:
+    """The median ratio of the first steps; 0 where weights began with zeros, and had to grow."""
+    ratios = update_ratios(own.iloc[:_FIRST])
+    return float(ratios.median()) if len(ratios) == _FIRST else 0.0

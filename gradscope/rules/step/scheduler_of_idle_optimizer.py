@@ -1,4 +1,4 @@
-"""GS509: the scheduler turns a knob that is connected to nothing."""
+"""GS509: the scheduler turns a knob that is connected to nothing, or to another optimizer."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ class SchedulerOfIdleOptimizer(Rule):
     ## What it finds
 
     A scheduler that is stepped, bound to one optimizer, while another optimizer does the training.
+    Or two schedulers of one class that are both bound to the same optimizer, while another one has
+    none.
 
     ## Why it matters
 
@@ -26,13 +28,17 @@ class SchedulerOfIdleOptimizer(Rule):
     ## How it is found
 
     The scheduler's optimizer made no step in the run, another one did, and that one has no
-    scheduler. Where both hold the same parameters this is certain.
+    scheduler. Where both hold the same parameters this is certain. Of two schedulers of one
+    optimizer, both are stepped, in turn.
 
     ## Example
 
         optimizer = SGD(model.parameters(), lr=0.1)
         scheduler = StepLR(optimizer, 10)
         optimizer = AdamW(model.parameters(), lr=1e-3)     # the scheduler still has the SGD
+
+        scheduler_g = StepLR(optimizer_g, 10)
+        scheduler_d = StepLR(optimizer_g, 10)              # copied, and optimizer_d forgotten
 
     ## Fix
 
@@ -42,6 +48,7 @@ class SchedulerOfIdleOptimizer(Rule):
     ## When it is wrong
 
     A phase of training in which one optimizer rests, seen without the phases in which it works.
+    Two schedules of one kind that are to multiply, with a constant learning rate elsewhere.
     """
 
     code = "GS509"
@@ -86,6 +93,41 @@ class SchedulerOfIdleOptimizer(Rule):
                         "scheduler_steps": len(own),
                         "idle_optimizer": idle,
                         "stepping_optimizer": by,
+                    },
+                )
+            )
+        return findings or self._twice(run, set(counts.index) - scheduled)
+
+    def _twice(self, run: Recording, unscheduled: set[object]) -> list[Finding]:
+        """Find two schedulers of a class on one optimizer, where another has none."""
+        busy = [known.name for known in run.optimizers if known.name in unscheduled]
+        calls = events_of(run, "scheduler")
+        calls = calls.assign(kind=[str(detail).partition("#")[0] for detail in calls["detail"]])
+        findings = []
+        for (optimizer, kind), own in calls.groupby(["subject", "kind"], sort=False):
+            each = own.groupby("detail", sort=False)["step"].agg(["min", "max", "count"])
+            if (
+                not busy
+                or len(each) != 2
+                or each["count"].min() < _FEWEST_CALLS
+                or each["min"].max() > each["max"].min()  # one after the other
+            ):
+                continue
+            findings.append(
+                self.finding(
+                    message=(
+                        f"two schedulers of class {kind} are both stepped for {optimizer}, which "
+                        f"follows their product, and {busy[0]}, which steps as well, has none"
+                    ),
+                    fix=f"make one of them with {busy[0]}",
+                    severity=Severity.WARNING,
+                    optimizer=str(optimizer),
+                    **span(own),
+                    **first_place(own.loc[own["detail"] == each.index[-1]]),
+                    evidence={
+                        "scheduler": str(kind),
+                        "scheduler_steps": len(own),
+                        "optimizer_without_scheduler": busy[0],
                     },
                 )
             )
