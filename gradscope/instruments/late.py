@@ -92,4 +92,8 @@ def scalar_of(tensor: torch.Tensor) -> Late[Any]:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not is_spread(tensor)
+    return (
+        tensor.layout is torch.strided
+        and not is_spread(tensor)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # many at once, under vmap
+    )

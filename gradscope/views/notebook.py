@@ -21,12 +21,12 @@ def html(run: Recording, findings: Findings | None = None) -> str:
         findings: of it; those of all rules by default.
     """
     summary = summarize(run, findings)
-    colour = _GOOD if summary.healthy else _BAD
-    mark = "✓" if summary.healthy else "✗"
+    colour = {"✓": _GOOD, "✗": _BAD}.get(summary.mark, "inherit")
+    verdict = escape(f"{summary.mark} {summary.verdict}")
     parts = [
         "<div style='font-size:90%;line-height:1.5;max-width:70em'>",
         f"<div><b>gradscope</b> {escape(summary.title)}</div>",
-        f"<div style='color:{colour};font-weight:bold'>{mark} {escape(summary.verdict)}</div>",
+        f"<div style='color:{colour};font-weight:bold'>{verdict}</div>",
     ]
     for finding in summary.findings:
         where = f" · {shortened(finding.file)}:{finding.line}" if finding.file else ""

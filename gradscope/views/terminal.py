@@ -60,11 +60,8 @@ def screen(
 def _verdict(summary: LoopSummary) -> RenderableType:
     from rich.text import Text
 
-    if summary.healthy and (summary.ended or not summary.seen):  # nobody can say that all is well
-        return Text(f"– {summary.verdict}", style="bold")
-    if summary.healthy:
-        return Text(f"✓ {summary.verdict}", style="bold green")
-    return Text(f"✗ {summary.verdict}", style="bold red")
+    style = {"✓": "bold green", "–": "bold", "✗": "bold red"}[summary.mark]
+    return Text(f"{summary.mark} {summary.verdict}", style=style)
 
 
 def _findings(summary: LoopSummary) -> list[RenderableType]:

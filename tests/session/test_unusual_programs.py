@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradscope
+from gradscope.config import WatchOptions
+from gradscope.session.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -219,3 +222,47 @@ print("done")
     assert result.returncode == 0, result.stderr
     assert result.stdout == "done\n"
     assert "a second thread began to train" in " ".join(result.stderr.split())
+
+
+def test_models_that_are_gone_leave_gaps_and_the_next_is_watched_all_the_same() -> None:
+    session = Session(WatchOptions(on_error="raise"), discovers=True)
+    session.start()
+    try:
+        kept = None
+        for number in range(4):  # the second is kept as the best, while others go
+            model = small_model()
+            optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+            for _ in range(6):
+                optimizer.zero_grad()
+                loss_of(model).backward()
+                optimizer.step()
+            if number == 1:
+                kept = model
+            del model, optimizer
+            gc.collect()
+    finally:
+        session.stop()
+    assert kept is not None
+    assert session.recording.n_steps == 24
+    assert set(session.recording.frame("steps")["n_fresh"]) == {4}
+
+
+def test_a_loss_function_of_many_examples_at_once_under_vmap() -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(5, 4), torch.randn(5, 2)
+
+    def loss(parameters: dict[str, torch.Tensor], row: torch.Tensor, to: torch.Tensor) -> Any:
+        out = torch.func.functional_call(model, parameters, (row[None],))
+        return F.mse_loss(out[:, :2], to[None, : out.shape[1]])
+
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(3):
+            parameters = {name: p.detach() for name, p in model.named_parameters()}
+            per_sample = torch.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, y)
+            for name, p in model.named_parameters():
+                p.grad = per_sample[name].mean(0)
+            optimizer.step()
+            loss_of(model).backward()
+    assert scope.steps["n_assigned"].tolist() == [4, 4, 4]
+    assert not {f.code for f in scope.findings} & {"GS901"}

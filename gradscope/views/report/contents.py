@@ -56,10 +56,10 @@ def _finding(finding: Finding) -> dict[str, Any]:
 
 def verdict_in_words(run: Recording, summary: LoopSummary, findings: Findings) -> str:
     """Return a sentence that says what the verdict means to one who never saw such a page."""
-    if not summary.healthy:
+    if summary.mark == "✗":
         worst = max(findings, key=lambda finding: finding.severity)
         return shown(worst.message, 400)
-    if summary.ended or not summary.seen:
+    if summary.mark == "–":
         return ""
     n_rules = len(RULES) - len(findings.unchecked)
     steps = "1 step" if run.n_steps == 1 else f"{run.n_steps:,} steps"
