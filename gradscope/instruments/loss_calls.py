@@ -200,6 +200,8 @@ class LossCalls:
                 return
             if _blows_up(first, second, result):
                 prediction, target = (first, second) if first.requires_grad else (second, first)
+                if operation_of(node_of(prediction)) == "Unsqueeze":
+                    return  # x[:, None] - y asks for all pairs
                 self._note("sub", prediction, target, result, {})
             return
         if name == "mul" and isinstance(second, torch.Tensor) and second.requires_grad:

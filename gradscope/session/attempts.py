@@ -348,6 +348,9 @@ class Attempts:
         reading.before_clipping, follower.before_clipping = follower.before_clipping, None
         if reading.look is None:
             follower.observer.read_gradients(reading)
+        for other in self._followers.values():
+            if other.open is not None:
+                other.open.is_nested = reading.is_nested = True
         if not reading.is_consumed:
             self._consume(optimizer, reading)
         after = follower.observer.end(reading) if outcome == "stepped" else None
@@ -392,6 +395,9 @@ class Attempts:
         # What a skipped update finds, it does not use.
         account = self._ledger.describe if reading.skips() else self._ledger.consume
         follower.consumption = account(reading.optimizer, look)
+        if reading.is_nested:  # what the inner one and the outer one use is used once
+            nobody = np.zeros(len(follower.consumption.status), np.bool_)
+            follower.consumption = replace(follower.consumption, used_by_another=nobody)
 
     def _account_end(
         self,

@@ -55,6 +55,7 @@ class StepReading:
         kept: these tensors by name, by place of their parameter, and what else the rule was given.
         through_scaler: whether a gradient scaler called the step.
         in_closure: whether a closure computes its gradients.
+        is_nested: whether it is made inside of another optimizer's, or one inside of it.
         written_between: share of the parameters that were written since the step before.
         is_consumed: whether the ledger has been told that the update uses these gradients.
         seconds: spent on all this reading.
@@ -83,6 +84,7 @@ class StepReading:
     )
     through_scaler: bool = False
     in_closure: bool = False
+    is_nested: bool = False
     written_between: float = math.nan
     is_consumed: bool = False
     seconds: float = 0.0

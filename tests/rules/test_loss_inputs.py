@@ -218,6 +218,18 @@ def energy_distance(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch
     return 2 * between - F.l1_loss(made[:, None], made[None])
 
 
+def energy_distance_of_numbers(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    made = model(x)[:, 0]
+    between = (made[:, None] - torch.randn(len(x))).abs().mean()
+    return 2 * between - (made[:, None] - made).abs().mean()
+
+
+def quantiles_against_quantiles(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    out, target = model(x), torch.randn(len(x), 3)
+    pairs = F.huber_loss(out[:, :, None], target[:, None], reduction="none")
+    return (pairs * torch.rand(1, 3, 1)).sum(1).mean()
+
+
 def quantiles_of_a_sample(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.huber_loss(model(x)[:, :1], torch.linspace(-1, 1, 7)[None])
 
@@ -279,6 +291,8 @@ def entropy_bonus(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.T
         one_target_for_all,
         all_pairs_of_predictions,
         energy_distance,
+        energy_distance_of_numbers,
+        quantiles_against_quantiles,
         quantiles_of_a_sample,
         contrastive_over_both_sides,
         attention_over_the_first_dimension,

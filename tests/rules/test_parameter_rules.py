@@ -374,3 +374,57 @@ def test_the_parameters_of_a_loss_are_in_no_optimizer(scale: int) -> None:
     # The network that judges may stay as it is on purpose; such weights may not.
     assert trained(model) == {"GS101": ("criterion.log_variances",)}
     assert not trained(model, criterion)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer that lets another one step, on what a closure computes if it has one."""
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.base = torch.optim.SGD(self.param_groups, lr=0.1)
+
+    def step(self, closure: Callable[[], object] | None = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        self.base.step()
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_an_optimizer_that_steps_inside_of_another_uses_nothing_twice(with_closure: bool) -> None:
+    model = net()
+    optimizer = Wrapper(model.parameters())
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        x = torch.randn(8, 6)
+        F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
+
+    with gradscope.watch(model, [optimizer, optimizer.base], on_error="raise") as scope:
+        for _ in range(12):
+            if with_closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+    assert scope.steps["outcome"].tolist() == ["stepped"] * 24
+    assert not [f.code for f in scope.findings if f.severity > 0]
+
+
+@pytest.mark.parametrize("is_assigned", [True, False])
+def test_gradients_that_the_program_assigns_to_a_part(is_assigned: bool) -> None:
+    model = net()
+    optimizer = sgd(model.parameters())
+    trunk, head = list(model[0].parameters()), list(model[3].parameters())
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(12):
+            optimizer.zero_grad()
+            x = torch.randn(8, 6)
+            loss = F.cross_entropy(model(x), x[:, :3].argmax(1))
+            if is_assigned:
+                gradients = torch.autograd.grad(loss, trunk, retain_graph=True)
+                for weight, gradient in zip(trunk, gradients, strict=True):
+                    weight.grad = gradient
+            loss.backward(inputs=[*head, *model[1].parameters()])
+            optimizer.step()
+    assert ("GS105" in {f.code for f in scope.findings}) is not is_assigned

@@ -75,6 +75,21 @@ def sharpness_aware(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
+def sharpness_aware_by_a_helper(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def descend() -> None:
+        optimizer.zero_grad()
+        loss_of(model).backward()
+
+    descend()
+    with torch.no_grad():
+        steps = [0.05 * p.grad for p in model.parameters()]
+        torch._foreach_add_(list(model.parameters()), steps)
+    descend()
+    with torch.no_grad():
+        torch._foreach_sub_(list(model.parameters()), steps)
+    optimizer.step()
+
+
 def shrunk(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     usual(model, optimizer)
     for p in model.parameters():
@@ -101,7 +116,10 @@ def test_broken(loop: Loop, options: dict[str, float], code: str) -> None:
     assert code in codes(loop, **options)
 
 
-@pytest.mark.parametrize("loop", [usual, by_hand, sharpness_aware, clamped_without_effect])
+@pytest.mark.parametrize(
+    "loop",
+    [usual, by_hand, sharpness_aware, sharpness_aware_by_a_helper, clamped_without_effect],
+)
 def test_healthy(loop: Loop) -> None:
     assert not codes(loop)
 

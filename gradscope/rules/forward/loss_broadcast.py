@@ -35,7 +35,8 @@ class LossBroadcast(Rule):
     At closer looks gradscope notes the shapes given to loss functions, and subtractions of `[N]`
     and `[N, 1]` of which only one side requires grad, and products of labels and logarithms. The
     finding is raised when the result has more elements than either side. Sides that were given
-    dimensions to meet in all pairs, `x[:, None]` and `y[None]` of the same features, are silent.
+    dimensions to meet in all pairs, `x[:, None]` and `y[None]` of the same features or with
+    `reduction="none"`, are silent, and so is `x[:, None] - y`.
 
     ## Example
 
@@ -68,6 +69,8 @@ class LossBroadcast(Rule):
                 for left, right in zip(rows["input_shape"], rows["target_shape"], strict=True)
             ]
             stretched = [pair for pair in shapes if _stretch_each_other(*pair)]
+            if (rows["reduction"] == "none").all():  # all pairs, which the program goes on with
+                stretched = [(left, right) for left, right in stretched if len(left) != len(right)]
             if function in _WRITTEN:  # no comparison, unless a column meets its row
                 stretched = [
                     pair for pair in stretched if _is_column(*pair) or _is_column(*pair[::-1])

@@ -26,7 +26,8 @@ class DuplicateParameter(Rule):
     ## How it is found
 
     gradscope notes which step used each gradient. Two optimizers that share parameters and have a
-    backward each, in turn, are not reported. What one optimizer holds twice stands in its groups.
+    backward each, in turn, are not reported, nor one that steps inside of the other's step, as the
+    base of a wrapper does. What one optimizer holds twice stands in its groups.
 
     ## Example
 

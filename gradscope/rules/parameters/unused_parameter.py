@@ -33,7 +33,8 @@ class UnusedParameter(Rule):
     Over all backwards of the run. Experts, heads and blocks that are used now and then have their
     gradient by then; one that never was is silent if others of its list get theirs at some steps
     only. One without elements is silent, and one that never had a gradient at a step and moved all
-    the same: a codebook that follows a mean, which the program moves itself. Where the graph was
+    the same: a codebook that follows a mean, which the program moves itself. So is one whose
+    gradients the program assigns. Where the graph was
     cut on the way, that finding explains this one.
 
     ## Example
@@ -74,6 +75,7 @@ class UnusedParameter(Rule):
         called = set(calls["module"])
         used_at_times = _used_at_times(run)
         moved_by_hand = _moved_by_hand(run)
+        given = _given_gradients(run)
         findings = []
         for number, known in enumerate(run.optimizers):
             held = [e for e in run.parameters if any(n == number for n, _ in e.holders)]
@@ -85,6 +87,7 @@ class UnusedParameter(Rule):
                 and not e.reached
                 and e.in_model
                 and e.name not in moved_by_hand
+                and e.name not in given
                 and used_at_times.isdisjoint(_numbers_left_out(e.name))
             ]
             if (
@@ -128,6 +131,12 @@ def _moved_by_hand(run: Recording) -> set[str]:
     grads = run.frame("grads")
     # A step moves only what has a gradient, of zeros even.
     return moved - set(grads.loc[grads["status"] != "none", "param"])
+
+
+def _given_gradients(run: Recording) -> set[str]:
+    """What the program itself gives gradients, such as those of ``torch.autograd.grad``."""
+    grads = run.frame("grads")
+    return set(grads.loc[(grads["status"] == "assigned") & (grads["norm"] > 0), "param"])
 
 
 def _used_at_times(run: Recording) -> set[_Around]:

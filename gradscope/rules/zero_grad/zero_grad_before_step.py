@@ -81,6 +81,7 @@ class ZeroGradBeforeStep(Rule):
                 & lost
                 & (own["n_backward"] == 1)
                 & ~own["in_closure"]
+                & ~(own["written_between"] > 0)  # a gradient taken elsewhere, as by SAM
                 & ~own["step"].isin(by_hand)
                 & np.array(
                     [
