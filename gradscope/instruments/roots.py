@@ -11,6 +11,7 @@ import torch
 from gradscope.instruments.graph_nodes import node_of
 
 _KEY = "gradscope"
+_KEY_BEHIND = "gradscope behind"
 _MOST_REMEMBERED = 4096
 _SCALING = ("DivBackward0", "MulBackward0", "NegBackward0")
 _LONGEST_CHAIN = 4
@@ -19,7 +20,7 @@ _MOST_TERMS = 16
 
 
 class _Token:
-    """Lies in the metadata of a node, and so lives exactly as long as the node.
+    """Lies in the metadata of nodes, and so lives exactly as long as one of them.
 
     Attributes:
         backward: number of the backward that began at the node.
@@ -86,6 +87,13 @@ class Roots:
         token = _Token(number)
         node.metadata[_KEY] = token
         self._alive.add(token)
+        # What a program keeps may be the prediction, which lies behind the loss.
+        for _ in range(_LONGEST_CHAIN):
+            givers = [giver for giver, _ in node.next_functions if giver is not None]
+            if len(givers) != 1 or hasattr(givers[0], "variable"):
+                break
+            node = givers[0]
+            node.metadata[_KEY_BEHIND] = token
 
 
 def _earlier_term(node: Any) -> _Token | None:

@@ -99,6 +99,33 @@ def test_attribute_that_freezes_nothing() -> None:
     assert train(model, sgd(model.parameters()))["GS109"] == ("0.weight", "0.bias")
 
 
+def test_attributes_of_several_modules_are_told_together() -> None:
+    model = nn.ModuleDict({"a": net(), "b": net()})
+    other = net()
+    for layer in model["b"]:
+        layer.requires_grad = False
+    optimizer = sgd([*model.parameters(), *other.parameters()])
+    with gradscope.watch([model, other], optimizer, on_error="raise") as scope:
+        for _ in range(6):
+            optimizer.zero_grad()
+            x = torch.randn(8, 6)
+            F.cross_entropy(model["a"](x) + model["b"](x) + other(x), x[:, :3].argmax(1)).backward()
+            optimizer.step()
+    (finding,) = (f for f in scope.findings if f.code == "GS109")
+    assert finding.params == tuple(f"model.b.{name}" for name, _ in net().named_parameters())
+    assert "call model.b.0.requires_grad_(False)" in finding.fix
+
+
+def test_a_backward_that_raises_because_all_is_frozen() -> None:
+    model = net()
+    model.requires_grad_(False)
+    optimizer = sgd(model.parameters())
+    watching = gradscope.watch(model, optimizer, on_error="raise")
+    with pytest.raises(RuntimeError, match="does not require grad"), watching:
+        F.cross_entropy(model(torch.randn(8, 6)), torch.zeros(8).long()).backward()
+    assert {f.code for f in watching.findings if f.severity > 0} == {"GS108"}
+
+
 def test_nothing_to_train() -> None:
     model = net()
     model.requires_grad_(False)

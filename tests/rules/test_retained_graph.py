@@ -22,7 +22,8 @@ def judged(keep: str, steps: int = 40) -> Findings:
     recent: deque[torch.Tensor] = deque(maxlen=10)
     with gradscope.watch(model, optimizer, on_error="raise") as scope:
         for i in range(steps):
-            loss = F.cross_entropy(model(torch.randn(5, 6)), torch.zeros(5, dtype=torch.long))
+            out = model(torch.randn(5, 6)).relu()
+            loss = F.cross_entropy(out, torch.zeros(5, dtype=torch.long))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -30,17 +31,19 @@ def judged(keep: str, steps: int = 40) -> Findings:
                 total = total + loss
             elif keep == "list":
                 history.append(loss)
+            elif keep == "predictions":
+                history.append(out)
             elif keep == "list, cleared every ten":
                 history = [] if i % 10 == 0 else [*history, loss]
             elif keep == "the last ten":
                 recent.append(loss)
             else:
                 total = total + loss.item()
-                history.append(loss.detach())
+                history += [loss.detach(), out.detach()]
     return scope.findings
 
 
-@pytest.mark.parametrize("keep", ["sum", "list"])
+@pytest.mark.parametrize("keep", ["sum", "list", "predictions"])
 def test_a_loss_that_is_kept_is_named(keep: str) -> None:
     findings = judged(keep)
     assert [f.code for f in findings] == ["GS305"]

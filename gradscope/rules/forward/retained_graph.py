@@ -37,9 +37,9 @@ class RetainedGraph(Rule):
 
     ## What it finds
 
-    Either something keeps the graph of every loss, such as a running sum of tensors, so that the
-    number of live graphs grows step by step; or the graph of a loss reaches back into earlier steps
-    because a state was carried over without `detach()`.
+    Either something keeps the graph of every loss, such as a running sum of tensors or a list of
+    predictions, so that the number of live graphs grows step by step; or the graph of a loss
+    reaches back into earlier steps because a state was carried over without `detach()`.
 
     ## Why it matters
 
@@ -49,7 +49,8 @@ class RetainedGraph(Rule):
 
     ## How it is found
 
-    gradscope hangs a mark on the graph of every backward and counts, at each later one, how many
+    gradscope hangs a mark on the graph of every backward, on its root and the few operations behind
+    it, and counts, at each later one, how many
     are still there; and at closer looks it counts the nodes of the graph that are older than the
     step. The finding is raised when at least 20 backwards in a row each left their graph behind,
     when the older part grows from look to look, or when backward raises on such a graph.
@@ -172,9 +173,9 @@ class RetainedGraph(Rule):
             message=(
                 f"the graphs of {int(alive[peak])} earlier losses are still held at backward "
                 f"{peak}{at(file, line)}, one more after each step: something keeps the loss "
-                "itself, such as running_loss += loss, instead of its value"
+                "itself, such as running_loss += loss, or the prediction, instead of its value"
             ),
-            fix="keep loss.item() or loss.detach() in sums and lists, not the loss",
+            fix="keep loss.item() and prediction.detach() in sums and lists, not themselves",
             step_first=_step(backwards.iloc[began]),
             step_last=_step(row),
             count=grown,

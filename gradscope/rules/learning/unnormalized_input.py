@@ -19,6 +19,11 @@ _FIRST_LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "LazyLinear")
 
 _RECURRENT = ("LSTM", "GRU", "RNN")
 
+_GATED = ("LSTM", "GRU")
+
+_CLOSED = 0.01
+"""Share of what a gated layer gives that is exactly zero: a sigmoid is, below -104."""
+
 _SATURATED = 1 - 5e-7
 """Greatest magnitude of what a recurrent layer gives, which is never above one. It takes sums of
 more than seven before a tanh, where inputs of about one give about one, and inputs three times as
@@ -89,6 +94,9 @@ class UnnormalizedInput(Rule):
         kind, std = str(first["module_type"].iloc[0]), float(first["std"].iloc[0])
         largest = float(first["abs_max"].iloc[0])
         is_saturated = kind in _RECURRENT and _SATURATED <= largest <= 1
+        zeros = float(first["zero_fraction"].iloc[0])
+        is_closed = kind in _GATED and zeros >= _CLOSED
+        is_saturated = is_saturated or is_closed
         is_passed_on = kind in (*_FIRST_LAYERS, *_RECURRENT) and std > _PASSED_ON
         if not is_passed_on and not is_saturated:
             return []
@@ -107,7 +115,12 @@ class UnnormalizedInput(Rule):
                     f"the input x of {owner} goes from {row['min']:.4g} to {row['max']:.4g}"
                     f"{columns}, and goes as it is into {layer}, which "
                     + (
-                        f"is saturated: it gives values up to {largest:.5g}"
+                        "is saturated: "
+                        + (
+                            f"{zeros:.0%} of its values are exactly zero"
+                            if is_closed
+                            else f"it gives values up to {largest:.5g}"
+                        )
                         if is_saturated
                         else f"gives values with a standard deviation of {std:.3g}"
                     )

@@ -95,7 +95,7 @@ class NothingToTrain(Rule):
     ## How it is found
 
     No parameter of it requires grad at the end, and none had a gradient at any of its steps, or at
-    the later half of them.
+    the later half of them; or the backward raised because nothing requires grad.
 
     ## Example
 
@@ -116,7 +116,7 @@ class NothingToTrain(Rule):
     code = "GS108"
     name = "nothing-to-train"
     severity = Severity.ERROR
-    tables = ("params", "steps", "events")
+    tables = ("params", "steps", "events", "backwards")
 
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per optimizer without anything to train."""
@@ -125,6 +125,8 @@ class NothingToTrain(Rule):
         live = [
             n for n in counts if n in ("n_fresh", "n_accumulated", "n_compounded", "n_assigned")
         ]
+        last = run.frame("backwards").tail(1)
+        raised = bool(((last["error"] != "") & ~last["root_requires_grad"]).any())
         findings = []
         for number, known in enumerate(run.optimizers):
             held = [e for e in run.parameters if any(n == number for n, _ in e.holders)]
@@ -133,21 +135,25 @@ class NothingToTrain(Rule):
                 continue
             has_gradient = own[live].to_numpy().sum(axis=1) > 0
             n_before = int(np.flatnonzero(has_gradient)[-1]) + 1 if has_gradient.any() else 0
-            if len(own) - n_before < max(_FEWEST_STEPS, _LEAST_SHARE * len(own)):
+            if raised:
+                n_before = 0
+            elif len(own) - n_before < max(_FEWEST_STEPS, _LEAST_SHARE * len(own)):
                 continue
             own = own.iloc[n_before:]
+            what = f"its {len(own)} {'last ' if n_before else ''}steps change nothing"
+            if raised:
+                what = "nothing is left to compute a gradient for, and backward raised"
             findings.append(
                 self.finding(
                     severity=Severity.WARNING if n_before else Severity.ERROR,
                     message=(
                         f"all {len(held)} parameters of {known.name} are frozen (requires_grad is "
-                        f"False): {listed(e.name for e in held)}; its {len(own)} "
-                        f"{'last ' if n_before else ''}steps change nothing"
+                        f"False): {listed(e.name for e in held)}; {what}"
                     ),
                     fix=f"call requires_grad_(True) on what {known.name} is to train",
                     params=tuple(e.name for e in held),
                     optimizer=known.name,
-                    **span(own),
+                    **(span(own) if len(own) else {}),
                     **made_at(run, known.name),
                     evidence={"frozen": len(held), "steps": len(own)},
                 )

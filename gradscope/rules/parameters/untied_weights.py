@@ -105,30 +105,36 @@ class FreezeWithoutEffect(Rule):
     tables = ("models", "params", "updates")
 
     def check(self, run: Recording) -> list[Finding]:
-        """Return one finding per attribute."""
+        """Return one finding per model and attribute."""
         findings = []
         for model in run.models:
+            prefix = f"{model.name}." if len(run.models) > 1 else ""
+            paths_of: dict[str, list[str]] = {}
             for attribute in model.ineffective_freezes:
-                path = attribute.rpartition(".")[0].removeprefix(f"{model.name}.")
+                path, _, name = attribute.rpartition(".")
+                paths_of.setdefault(name, []).append((prefix + path).rstrip("."))
+            for attribute, paths in paths_of.items():
                 trained = tuple(
                     e.name
                     for e in run.parameters
                     if e.requires_grad
                     and e.reached
                     and e.holders
-                    and (not path or f".{path}." in f".{e.name}.")
+                    and any(not path or f"{e.name}.".startswith(f"{path}.") for path in paths)
                 )
                 if not trained:
                     continue
+                whose = [path or model.name for path in paths]
                 findings.append(
                     self.finding(
                         message=(
-                            f"{attribute} was set, which freezes nothing: {listed(trained)} still "
-                            "get gradients and are updated"
+                            f"{attribute} of {listed(whose)} was set, which freezes nothing: "
+                            f"{listed(trained)} still get gradients and are updated"
                         ),
-                        fix=f"call {path or model.name}.requires_grad_(False)",
+                        fix=f"call {whose[0]}.requires_grad_(False)"
+                        + (", and so for the others" if len(whose) > 1 else ""),
                         params=trained,
-                        modules=(path,),
+                        modules=tuple(paths),
                         evidence={"attribute": attribute, "trained": len(trained)},
                     )
                 )
