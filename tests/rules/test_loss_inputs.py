@@ -85,6 +85,10 @@ def log_softmax_over_batch(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -
     return F.nll_loss(torch.log_softmax(model(x), dim=0), y)  # bad
 
 
+def summed_and_divided(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x), y, reduction="sum") / len(x)
+
+
 def picked_by_hand(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     logp = torch.log_softmax(model(x), dim=0)  # bad
     return -logp[torch.arange(len(x)), y].mean()
@@ -305,6 +309,28 @@ def entropy_bonus(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.T
 )
 def test_a_healthy_loss_is_silent(make_loss: MakeLoss) -> None:
     assert not [f for f in judged(make_loss) if f.severity > 0 and f.code in LOSS_RULES]
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "times"),
+    [
+        (lambda out, y: F.cross_entropy(out, y, reduction="sum"), 8),
+        (lambda out, y: F.cross_entropy(out, F.one_hot(y, 3).float(), reduction="sum"), 8),
+        (lambda out, y: F.mse_loss(out, F.one_hot(y, 3).float(), reduction="sum"), 24),
+        (
+            lambda out, y: F.cross_entropy(
+                out[:, :, None].expand(-1, -1, 5), y[:, None].expand(-1, 5), reduction="sum"
+            ),
+            40,
+        ),
+    ],
+)
+def test_how_many_losses_a_sum_adds_up(
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], times: int
+) -> None:
+    (finding,) = (f for f in judged(lambda model, x, y: loss_of(model(x), y)) if f.code == "GS608")
+    assert f"about {times} times" in finding.message
+    assert "GS608" not in {f.code for f in judged(summed_and_divided)}
 
 
 class Attention(nn.Module):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from gradscope.rules.facts import at, place_of, reached_losses, shape_of, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.rules.step.learning_rate_too_high import LearningRateTooHigh
 from gradscope.run.recording import Recording
+
+_DIVIDED = 0.5
+"""Share of the sum that is left of one that the program divides before the backward."""
+
+_OF_CLASSES = ("cross_entropy", "nll_loss")
 
 
 class SummedLoss(Rule):
@@ -24,7 +31,8 @@ class SummedLoss(Rule):
 
     ## How it is found
 
-    At closer looks gradscope notes how loss functions are called.
+    At closer looks gradscope notes how loss functions are called. A sum of which the backward gets
+    less than half has been divided later.
 
     ## Example
 
@@ -36,7 +44,7 @@ class SummedLoss(Rule):
 
     ## When it is wrong
 
-    When the sum is meant, or divided by the size of the batch in a later line.
+    When the sum is meant.
     """
 
     code = "GS608"
@@ -51,19 +59,23 @@ class SummedLoss(Rule):
         # A step too large for the loss to fall is no longer a matter of style.
         jumps = bool(LearningRateTooHigh().check(run))
         findings = []
+        given = steps.drop_duplicates("step").set_index("step")["loss"]
         for _, rows in summed.groupby(["function", "file", "line"], sort=False, dropna=False):
             row = rows.iloc[0]
             file, line = place_of(row, "owner_")
             called = str(row["owner"] or row["function"])
             shape = shape_of(str(row["input_shape"])) or ()
             batch = shape[0] if shape else 1
-            if batch < 2 or steps.empty:
+            is_divided = rows["step"].map(given) < _DIVIDED * rows["value"]
+            if batch < 2 or steps.empty or is_divided.any():
                 continue
+            function = str(row["function"])
+            times = _n_summed(function, shape, shape_of(str(row["target_shape"])) or ())
             findings.append(
                 self.finding(
                     message=(
                         f'{called}(reduction="sum"){at(file, line)} adds up the losses of a '
-                        f"batch: it and its gradients are about {batch} times those of the mean"
+                        f"batch: it and its gradients are about {times} times those of the mean"
                     ),
                     fix=(
                         f'leave out reduction="sum"{at(file, line)}, or divide the loss by the '
@@ -74,10 +86,17 @@ class SummedLoss(Rule):
                     file=file,
                     line=line,
                     evidence={
-                        "function": str(row["function"]),
+                        "function": function,
                         "batch": batch,
                         "value": float(row["value"]),
                     },
                 )
             )
         return findings
+
+
+def _n_summed(function: str, given: tuple[int, ...], target: tuple[int, ...]) -> int:
+    """How many losses are added up that ``reduction="mean"`` would divide by."""
+    if function not in _OF_CLASSES:
+        return prod(given)
+    return prod(target) if len(target) < len(given) else prod(given) // given[1]
