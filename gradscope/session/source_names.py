@@ -60,6 +60,10 @@ def assigned_name(frame: FrameType | None) -> str | None:
     if first is not None:
         line = linecache.getline(frame.f_code.co_filename, first)
     position = _position(frame)
+    if position is not None:
+        of_several = _target_of(line, position[2])
+        if of_several is not None:
+            return of_several
     if position is not None and position[0] == frame.f_lineno:
         # Of several statements on one line, the one that the call stands in.
         line = line.encode()[: position[2]].decode(errors="replace").rpartition(";")[2]
@@ -68,6 +72,30 @@ def assigned_name(frame: FrameType | None) -> str | None:
     if not equals or not target.replace(".", "").replace("_", "").isalnum():
         return None
     return target.removeprefix("self.")
+
+
+def _target_of(line: str, column: int) -> str | None:
+    """Whom a call in a line like ``a, b = Adam(…), Adam(…)`` is assigned to; None in any other."""
+    code = line.lstrip()
+    column -= len(line) - len(code)
+    try:
+        statements = ast.parse(code).body
+    except SyntaxError:
+        return None
+    for statement in statements:
+        if not isinstance(statement, ast.Assign):
+            continue
+        targets, values = statement.targets[0], statement.value
+        if (
+            not isinstance(targets, ast.Tuple | ast.List)
+            or not isinstance(values, ast.Tuple | ast.List)
+            or len(targets.elts) != len(values.elts)
+        ):
+            continue
+        for target, value in zip(targets.elts, values.elts, strict=True):
+            if value.col_offset <= column < (value.end_col_offset or 0):
+                return _spelled(target)
+    return None
 
 
 def _first_line_in_progress(frame: FrameType) -> int | None:

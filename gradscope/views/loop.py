@@ -284,7 +284,8 @@ def _backward(run: Recording, steps: pd.DataFrame, backwards: pd.DataFrame) -> l
         facts.append(f"raised {raised['error'].iloc[0]} at {_of(len(raised), len(calls), 'call')}")
     if steps.empty:
         return [*facts, f"{_counted(len(calls), 'call')}, but no step followed"]
-    counts = {name: int(steps[f"n_{name}"].sum()) for name in STATUSES}
+    stepped = steps.loc[steps["outcome"] == "stepped"]
+    counts = {name: int(stepped[f"n_{name}"].sum()) for name in STATUSES}
     total = sum(counts.values())
     shown = ", ".join(
         f"{counts[name]:,} {name}"

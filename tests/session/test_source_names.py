@@ -55,3 +55,13 @@ def test_an_assignment_names_its_variable() -> None:
     assert [assigned(1)] == [None]
     a = 1; b = assigned(a)  # fmt: skip  # noqa: E702
     assert b == "b"
+
+
+def test_assignments_to_several_variables_name_each() -> None:
+    self = SimpleNamespace()
+    opt_g, self.opt_d = assigned(1), assigned(2, [3, 4])
+    assert (opt_g, self.opt_d) == ("opt_g", "opt_d")
+    é = 1; [first, second] = [assigned(é), assigned(é)]  # fmt: skip  # noqa: E702
+    assert (first, second) == ("first", "second")
+    both = assigned(1), assigned(2)
+    assert both == ("both", "both")
