@@ -455,3 +455,28 @@ def test_gradients_that_the_program_assigns_to_a_part(is_assigned: bool) -> None
             loss.backward(inputs=[*head, *model[1].parameters()])
             optimizer.step()
     assert ("GS105" in {f.code for f in scope.findings}) is not is_assigned
+
+
+class Adapted(nn.Module):
+    """A frozen layer and an adapter of two matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(6, 3).requires_grad_(False)
+        self.a, self.b = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.zeros(3, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + x @ self.a.T @ self.b.T
+
+
+def test_a_frozen_base_is_not_why_nothing_is_learnt_if_its_adapter_is_in_no_optimizer() -> None:
+    torch.manual_seed(0)
+    model = Adapted()
+    optimizer = sgd([model.a])
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(120):
+            optimizer.zero_grad()
+            x = torch.randn(64, 6)
+            F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
+            optimizer.step()
+    assert {f.code for f in scope.findings if f.severity > 0} == {"GS101"}

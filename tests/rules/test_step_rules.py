@@ -393,3 +393,15 @@ def test_schedules_of_one_optimizer_that_multiply_or_follow_each_other() -> None
         "StepLR",
         "StepLR#2",
     }
+
+
+def test_a_plateau_that_is_looked_for_in_the_wrong_direction() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=1)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for i in range(60):
+            usual(model, optimizer)
+            scheduler.step(1 / (i + 1))
+    (found,) = (f for f in scope.findings if f.code == "GS504")
+    assert "the mode that fits" in found.fix

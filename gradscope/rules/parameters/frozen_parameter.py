@@ -7,6 +7,7 @@ import numpy as np
 from gradscope.rules.facts import listed, made_at, span
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.learning.target_independent_of_input import TargetIndependentOfInput
+from gradscope.rules.parameters.parameter_not_in_optimizer import ParameterNotInOptimizer
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
@@ -61,7 +62,11 @@ class FrozenParameter(Rule):
         since = [e.requires_grad_changed for e in frozen if e.requires_grad_changed is not None]
         # With most of the model fixed and nothing learnt, that is why.
         is_most = 2 * sum(e.numel for e in frozen) > sum(e.numel for e in run.parameters)
-        learns_nothing = is_most and bool(TargetIndependentOfInput().check(run))
+        learns_nothing = (
+            is_most
+            and bool(TargetIndependentOfInput().check(run))
+            and not ParameterNotInOptimizer().check(run)  # which says why
+        )
         at_chance = "; the loss stays where it began" if learns_nothing else ""
         when = f", {len(since)} of them since step {min(since)}" if since else ""
         return [

@@ -89,12 +89,7 @@ class DecayedLearningRate(Rule):
                         f"{float(rows.iloc[0]):.3g} by step {int(rows.index[0])} and stayed that "
                         f"low at {len(rows)} of {len(lr)} steps{by}"
                     ),
-                    fix=(
-                        f"step {kind} once per epoch if its lengths are epochs, or give them in "
-                        "iterations"
-                        if kind
-                        else f"look at what lowers the learning rate of {optimizer}"
-                    ),
+                    fix=_fix(kind, str(optimizer)),
                     optimizer=str(optimizer),
                     step_first=int(rows.index[0]),
                     step_last=int(rows.index[-1]),
@@ -109,3 +104,14 @@ class DecayedLearningRate(Rule):
                 )
             )
         return findings
+
+
+def _fix(kind: str, optimizer: str) -> str:
+    if not kind:
+        return f"look at what lowers the learning rate of {optimizer}"
+    if kind.startswith("ReduceLROnPlateau"):
+        return (
+            f"give {kind} the mode that fits what it is stepped with (min for a loss, max for an "
+            "accuracy), more patience, or a greater min_lr"
+        )
+    return f"step {kind} once per epoch if its lengths are epochs, or give them in iterations"
