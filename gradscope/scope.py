@@ -321,7 +321,8 @@ def watch(
 
     Args:
         model: the model, or several: ``[d, g]``.
-        optimizer: the optimizer, or several: ``[opt_d, opt_g]``.
+        optimizer: the optimizer, or several: ``[opt_d, opt_g]``. One that the program makes later
+            for parameters of these models is watched from its first step on.
         every: record every n-th step in full, whatever it costs. By default the first three
             steps are, those whose number is a power of two, and as many more as the budget allows.
         budget: the share of the step time that watching may take. It spaces what is chosen (steps

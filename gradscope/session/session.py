@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -140,6 +142,7 @@ class Session:
             self._note_failure, self._costs, raises=options.on_error == "raise"
         )
         self._census = Census(self.recording, options.include, options.exclude)
+        self._others: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._ledger = Ledger()
         self._in_order = InOrder(lambda error: self.failed("ledger", error))
         self._attempts = Attempts(
@@ -559,8 +562,10 @@ class Session:
         if self._place is None:
             self._something_trains()
         number = self._census.number_of_optimizer(optimizer)
-        if number is None and self._discovers:
-            self.optimizer_created(optimizer)
+        if number is None and (self._discovers or self._trains_ours(optimizer)):
+            name = None if self._in_scaler_step else called_name(user_frame())
+            self._take_in(optimizer, (name or "").removesuffix(".step"), user_frame())
+            self._adopt_gradients()
             number = self._census.number_of_optimizer(optimizer)
         if number is None:
             return
@@ -635,7 +640,27 @@ class Session:
         if inside_method_of(torch.optim.Optimizer, "torch.distributed.", optimizer):
             return  # the part of ZeroRedundancyOptimizer that steps this rank's share
         frame = making_frame(optimizer)
-        self.watch_optimizer(optimizer, assigned_name(frame) or "optimizer")
+        self._take_in(optimizer, assigned_name(frame), frame)
+
+    def _trains_ours(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer that nobody gave us holds what is watched, as one made later does.
+
+        One that steps inside of another's step, the base of a wrapper, is that one's own affair.
+        """
+        if optimizer in self._others or any(map(self._attempts.is_open, self._attempts.optimizers)):
+            return False
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(map(self._census.knows, held)):
+            self._census.refresh_models()  # it may be that of a layer that was put in just now
+        if any(map(self._census.knows, held)):
+            return True
+        self._others.add(optimizer)
+        return False
+
+    def _take_in(
+        self, optimizer: torch.optim.Optimizer, name: str | None, frame: FrameType | None
+    ) -> None:
+        self.watch_optimizer(optimizer, name or "optimizer")
         self.event(
             "optimizer_found",
             type(optimizer).__name__,

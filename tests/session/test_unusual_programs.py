@@ -265,3 +265,46 @@ def test_a_loss_function_of_many_examples_at_once_under_vmap() -> None:
             optimizer.step()
     assert scope.steps["n_assigned"].tolist() == [4, 4, 4]
     assert not {f.code for f in scope.findings} & {"GS901"}
+
+
+def test_an_optimizer_made_later_is_watched_if_it_holds_what_is_watched() -> None:
+    model, other = small_model(), small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    stranger = torch.optim.SGD(other.parameters(), lr=0.1)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for number in range(12):
+            if number == 6:
+                model[2] = nn.Linear(5, 2)
+                optimizer_of_head = torch.optim.Adam(model[2].parameters(), lr=0.1)
+            for each in (optimizer, stranger):
+                each.zero_grad()
+            (loss_of(model) + loss_of(other)).backward()
+            optimizer.step()
+            stranger.step()
+            if number >= 6:
+                optimizer_of_head.step()
+                optimizer_of_head.zero_grad()
+    steps = scope.steps
+    assert steps["optimizer"].value_counts().to_dict() == {"optimizer": 12, "optimizer_of_head": 6}
+    assert set(steps.loc[steps["optimizer"] == "optimizer_of_head", "n_fresh"]) == {2}
+    assert "GS101" not in {f.code for f in scope.findings}
+
+
+def test_the_base_of_a_wrapper_is_the_wrappers_own_affair() -> None:
+    class Clipped(torch.optim.SGD):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, lr=0.1)
+            self.base = torch.optim.Adam(self.param_groups[0]["params"], lr=0.1)
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            self.base.step()
+
+    model = small_model()
+    optimizer = Clipped(model.parameters())
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+    assert set(scope.steps["optimizer"]) == {"optimizer"}
+    assert (scope.steps["update_norm"] > 0).any()
