@@ -141,3 +141,19 @@ def test_discriminator_that_reaches_the_generator() -> None:
 @pytest.mark.parametrize("order", ["Zdzg", "zgZd", "ZdZdzg"])
 def test_adversaries_that_clear_in_time(order: str) -> None:
     assert not adversaries(order).keys() & {"GS201", "GS202", "GS203", "GS206"}
+
+
+@pytest.mark.parametrize("is_divided", [True, False])
+def test_a_sum_that_makes_the_steps_too_large_is_their_cause(is_divided: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=8.0)
+    with gradscope.watch(model, optimizer, on_error="raise", every=1) as scope:
+        for i in range(96):
+            loss = loss_of(model)
+            (loss / 8 if is_divided else loss).backward()
+            if i % 8 == 7:
+                optimizer.step()
+                optimizer.zero_grad()
+    told = [(f.code, str(f.severity)) for f in scope.findings if f.severity > 0]
+    assert told == [("GS505" if is_divided else "GS204", "warning")]

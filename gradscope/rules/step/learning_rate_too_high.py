@@ -73,6 +73,7 @@ class LearningRateTooHigh(Rule):
     tables = ("steps", "groups", "events")
     symptom_of = (
         "GS201",
+        "GS204",
         "GS402",
         "GS404",
         "GS511",

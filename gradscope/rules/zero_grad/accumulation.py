@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from gradscope.rules.facts import backwards_at, first_place, numbers_in, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
+from gradscope.rules.step.learning_rate_too_high import LearningRateTooHigh
 from gradscope.rules.wording import some_of
 from gradscope.run.recording import Recording
 
@@ -54,7 +55,8 @@ class UnscaledAccumulation(Rule):
     ## Why it matters
 
     The gradient is that many times larger than with one batch of the same size; so is the step of
-    SGD. A sum may be meant, so this is only a note.
+    SGD. A sum may be meant, so this is only a note, unless the steps are too large for the loss to
+    fall.
 
     ## How it is found
 
@@ -81,10 +83,11 @@ class UnscaledAccumulation(Rule):
     code = "GS204"
     name = "unscaled-accumulation"
     severity = Severity.INFO
-    tables = ("steps", "backwards", "grads", "losses")
+    tables = ("steps", "backwards", "grads", "losses", "groups", "events")
 
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per optimizer that adds up."""
+        jumps = {found.optimizer for found in LearningRateTooHigh().check(run)}
         grads = run.frame("grads")
         by_clipping = grads["norm_before_clipping"].notna()
         edited = set(grads.loc[grads["edited"] & ~by_clipping, "step"])
@@ -105,6 +108,7 @@ class UnscaledAccumulation(Rule):
                         f"({', '.join(sorted(made_by))}) is not divided by {usual}"
                     ),
                     fix=f"divide the loss by {usual} before backward, if a mean was meant",
+                    severity=Severity.WARNING if str(optimizer) in jumps else self.severity,
                     optimizer=str(optimizer),
                     **span(own),
                     **first_place(rows),
