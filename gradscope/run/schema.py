@@ -515,7 +515,7 @@ EVENTS = Table(
             "event",
             T,
             "`watch_started`, `watch_stopped`, `paused`, `resumed`, `zero_grad`, `clip`, "
-            "`unscale`, `scale_update`, `scheduler`, `armed`, `cut`, `exception`, "
+            "`unscale`, `scale_update`, `scheduler`, `mode`, `armed`, `cut`, `exception`, "
             "`optimizer_found`, `model_found`, `parameters_changed`, `instrument_failed`, "
             "`unobserved`, `nonfinite`, `non_leaf`, `ended`, `seam`, `out_of_sync`",
         ),

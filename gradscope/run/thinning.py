@@ -35,7 +35,7 @@ _FIRST = 64
 """So many first steps stay, and as many last ones."""
 
 _STATUSES = ("none", "fresh", "accumulated", "compounded", "stale", "assigned", "zeroed")
-_OF_EVERY_STEP = ("zero_grad", "clip", "unscale", "scale_update", "scheduler")
+_OF_EVERY_STEP = ("zero_grad", "clip", "unscale", "scale_update", "scheduler", "mode")
 """Events that a loop brings about at each step; others are rare, and stay."""
 
 _BEGINNING = "of the first"

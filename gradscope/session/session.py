@@ -47,6 +47,7 @@ from gradscope.taps.compiled_code import compiled_code
 from gradscope.taps.engine import BackwardCall, engine, inside_backward, inside_transform
 from gradscope.taps.grad_scaler import grad_scaler
 from gradscope.taps.model_calls import model_calls
+from gradscope.taps.modes import modes
 from gradscope.taps.module_calls import module_calls
 from gradscope.taps.module_creation import module_creation
 from gradscope.taps.optimizer_creation import optimizer_creation
@@ -71,6 +72,7 @@ _TAPS: tuple[Tap, ...] = (
     clipping,
     grad_scaler,
     schedulers,
+    modes,
     compiled_code,  # after the steps, which see the edges of a compiled step first
 )
 
@@ -493,6 +495,13 @@ class Session:
             self._in_order.do(lambda: self._ledger.note([number], "scheduler"))
             name = self._census.name_of_scheduler(scheduler, number)
             self.event("scheduler", name, location, number)
+
+    @_timed
+    def mode_set(self, module: nn.Module, location: Location | None) -> None:
+        """Note where a model, or one that may become one of ours, was switched to which mode."""
+        if self._census.is_member(module) or (self._discovers and not self._attempts.n_ended):
+            mode = "train" if module.training else "eval"
+            self.event("mode", f"{mode} {type(module).__name__}", location)
 
     @_timed
     def gradients_unscaled(self, scaler: Any, optimizer: Any, location: Location | None) -> None:

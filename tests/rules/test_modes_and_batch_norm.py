@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,8 +44,10 @@ def nothing(model: nn.Module, i: int) -> None:
 
 
 def evaluated_and_left(model: nn.Module, i: int) -> None:
+    other = nn.Sequential(nn.Dropout())
     if i == 4:
-        model.eval()
+        model.eval()  # left on
+    other.eval()  # which is no part of what is watched
 
 
 def in_eval_mode_from_the_start(model: nn.Module, i: int) -> None:
@@ -57,6 +60,8 @@ def test_eval_mode_that_was_left_on_is_an_error() -> None:
     assert findings[0].step_first == 4
     assert findings[0].severity == 2
     assert findings[0].modules == ("1",)
+    lines = Path(__file__).read_text("utf-8").splitlines()
+    assert lines[findings[0].line - 1].endswith("# left on")
 
 
 def test_eval_mode_from_the_start_is_a_warning() -> None:

@@ -281,3 +281,32 @@ def test_the_last_steps_of_an_optimizer_that_is_gone_are_there() -> None:
         gc.collect()
     assert len(scope.steps) == 21
     assert len(scope.grads) == 42
+
+
+def test_modes_are_told_once_a_call_with_their_line() -> None:
+    model, stranger = nn.Sequential(nn.Linear(3, 2), nn.Sequential(nn.Dropout())), nn.Dropout()
+
+    class Own(nn.Sequential):
+        def train(self, mode: bool = True) -> Own:
+            super().train(mode)
+            self[1].train(False)
+            return self
+
+    model = Own(*model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        stranger.eval()
+        model.eval()
+        assert not model.training
+        model.train()
+        assert model.training
+        assert not model[1].training
+        model[1].train()
+    told = scope.events.query("event == 'mode'")
+    assert told["detail"].tolist() == [
+        "eval Own",
+        "train Own",
+        "eval Sequential",
+        "train Sequential",
+    ]
+    assert set(told["file"]) == {__file__}

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from gradscope.rules.facts import belongs_to, listed, numbers_in, stepped
+from gradscope.rules.facts import (
+    belongs_to,
+    events_of,
+    first_place,
+    held_by,
+    listed,
+    model_of,
+    numbers_in,
+    stepped,
+)
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.entries import ParameterEntry
@@ -67,7 +76,7 @@ class TrainingInEvalMode(Rule):
     code = "GS306"
     name = "training-in-eval-mode"
     severity = Severity.ERROR
-    tables = ("steps", "calls", "params")
+    tables = ("steps", "calls", "params", "events")
 
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per optimizer."""
@@ -114,6 +123,7 @@ class TrainingInEvalMode(Rule):
                     step_first=since,
                     step_last=int(own["step"].iloc[-1]),
                     count=n_tail,
+                    **_switched_at(run, str(optimizer), since),
                     evidence={
                         "steps_in_eval_mode": int((~modes).sum()),
                         "steps_in_train_mode": int(modes.sum()),
@@ -122,6 +132,15 @@ class TrainingInEvalMode(Rule):
                 )
             )
         return findings
+
+
+def _switched_at(run: Recording, optimizer: str, since: int) -> dict[str, Any]:
+    """The last call of ``eval`` before a step, on a model of the class that is trained."""
+    trained = {model_of(run, run.parameters[number].name) for number in held_by(run, optimizer)}
+    switched = [f"eval {known.kind}" for known in run.models if known.name in trained]
+    calls = events_of(run, "mode")
+    calls = calls.loc[(calls["step"] <= since) & calls["detail"].isin(switched)]
+    return first_place(calls.tail(1))
 
 
 def _is_of_training(own: pd.DataFrame, n_before: int) -> bool:
