@@ -223,6 +223,39 @@ def test_an_optimizer_that_works_on_copies() -> None:
     assert "in place" in found.fix
 
 
+class GathersGradients(torch.optim.Optimizer):
+    """Moves weights at every tenth step only, by the mean of ten gradients."""
+
+    def __init__(self, params: object, lr: float) -> None:
+        super().__init__(params, {"lr": lr})  # type: ignore[arg-type]
+        self.turn = 0
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        self.turn += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                gathered = self.state[p].setdefault("sum", torch.zeros_like(p))
+                gathered += p.grad
+                if self.turn % 10 == 0:
+                    p.sub_(gathered, alpha=group["lr"] / 10)
+                    gathered.zero_()
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+def test_an_optimizer_that_moves_weights_at_steps_that_are_not_recorded(is_reset: bool) -> None:
+    model = net()
+    optimizer = GathersGradients(model.parameters(), lr=0.5)
+    with gradscope.watch(model, optimizer, on_error="raise", budget=1e-9) as scope:
+        for n in range(140):
+            if is_reset and n in (32, 64, 128):
+                model.load_state_dict(net().state_dict())
+            usual(model, optimizer)
+    assert (scope.steps["update_norm"].dropna() == 0).all()
+    found = {f.code for f in scope.findings if f.severity > 0}
+    assert found & {"GS512", "GS513"} == ({"GS512", "GS513"} if is_reset else set())
+
+
 @pytest.mark.parametrize(
     ("steps_by", "updates", "is_broken"),
     [
