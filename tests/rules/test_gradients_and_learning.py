@@ -421,6 +421,59 @@ def test_constant_targets_and_sorted_ones() -> None:
     assert "GS606" not in told(by_class)
 
 
+@pytest.mark.parametrize("n_candidates", [4, 5])
+def test_candidates_of_which_the_first_is_right_are_silent(n_candidates: int) -> None:
+    """As many outputs as candidates are classes."""
+
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scores: torch.Tensor = self.body(x[:, None] + torch.randn(16, n_candidates, 6))
+            return scores.squeeze(-1)
+
+    def first(x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(16, dtype=torch.long)
+
+    torch.manual_seed(0)
+    assert "GS606" not in told(train(Scores(), make_y=first))
+    assert told(train(mlp(n_out=n_candidates), make_y=first)) == ["GS606"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_pairs_whose_first_is_preferred_are_silent(bias: bool) -> None:
+    torch.manual_seed(0)
+    findings = train(
+        nn.Linear(6, 1, bias=bias),
+        make_y=lambda x: torch.ones(16, 1),
+        loss_of=F.binary_cross_entropy_with_logits,
+    )
+    assert ("GS606" in told(findings)) is bias
+
+
+@pytest.mark.parametrize("is_rare", [True, False])
+@pytest.mark.parametrize("n_out", [1, 2])
+def test_a_class_that_is_rare_is_silent(is_rare: bool, n_out: int) -> None:
+    """It is there at step 21 and 35 only, between closer looks."""
+    steps = iter(range(40))
+
+    def rare(x: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros(16, dtype=torch.long)
+        y[:2] = next(steps) in (21, 35) and is_rare
+        return y if n_out == 2 else y[:, None].float()
+
+    findings = train(
+        mlp(n_out=n_out),
+        steps=40,
+        make_y=rare,
+        loss_of=F.cross_entropy if n_out == 2 else F.binary_cross_entropy_with_logits,
+        lr=1.0,
+    )
+    assert ("GS606" in told(findings)) is not is_rare
+
+
 def test_contrastive_targets_are_silent() -> None:
     def contrastive(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         similar = torch.cat([out.pow(2).sum(1, keepdim=True), out @ out.T], 1) / 0.5
