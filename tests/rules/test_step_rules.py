@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable
 
@@ -160,6 +161,24 @@ def test_weights_written_now_and_then(
         for _ in range(60):
             loop(model, optimizer)
     assert ("GS512" in {f.code for f in scope.findings if f.severity > 0}) is is_broken
+
+
+@pytest.mark.parametrize("loads_the_first_count", [False, True])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_folds_that_begin_anew(with_state: bool, loads_the_first_count: bool) -> None:
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    if loads_the_first_count:
+        usual(model, optimizer)
+    first = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for step in range(60):
+            if step % 12 == 0:
+                model.load_state_dict(first[0])
+                if with_state:
+                    optimizer.load_state_dict(copy.deepcopy(first[1]))
+            usual(model, optimizer)
+    assert ("GS512" in {f.code for f in scope.findings if f.severity > 0}) is not with_state
 
 
 @pytest.mark.parametrize("takes_turns", [False, True])
@@ -408,3 +427,48 @@ def test_schedules_of_one_optimizer_that_multiply_or_follow_each_other() -> None
         "StepLR",
         "StepLR#2",
     }
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_second_phase_at_a_thousandth_of_the_rate(learns: bool) -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(20, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
+    head = nn.Linear(128, 2)
+    x = torch.randn(200, 20)
+    y = (x[:, :8].square().sum(1) > 7).long()
+    optimizer = torch.optim.SGD(head.parameters(), lr=1.0, momentum=0.9)
+    with gradscope.watch(nn.Sequential(body, head), optimizer, on_error="raise") as scope:
+        for step in range(120):
+            if step == 20:
+                optimizer.param_groups[0]["lr"] = 1e-3
+                if learns:
+                    optimizer.add_param_group({"params": body.parameters(), "lr": 2e-3})
+            optimizer.zero_grad()
+            F.cross_entropy(head(body(x)), y).backward()
+            optimizer.step()
+    assert ("GS504" in {f.code for f in scope.findings if f.severity > 0}) is not learns
+
+
+@pytest.mark.parametrize("is_policy", [True, False])
+def test_a_loss_that_rises_to_zero_from_below(is_policy: bool) -> None:
+    """Costs of what a policy does: the surer it is, the nearer to 0 is their weighted logarithm."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=4.0 if is_policy else 14.0)
+    cost = torch.randn(4, 3).abs()
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(60):
+            state = torch.randint(4, (64,))
+            out = model(F.one_hot(state, 4).float())
+            if is_policy:
+                chosen = torch.distributions.Categorical(logits=out)
+                action = chosen.sample()
+                loss = (chosen.log_prob(action) * cost[state, action]).mean()
+            else:
+                loss = F.mse_loss(out, cost[state]) - 2
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert scope.steps["loss"].iloc[0] < 0
+    assert ("GS505" in {f.code for f in scope.findings if f.severity > 0}) is not is_policy
