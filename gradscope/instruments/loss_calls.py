@@ -46,6 +46,12 @@ _SCORES = frozenset({"Mul", "Div", "Add", "Sub", "MaskedFill", "Where", "View", 
 _DROPOUT = frozenset({"Mul", "NativeDropout"})
 """By a mask that has no graph, as weights of attention go through on their way to the values."""
 
+_LOGARITHMS = frozenset({"LogSoftmax", "Log", "LogSigmoid", "Logsumexp"})
+
+_WEIGHTED = frozenset({"Mul", "Div"})
+
+_OF_LOGARITHMS = frozenset({"nll_loss", "kl_div"})
+
 _PICKED = frozenset({"getitem", "gather"})
 
 _NORMALISED = frozenset({"Log", "Div"})
@@ -254,6 +260,8 @@ class LossCalls:
             return None
         origin, views = _origin(prediction) if made is None else made
         made_by, dim = described(origin)
+        if name in _OF_LOGARITHMS and made_by in _WEIGHTED:
+            made_by = _weighted_logarithm(origin) or made_by
         dim = dimension_after(reversed(views), dim)
         location = user_location()
         owner, owner_made = self._survey.innermost
@@ -312,6 +320,17 @@ def _origin(tensor: torch.Tensor, passed_over: Set[str] = _PASSED_OVER) -> tuple
         passed.append(node)
         node = givers[0]
     return node, passed
+
+
+def _weighted_logarithm(node: Any) -> str:
+    """The operation that gave logarithms which are then multiplied with what needs no gradient."""
+    for _ in range(_LONGEST_CHAIN):
+        givers = [giver for giver, _ in node.next_functions if giver is not None]
+        name = operation_of(node)
+        if name not in _WEIGHTED | _PASSED_OVER or len(givers) != 1:
+            break
+        node = givers[0]
+    return name if name in _LOGARITHMS else ""
 
 
 def _range_of(prediction: torch.Tensor, class_dim: int) -> torch.Tensor:

@@ -633,7 +633,8 @@ LOSSES = Table(
             "input_made_by",
             T,
             "the operation that gave the prediction, views and copies passed over: `Softmax`, "
-            "`LogSoftmax`, `Sigmoid`, `Addmm` …",
+            "`LogSoftmax`, `Sigmoid`, `Addmm` …; of an `nll_loss` or `kl_div` the logarithm behind "
+            "weights that need no gradient",
         ),
         (
             "input_dim",

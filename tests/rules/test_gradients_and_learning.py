@@ -186,6 +186,70 @@ def test_scaler_that_looks_for_its_scale_is_silent() -> None:
     assert "GS405" not in told(scope.findings)
 
 
+class PassesOver(torch.optim.Adam):
+    """Does nothing where a gradient is not finite."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        params = [p for group in self.param_groups for p in group["params"]]
+        if all(bool(p.grad.isfinite().all()) for p in params if p.grad is not None):
+            super().step()
+
+
+class NumbersInstead(torch.optim.SGD):
+    """Takes zeros for what is not finite."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        kept = [(p, p.grad) for group in self.param_groups for p in group["params"]]
+        for p, gradient in kept:
+            p.grad = None if gradient is None else gradient.nan_to_num(0.0, 0.0, 0.0)
+        super().step()
+        for p, gradient in kept:
+            p.grad = gradient
+
+
+@pytest.mark.parametrize("kind", [PassesOver, NumbersInstead, torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("puts_back", [False, True])
+def test_gradients_that_an_optimizer_passes_over(
+    kind: type[torch.optim.Optimizer], puts_back: bool
+) -> None:
+    """One row of an embedding gets a NaN, which no later batch comes past."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(12, 6), nn.Linear(6, 3))
+    optimizer = kind(model.parameters(), lr=1e-2)  # type: ignore[call-arg]
+    with gradscope.watch(model[0], optimizer, on_error="raise") as scope:
+        for step in range(40):
+            kept = {name: value.clone() for name, value in model.state_dict().items()}
+            at = torch.randint(0, 11, (16,)) if step != 11 else torch.full((16,), 11)
+            loss = F.cross_entropy(model(at), at % 3)
+            optimizer.zero_grad()
+            loss.backward()
+            if step == 11:
+                model[0].weight.grad[11] = float("nan")
+            optimizer.step()
+            if puts_back and step == 11:
+                model.load_state_dict(kept)
+    passes_over = kind in (PassesOver, NumbersInstead) and not puts_back
+    assert ("GS405" in told(scope.findings)) is not passes_over
+
+
+@pytest.mark.parametrize(("kind", "is_healthy"), [(PassesOver, True), (torch.optim.Adam, False)])
+def test_losses_that_an_optimizer_passes_over(
+    kind: type[torch.optim.Adam], is_healthy: bool
+) -> None:
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = kind(model.parameters(), lr=1e-2)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for step in range(40):
+            x = torch.randn(16, 6)
+            target = x[:, :3].abs() if step not in (11, 39) else torch.full((16, 3), torch.nan)
+            loss = F.mse_loss(model(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert told(scope.findings) == ([] if is_healthy else ["GS405"])
+
+
 def test_dead_units() -> None:
     model = mlp()
     nn.init.constant_(model[0].bias, -50.0)
@@ -355,6 +419,59 @@ def test_constant_targets_and_sorted_ones() -> None:
     calls = iter(range(100))
     by_class = train(mlp(), make_y=lambda x: torch.full((16,), next(calls) // 4))
     assert "GS606" not in told(by_class)
+
+
+@pytest.mark.parametrize("n_candidates", [4, 5])
+def test_candidates_of_which_the_first_is_right_are_silent(n_candidates: int) -> None:
+    """As many outputs as candidates are classes."""
+
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scores: torch.Tensor = self.body(x[:, None] + torch.randn(16, n_candidates, 6))
+            return scores.squeeze(-1)
+
+    def first(x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(16, dtype=torch.long)
+
+    torch.manual_seed(0)
+    assert "GS606" not in told(train(Scores(), make_y=first))
+    assert told(train(mlp(n_out=n_candidates), make_y=first)) == ["GS606"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_pairs_whose_first_is_preferred_are_silent(bias: bool) -> None:
+    torch.manual_seed(0)
+    findings = train(
+        nn.Linear(6, 1, bias=bias),
+        make_y=lambda x: torch.ones(16, 1),
+        loss_of=F.binary_cross_entropy_with_logits,
+    )
+    assert ("GS606" in told(findings)) is bias
+
+
+@pytest.mark.parametrize("is_rare", [True, False])
+@pytest.mark.parametrize("n_out", [1, 2])
+def test_a_class_that_is_rare_is_silent(is_rare: bool, n_out: int) -> None:
+    """It is there at step 21 and 35 only, between closer looks."""
+    steps = iter(range(40))
+
+    def rare(x: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros(16, dtype=torch.long)
+        y[:2] = next(steps) in (21, 35) and is_rare
+        return y if n_out == 2 else y[:, None].float()
+
+    findings = train(
+        mlp(n_out=n_out),
+        steps=40,
+        make_y=rare,
+        loss_of=F.cross_entropy if n_out == 2 else F.binary_cross_entropy_with_logits,
+        lr=1.0,
+    )
+    assert ("GS606" in told(findings)) is not is_rare
 
 
 def test_contrastive_targets_are_silent() -> None:

@@ -51,6 +51,10 @@ def teacher(x: torch.Tensor) -> torch.Tensor:
     return (2 * x[:, :3]).softmax(1)
 
 
+def weighted_softmax_into_nll(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.nll_loss(F.softmax(model(x), dim=1) * (1 + x[:, :1].abs()), y)  # bad
+
+
 def softmax_into_kl_div(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.kl_div(model(x).softmax(1), teacher(x), reduction="batchmean")  # bad
 
@@ -125,6 +129,7 @@ BROKEN: dict[MakeLoss, str] = {
     clamped_softmax: "GS307",
     softmax_into_nll: "GS308",
     logits_into_nll: "GS308",
+    weighted_softmax_into_nll: "GS308",
     softmax_into_kl_div: "GS308",
     logits_into_kl_div: "GS308",
     sigmoid_into_bce_with_logits: "GS309",
@@ -188,6 +193,10 @@ def nll_of_log_softmax(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> to
 
 def nll_of_a_clamped_logarithm(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.nll_loss(model(x).softmax(1).clamp(min=1e-6).log(), y)
+
+
+def nll_of_weighted_log_softmax(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.nll_loss(F.log_softmax(model(x), dim=1) * x[:, :1] / 2, y)
 
 
 def kl_div_of_log_softmax(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -288,6 +297,7 @@ def entropy_bonus(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.T
         softmax_for_the_accuracy,
         nll_of_log_softmax,
         nll_of_a_clamped_logarithm,
+        nll_of_weighted_log_softmax,
         kl_div_of_log_softmax,
         kl_div_of_a_logarithm,
         bce_of_sigmoid,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable
 
@@ -180,6 +181,24 @@ def test_weights_written_now_and_then(
     assert ("GS512" in {f.code for f in scope.findings if f.severity > 0}) is is_broken
 
 
+@pytest.mark.parametrize("loads_the_first_count", [False, True])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_folds_that_begin_anew(with_state: bool, loads_the_first_count: bool) -> None:
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    if loads_the_first_count:
+        usual(model, optimizer)
+    first = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for step in range(60):
+            if step % 12 == 0:
+                model.load_state_dict(first[0])
+                if with_state:
+                    optimizer.load_state_dict(copy.deepcopy(first[1]))
+            usual(model, optimizer)
+    assert ("GS512" in {f.code for f in scope.findings if f.severity > 0}) is not with_state
+
+
 @pytest.mark.parametrize("takes_turns", [False, True])
 @pytest.mark.parametrize("shrinks", [False, True])
 def test_batches_with_nothing_to_learn_and_weights_that_are_shrunk(
@@ -239,6 +258,39 @@ def test_an_optimizer_that_works_on_copies() -> None:
     (found,) = (f for f in scope.findings if f.code == "GS513")
     assert "rounding" not in found.message
     assert "in place" in found.fix
+
+
+class GathersGradients(torch.optim.Optimizer):
+    """Moves weights at every tenth step only, by the mean of ten gradients."""
+
+    def __init__(self, params: object, lr: float) -> None:
+        super().__init__(params, {"lr": lr})  # type: ignore[arg-type]
+        self.turn = 0
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        self.turn += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                gathered = self.state[p].setdefault("sum", torch.zeros_like(p))
+                gathered += p.grad
+                if self.turn % 10 == 0:
+                    p.sub_(gathered, alpha=group["lr"] / 10)
+                    gathered.zero_()
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+def test_an_optimizer_that_moves_weights_at_steps_that_are_not_recorded(is_reset: bool) -> None:
+    model = net()
+    optimizer = GathersGradients(model.parameters(), lr=0.5)
+    with gradscope.watch(model, optimizer, on_error="raise", budget=1e-9) as scope:
+        for n in range(140):
+            if is_reset and n in (32, 64, 128):
+                model.load_state_dict(net().state_dict())
+            usual(model, optimizer)
+    assert (scope.steps["update_norm"].dropna() == 0).all()
+    found = {f.code for f in scope.findings if f.severity > 0}
+    assert found & {"GS512", "GS513"} == ({"GS512", "GS513"} if is_reset else set())
 
 
 @pytest.mark.parametrize(
@@ -405,3 +457,48 @@ def test_a_plateau_that_is_looked_for_in_the_wrong_direction() -> None:
             scheduler.step(1 / (i + 1))
     (found,) = (f for f in scope.findings if f.code == "GS504")
     assert "the mode that fits" in found.fix
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_second_phase_at_a_thousandth_of_the_rate(learns: bool) -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(20, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
+    head = nn.Linear(128, 2)
+    x = torch.randn(200, 20)
+    y = (x[:, :8].square().sum(1) > 7).long()
+    optimizer = torch.optim.SGD(head.parameters(), lr=1.0, momentum=0.9)
+    with gradscope.watch(nn.Sequential(body, head), optimizer, on_error="raise") as scope:
+        for step in range(120):
+            if step == 20:
+                optimizer.param_groups[0]["lr"] = 1e-3
+                if learns:
+                    optimizer.add_param_group({"params": body.parameters(), "lr": 2e-3})
+            optimizer.zero_grad()
+            F.cross_entropy(head(body(x)), y).backward()
+            optimizer.step()
+    assert ("GS504" in {f.code for f in scope.findings if f.severity > 0}) is not learns
+
+
+@pytest.mark.parametrize("is_policy", [True, False])
+def test_a_loss_that_rises_to_zero_from_below(is_policy: bool) -> None:
+    """Costs of what a policy does: the surer it is, the nearer to 0 is their weighted logarithm."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=4.0 if is_policy else 14.0)
+    cost = torch.randn(4, 3).abs()
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(60):
+            state = torch.randint(4, (64,))
+            out = model(F.one_hot(state, 4).float())
+            if is_policy:
+                chosen = torch.distributions.Categorical(logits=out)
+                action = chosen.sample()
+                loss = (chosen.log_prob(action) * cost[state, action]).mean()
+            else:
+                loss = F.mse_loss(out, cost[state]) - 2
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert scope.steps["loss"].iloc[0] < 0
+    assert ("GS505" in {f.code for f in scope.findings if f.severity > 0}) is not is_policy

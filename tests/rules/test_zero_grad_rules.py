@@ -68,6 +68,35 @@ def test_accumulation_broken(loop: Loop, code: str) -> None:
     assert code in codes(loop)
 
 
+@pytest.mark.parametrize(
+    ("is_given_up", "evaluates"), [(True, False), (False, False), (False, True)]
+)
+def test_groups_that_are_given_up(is_given_up: bool, evaluates: bool) -> None:
+    """Two backwards of a group are cleared, for a batch without a loss or for nothing."""
+    in_group = 0
+
+    def loop(model: nn.Module, optimizer: torch.optim.Optimizer, i: int) -> None:
+        nonlocal in_group
+        gives_up = i in (6, 20)
+        if gives_up and evaluates:
+            with torch.no_grad():
+                loss_of(model)
+        if not gives_up or is_given_up:
+            loss = loss_of(model)
+        if gives_up:
+            optimizer.zero_grad()
+            in_group = 0
+            return
+        (loss / 4).backward()
+        in_group += 1
+        if in_group == 4:
+            optimizer.step()
+            optimizer.zero_grad()
+            in_group = 0
+
+    assert ("GS205" in codes(loop, 37)) is not is_given_up
+
+
 def test_accumulation_healthy() -> None:
     assert not codes(divided) & {"GS201", "GS202", "GS203", "GS204", "GS205"}
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
-from gradscope.rules.facts import at, first_unread, listed, place_of
+from gradscope.rules.facts import at, listed, place_of
 from gradscope.rules.finding import Finding, Severity
+from gradscope.rules.nonfinite_gradients import nonfinite_gradients, passed_over
 from gradscope.rules.rule import Rule
 from gradscope.rules.wording import some_of
 from gradscope.run.recording import Recording
@@ -39,7 +39,9 @@ class NonFiniteGradient(Rule):
     ## How it is found
 
     gradscope counts non-finite elements of every gradient at every step. Steps that a gradient
-    scaler skipped are its way to look for a scale, and silent unless they are half of the run.
+    scaler skipped are its way to look for a scale, and silent unless they are half of the run. So
+    are steps of an optimizer that passes such gradients over by itself: the weights they belong to
+    are finite at the next recorded step, and nothing wrote them in between but its own steps.
 
     ## Example
 
@@ -52,30 +54,24 @@ class NonFiniteGradient(Rule):
     ## When it is wrong
 
     When the program replaces non-finite gradients itself in a way that gradscope does not see,
-    such as inside of its own optimizer.
+    such as inside of its own optimizer, and no later step is recorded.
     """
 
     code = "GS405"
     name = "non-finite-gradient"
     severity = Severity.ERROR
-    tables = ("steps", "grads", "events", "activations", "batches")
+    tables = ("steps", "grads", "updates", "events", "activations", "batches")
     symptom_of = ("GS514", "GS515", "GS604", "GS607")
 
     def check(self, run: Recording) -> list[Finding]:
         """Return at most one finding per optimizer."""
-        steps, grads = run.frame("steps"), run.frame("grads")
-        # Elements are counted on recorded steps; of the others the norm tells.
-        there = grads["status"] != "none"
-        was_read = grads["norm"].notna() | (grads["step"] < first_unread(run))
-        is_finite = grads["norm"].map(math.isfinite)
-        if not is_finite[there].any() and not (grads["nonfinite"] > 0).any():
-            return []  # nothing was read
-        bad = grads.loc[there & ((grads["nonfinite"] > 0) | (was_read & ~is_finite))]
+        steps, bad = run.frame("steps"), nonfinite_gradients(run)
         bad_steps = set(bad["step"])
         findings = []
         for optimizer, own in steps.groupby("optimizer", sort=False):
             own = own.loc[own["outcome"].isin(["stepped", "skipped"])]
             used = own.loc[own["step"].isin(bad_steps) & (own["outcome"] == "stepped")]
+            used = used.loc[~used["step"].isin(passed_over(run, own, bad))]
             skipped = own.loc[own["outcome"] == "skipped"]
             lost = len(skipped) >= max(_LEAST_SKIPPED, _SKIPS_OF_A_SCALER * len(own))
             if used.empty and not lost:

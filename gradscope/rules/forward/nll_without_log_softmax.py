@@ -34,7 +34,8 @@ class NllWithoutLogSoftmax(Rule):
 
     At closer looks the operation is noted that made the prediction, and its range. The finding is
     raised when it came out of a softmax or sigmoid, or when it is positive somewhere, which a
-    log-probability never is.
+    log-probability never is. Log-probabilities that are multiplied with weights or advantages,
+    which may be negative, are silent.
 
     ## Example
 

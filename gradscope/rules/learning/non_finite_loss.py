@@ -6,6 +6,7 @@ import numpy as np
 
 from gradscope.rules.facts import at, numbers_in, place_of, stepped
 from gradscope.rules.finding import Finding, Severity
+from gradscope.rules.nonfinite_gradients import nonfinite_gradients, passed_over
 from gradscope.rules.rule import Rule
 from gradscope.rules.wording import some_of
 from gradscope.run.recording import Recording
@@ -25,7 +26,8 @@ class NonFiniteLoss(Rule):
 
     ## How it is found
 
-    The root of every backward is recorded. Steps that a gradient scaler skipped are silent. When
+    The root of every backward is recorded. Steps that a gradient scaler skipped are silent, and so
+    are those of an optimizer that passes over gradients that are not finite. When
     the gradients were not finite either, GS405 tells where the first such value came from, and
     this finding is folded under it.
 
@@ -45,7 +47,7 @@ class NonFiniteLoss(Rule):
     code = "GS601"
     name = "non-finite-loss"
     severity = Severity.ERROR
-    tables = ("steps", "backwards", "events")
+    tables = ("steps", "backwards", "grads", "updates", "events")
     symptom_of = ("GS405", "GS505", "GS404", "GS514", "GS603")
 
     def check(self, run: Recording) -> list[Finding]:
@@ -58,8 +60,10 @@ class NonFiniteLoss(Rule):
         if bad.empty:
             return []
         findings = []
+        bad_gradients = nonfinite_gradients(run)
         for optimizer, own in stepped(run).groupby("optimizer", sort=False):
             rows = own.loc[[bool(set(numbers_in(b)) & set(bad.index)) for b in own["backwards"]]]
+            rows = rows.loc[~rows["step"].isin(passed_over(run, own, bad_gradients))]
             if rows.empty:
                 continue
             first = rows.iloc[0]

@@ -29,17 +29,25 @@ _NOT_NEGATIVE = frozenset(
         "HuberLoss",
         "BinaryCrossEntropy",
         "BinaryCrossEntropyWithLogits",
-        "Abs",
-        "LinalgVectorNorm",
     }
 )
 """Operations whose result is zero at best and positive otherwise, of ordinary targets."""
 
-_KEEPS_THE_MEANING = frozenset({"Neg", "Mul", "Div", "Mean", "Sum", "Squeeze", "View", "ToCopy"})
+_SIZES = frozenset({"Abs", "Pow", "LinalgVectorNorm"})
+"""Operations that are errors only of what a target is subtracted from: a projection, a distance
+between means or a length may well be what is to become large."""
+
+_DIFFERENCES = frozenset({"Sub", "Rsub"})
+
+_VIEWS = frozenset({"Squeeze", "Unsqueeze", "View", "ToCopy"})
+_MEANS = _VIEWS | {"Mean", "Sum"}
 _SCALES = frozenset({"Mul", "Div"})
+_KEEPS_THE_MEANING = _MEANS | _SCALES | {"Neg"}
 _SUMS = frozenset({"Add"})
 """Operations between such a loss and the root that only scale it or take its mean, and those that
-may add a penalty on weights."""
+may add a penalty on weights, or another loss."""
+
+_LONGEST_WAY = 16
 
 _OF_PARAMETERS = frozenset(
     {"AccumulateGrad", "Pow", "Sum", "Mean", "Add", "Mul", "Div", "Abs", "Sqrt", "Stack", "Cat"}
@@ -80,10 +88,13 @@ class RisingObjective(Rule):
 
     From the root of the first graph gradscope goes back through negations, products and means, and
     past penalties on the weights alone. The finding is raised when this leads to a loss function
-    that is never negative, or to the mean of log-probabilities of labels, while the root is
-    negative at nearly every step and has fallen by the end. What is multiplied with a number for
-    each example, as in a policy gradient, is silent. So are programs with several optimizers: in a
-    game one of them may well maximise the other's loss.
+    that is never negative, to the square or size of a difference from data, or to the mean of
+    log-probabilities of labels, while the root is negative at nearly every step and has fallen by
+    the end. Of a sum that is negated, one term has to be such a loss, and none may be the negative
+    of one. Sizes and squares of anything else are silent: a variance or a distance may be what is
+    to become large. What is multiplied with a number for each example, as in a policy gradient, is
+    silent as well, and so are programs with several optimizers: in a game one of them may well
+    maximise the other's loss.
 
     ## Example
 
@@ -97,7 +108,8 @@ class RisingObjective(Rule):
 
     ## When it is wrong
 
-    When a loss is driven up on purpose by a single optimizer: unlearning, or an attack.
+    When a loss is driven up on purpose by a single optimizer: unlearning, an attack, or a distance
+    from fixed points that is to become large.
     """
 
     code = "GS603"
@@ -191,27 +203,51 @@ def _written(run: Recording) -> pd.DataFrame:
 
 
 def _source_of(graph: CapturedGraph) -> str:
-    """The loss function behind the root, if only scaling and means lie between them."""
+    """The loss function behind the root, if only scaling, means and sums lie between them."""
     if len(graph.roots) != 1:
         return ""
-    node = int(graph.roots[0])
-    for _ in range(16):
+    node, is_negated = int(graph.roots[0]), False
+    for _ in range(_LONGEST_WAY):
         name = operation(graph.op_of(node))
-        if name in _NOT_NEGATIVE or _is_square(graph, node, name):
+        if _is_never_negative(graph, node, name):
             return name
         if name not in _KEEPS_THE_MEANING and name not in _SUMS:
             return ""
         if name in _SCALES and not _scales_all_alike(graph, node):
             return ""
+        is_negated ^= name == "Neg"
         givers = [
             giver
-            for giver in graph.source[graph.target == node].tolist()
+            for giver in _givers(graph, node)
             if name not in _SUMS or not _is_of_parameters(graph, giver)
         ]
+        if len(givers) > 1 and name in _SUMS and is_negated:
+            return _negated_in_sum(graph, givers)
         if len(givers) != 1:
             return ""
         node = givers[0]
     return ""
+
+
+def _negated_in_sum(graph: CapturedGraph, terms: list[int]) -> str:
+    """The first loss function among the terms of a negated sum, if none has a minus of its own.
+
+    What is scaled is passed by: a factor may hold another minus, which the graph does not tell.
+    """
+    found: list[str] = []
+    pending = [(term, False) for term in reversed(terms)]
+    for _ in range(_LONGEST_WAY):
+        if not pending:
+            break
+        node, is_negated = pending.pop()
+        name = operation(graph.op_of(node))
+        if _is_never_negative(graph, node, name):
+            if is_negated:
+                return ""
+            found.append(name)
+        elif name in _MEANS or name in _SUMS or name == "Neg":
+            pending += [(giver, is_negated ^ (name == "Neg")) for giver in _givers(graph, node)]
+    return found[0] if found and not pending else ""
 
 
 def _scales_all_alike(graph: CapturedGraph, node: int) -> bool:
@@ -227,7 +263,7 @@ def _is_of_parameters(graph: CapturedGraph, node: int) -> bool:
     pending, seen = [node], {node}
     while pending:
         node = pending.pop()
-        givers = graph.source[graph.target == node].tolist()
+        givers = _givers(graph, node)
         if operation(graph.op_of(node)) not in _OF_PARAMETERS or len(seen) > _MOST_NODES:
             return False
         size = _n_elements(graph, node)
@@ -249,7 +285,27 @@ def _n_elements(graph: CapturedGraph, node: int) -> int:
     return sum(math.prod(shape) for shape in graph.outputs_of(node).shapes)
 
 
-def _is_square(graph: CapturedGraph, node: int, name: str) -> bool:
-    """Whether a node multiplies a tensor with itself; a power may be an odd one, but rarely is."""
-    givers = graph.source[graph.target == node]
-    return name == "Pow" or (name == "Mul" and len(givers) == 2 and givers[0] == givers[1])
+def _givers(graph: CapturedGraph, node: int) -> list[int]:
+    givers: list[int] = graph.source[graph.target == node].tolist()
+    return givers
+
+
+def _is_never_negative(graph: CapturedGraph, node: int, name: str) -> bool:
+    return name in _NOT_NEGATIVE or _is_of_a_difference(graph, node, name)
+
+
+def _is_of_a_difference(graph: CapturedGraph, node: int, name: str) -> bool:
+    """Whether a node takes the size or square of something from which data are subtracted.
+
+    A power may be an odd one, but rarely is.
+    """
+    givers = _givers(graph, node)
+    is_square = name == "Mul" and len(givers) == 2 and givers[0] == givers[1]
+    if not is_square and (name not in _SIZES or len(givers) != 1):
+        return False
+    for _ in range(_LONGEST_WAY):
+        node = givers[0]
+        givers, name = _givers(graph, node), operation(graph.op_of(node))
+        if name not in _VIEWS or len(givers) != 1:
+            break
+    return name in _DIFFERENCES and len(givers) == 1

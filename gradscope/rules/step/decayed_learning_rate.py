@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from gradscope.rules.facts import events_of, first_place, made_at, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
+from gradscope.rules.step.loss_trend import loss_trend
 from gradscope.run.recording import Recording
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _FEWEST_STEPS = 10
 """Of fewer steps nobody can tell how a schedule goes on."""
@@ -13,6 +19,10 @@ _FEWEST_STEPS = 10
 _SMALL = ((1e-3, 0.5), (1e-5, 0.25))
 """(share of the peak, share of the run): usual schedules end at a hundredth to a ten-thousandth of
 their peak, and are below a thousandth for their last few percent only."""
+
+
+_FALLS_TO = 0.9
+"""Of the loss at the beginning of the stretch, at its end: something is learned in it."""
 
 
 class DecayedLearningRate(Rule):
@@ -31,7 +41,9 @@ class DecayedLearningRate(Rule):
     ## How it is found
 
     The largest learning rate of the optimizer's groups at each step is compared with its peak;
-    steps before the peak do not count, so warm-ups and learning rate range tests are silent. The
+    steps before the peak do not count, so warm-ups and learning rate range tests are silent. So is
+    the only optimizer of a program whose loss goes on falling, as in a second phase that trains
+    everything, gently, after a head of its own was trained at a large rate. The
     usual reason is a scheduler that counts epochs and is stepped in every iteration.
 
     ## Example
@@ -78,6 +90,8 @@ class DecayedLearningRate(Rule):
             if not small:
                 continue
             rows = small[0]
+            if len(run.optimizers) == 1 and _still_learns(stepped(run), int(rows.index[0])):
+                continue
             scheduled = events_of(run, "scheduler", str(optimizer))
             where = first_place(scheduled)
             kind = str(scheduled["detail"].iloc[0]) if len(scheduled) else ""
@@ -115,3 +129,11 @@ def _fix(kind: str, optimizer: str) -> str:
             "accuracy), more patience, or a greater min_lr"
         )
     return f"step {kind} once per epoch if its lengths are epochs, or give them in iterations"
+
+
+def _still_learns(steps: pd.DataFrame, since: int) -> bool:
+    """Whether the loss falls clearly over the steps from one on."""
+    trend = loss_trend(steps.loc[steps["step"] >= since])
+    if trend is None or not trend.first > 0:
+        return False
+    return trend.last < _FALLS_TO * trend.first and trend.first - trend.last > 2 * trend.spread

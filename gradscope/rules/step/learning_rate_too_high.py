@@ -51,7 +51,9 @@ class LearningRateTooHigh(Rule):
     with the norm of the weights; the median has to be above 0.3. Then the loss decides: the median
     of the last fifth of the steps is no better than that of the first, or not finite. Where only
     the first three updates were as large, as weights that grow with them make the later ones look
-    small, the loss has to end at twice of what the untrained model had.
+    small, the loss has to end at twice of what the untrained model had. A loss that begins below
+    zero has to end as far above: that of a policy whose actions cost something rises to zero as
+    it grows certain.
 
     ## Example
 
@@ -101,7 +103,7 @@ class LearningRateTooHigh(Rule):
             worse = not math.isfinite(trend.last) or (
                 trend.last >= _NO_BETTER * max(trend.first, begin)
                 if begin > 0
-                else trend.last > begin
+                else trend.last > -begin
             )
             # Where every first loss is bad already, the very first is what a fresh model has.
             worse = worse or (begin > 0 and trend.last >= _NO_BETTER * begin)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from gradscope.rules.facts import made_at, span, stepped
+from typing import TYPE_CHECKING
+
+from gradscope.rules.facts import has_moved, held_by, made_at, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _FEWEST_STEPS = 3
 """As many as are always recorded at the beginning."""
@@ -29,7 +34,10 @@ class StepWithoutEffect(Rule):
 
     ## How it is found
 
-    At recorded steps the weights after the step are compared with a copy from before it.
+    At recorded steps the weights after the step are compared with a copy from before it. An
+    optimizer that gathers gradients and moves weights at every tenth step only is silent: no step
+    of it that is recorded may have moved any, but over the whole run their norms have changed
+    though nothing was seen to write them between steps.
 
     ## Example
 
@@ -69,6 +77,8 @@ class StepWithoutEffect(Rule):
                 (recorded["grad_norm"] > 0) & (rates.reindex(recorded["step"]).to_numpy() > 0)
             ]
             if len(able) < _FEWEST_STEPS or (able["update_norm"] != 0).any():
+                continue
+            if _moves_at_other_steps(run, own):
                 continue
             rows = updates.loc[updates["step"].isin(able["step"])]
             lost = float(rows["unchanged_fraction"].median()) if len(rows) else float("nan")
@@ -127,3 +137,10 @@ class StepWithoutEffect(Rule):
                 )
             )
         return findings
+
+
+def _moves_at_other_steps(run: Recording, own: pd.DataFrame) -> bool:
+    """Whether weights have moved in the end, and nothing but these steps is known to write any."""
+    held = held_by(run, str(own["optimizer"].iloc[0]))
+    is_written_elsewhere = bool((own["written_between"] > 0).any())
+    return not is_written_elsewhere and any(has_moved(run.parameters[number]) for number in held)

@@ -81,9 +81,11 @@ class WeightsChangedOutsideStep(Rule):
     with what the directly following one finds; over longer distances a jump has to be larger than
     several updates of every step in between, or two where a version counter tells that something
     wrote the weights just before; and weights written to the very values of an earlier step are
-    told at once. Weights that are swapped for an evaluation and put
-    back are the same again; a projection of some layers, one load of the best weights, and the
-    clamped critic of a Wasserstein GAN are not reported.
+    told at once. Of an optimizer that moves nothing at two recorded steps, and may well do so at
+    those between, nothing is said but what a version counter tells. Weights that are swapped for
+    an evaluation and put back are the same again; a projection of some layers, one load of the
+    best weights, the clamped critic of a Wasserstein GAN, and jumps at which the optimizer's state
+    begins anew as well, as for each fold of a cross-validation, are not reported.
 
     ## Example
 
@@ -103,7 +105,7 @@ class WeightsChangedOutsideStep(Rule):
     code = "GS512"
     name = "weights-changed-outside-step"
     severity = Severity.WARNING
-    tables = ("steps", "events", "params")
+    tables = ("steps", "events", "params", "state")
 
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per optimizer whose work is undone."""
@@ -226,8 +228,11 @@ def _jumps(run: Recording, looks: list[_Look], own: pd.DataFrame) -> tuple[list[
     written = _written(own)
     gradients = own.set_index("optimizer_step")["grad_norm"]
     jumps, names = [], set[int]()
+    forgotten = _forgotten_states(run, own)
     for place, (a, b) in enumerate(itertools.pairwise(looks)):
         common = sorted(a.after.keys() & b.before.keys())
+        if b.turn > a.turn + 1 and b.step not in written and not (_moves(a) or _moves(b)):
+            continue  # it moves them at other steps than these, nobody knows how far
         limit = _JUMP_OF_WRITTEN if b.step in written else _JUMP
         limit *= _larger_between(gradients, a.turn, b.turn)
         far = [
@@ -244,10 +249,33 @@ def _jumps(run: Recording, looks: list[_Look], own: pd.DataFrame) -> tuple[list[
         ]
         same = [c.turn for c in looks[: place + 1] if b.step in written and _is_same(b, c)]
         back = bool(same) and b.turn - same[-1] >= _LEAST_WAY
+        if b.step in forgotten:
+            continue
         if _n_values(run, far) >= _NEARLY_ALL * max(1, _n_values(run, common)) or back:
             jumps.append(b.step)
             names.update(common if back else far)
     return jumps, sorted(names)
+
+
+def _moves(look: _Look) -> bool:
+    return any(not np.array_equal(look.before[n], look.after[n]) for n in look.before)
+
+
+def _forgotten_states(run: Recording, own: pd.DataFrame) -> set[int]:
+    """Steps that find an optimizer's state empty, or at an earlier step count than was left."""
+    state = run.frame("state")
+    state = state.loc[state["step"].isin(own["step"])]
+    left = state.loc[state["when"] == "after"]
+    found = state.loc[state["when"] == "before"]
+    steps = sorted(set(left["step"]))
+    counts = [
+        rows.loc[rows["key"] == "step"].groupby("step")["value"].max() for rows in (left, found)
+    ]
+    empty = set(steps[1:]) - set(found["step"])
+    back = {
+        b for a, b in itertools.pairwise(steps) if counts[0].get(a, 0) > counts[1].get(b, math.inf)
+    }
+    return empty | back
 
 
 def _larger_between(gradients: pd.Series[float], first: int, last: int) -> float:

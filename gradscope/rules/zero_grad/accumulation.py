@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from gradscope.rules.facts import backwards_at, first_place, numbers_in, span, stepped
+from gradscope.rules.facts import backwards_at, first_place, numbers_in, span, stepped, words_of
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.rules.step.learning_rate_too_high import LearningRateTooHigh
@@ -42,6 +42,17 @@ def _adds_whole_losses(run: Recording, own: pd.DataFrame, usual: int) -> bool:
     of_step = own.set_index("step")["loss"]
     ratios = (of_step / of_one).dropna()
     return len(ratios) > 0 and float(ratios.median()) > _WHOLE * usual
+
+
+def _are_given_up(order: str) -> bool:
+    """Whether gradients were only cleared where one more forward had come, and no backward."""
+    words, begin, ends = words_of(order), 0, []
+    for place, word in enumerate(words):
+        if word == "zero_grad":
+            if "backward" in words[begin:place]:
+                ends.append(words[place - 2 : place])
+            begin = place
+    return bool(ends) and all(end == ["backward", "forward"] for end in ends)
 
 
 class UnscaledAccumulation(Rule):
@@ -133,7 +144,9 @@ class DroppedAccumulation(Rule):
     ## How it is found
 
     Steps usually use several backwards of one line; at a few of them, backwards of the same line
-    with a finite loss had been cleared before. What is left over at the very end is only a note.
+    with a finite loss had been cleared before. What is left over at the very end is only a note. A
+    group that is cleared right after a forward without a backward is silent: it was given up for a
+    batch whose loss is of no use.
 
     ## Example
 
@@ -170,7 +183,9 @@ class DroppedAccumulation(Rule):
                 continue
             here = first_place(backwards_at(run, numbers_in(str(own["backwards"].iloc[0]))))
             dropped: dict[int, int] = {}
-            for step, text in zip(own["step"], own["discarded"], strict=True):
+            for step, text, order in zip(own["step"], own["discarded"], own["order"], strict=True):
+                if not text or _are_given_up(order):
+                    continue
                 rows = backwards_at(run, numbers_in(text))
                 n = sum(
                     row.file == here["file"]
