@@ -505,6 +505,9 @@ BACKWARDS = Table(
     ),
 )
 
+STEP_PRE_HOOKS = "step pre-hooks of its own"
+"""In what ``unobserved`` says of an optimizer whose gradients may be other than those read."""
+
 EVENTS = Table(
     "events",
     "event outside forward, backward and step",

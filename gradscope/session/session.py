@@ -25,6 +25,7 @@ from gradscope.instruments.late import Late, scalar_of
 from gradscope.instruments.source_lines import SourceLines
 from gradscope.instruments.weight_facts import read_norms
 from gradscope.run.recording import Recording
+from gradscope.run.schema import STEP_PRE_HOOKS
 from gradscope.run.weight_step import WeightStep
 from gradscope.session.all_gradients import AllGradients
 from gradscope.session.attempts import Attempts
@@ -145,6 +146,7 @@ class Session:
         )
         self._census = Census(self.recording, options.include, options.exclude)
         self._others: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._hooked: set[int] = set()
         self._ledger = Ledger()
         self._in_order = InOrder(lambda error: self.failed("ledger", error))
         self._attempts = Attempts(
@@ -584,6 +586,11 @@ class Session:
         if self._census.refresh_groups(number):
             self._tell_holdings()
             self.event("parameters_changed", self.recording.optimizers[number].name)
+        if optimizer._optimizer_step_pre_hooks and number not in self._hooked:
+            self._hooked.add(number)
+            name = self.recording.optimizers[number].name
+            text = f"{name} has {STEP_PRE_HOOKS}: they run after its gradients are read"
+            self.event("unobserved", text, None, number)
         self._backwards.used_inside(number)
         self._looks.step_started(number)
         if not has_closure:

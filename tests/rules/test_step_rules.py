@@ -502,3 +502,24 @@ def test_a_loss_that_rises_to_zero_from_below(is_policy: bool) -> None:
             optimizer.step()
     assert scope.steps["loss"].iloc[0] < 0
     assert ("GS505" in {f.code for f in scope.findings if f.severity > 0}) is not is_policy
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_around_a_step(when: str) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def clip(*_: object) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+
+    def shrink(*_: object) -> None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.9)
+
+    if when == "before":
+        optimizer.register_step_pre_hook(clip)
+    else:
+        optimizer.register_step_post_hook(shrink)
+    found = judged(model, optimizer, 12)
+    assert ("GS516" in found) is (when == "after")

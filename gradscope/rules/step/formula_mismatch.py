@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from gradscope.rules.facts import listed, made_at, stepped
+from gradscope.rules.facts import events_of, listed, made_at, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
+from gradscope.run.schema import STEP_PRE_HOOKS
 
 _FEWEST_STEPS = 3
 """As many as are always recorded at the beginning."""
@@ -29,13 +30,14 @@ class FormulaMismatch(Rule):
 
     ## Why it matters
 
-    Something else acts inside the step: a hook that changes weights or gradients, a patched
-    optimizer, a defect of an accelerated kernel.
+    Something else acts inside the step: a hook that changes weights, a patched optimizer, a defect
+    of an accelerated kernel.
 
     ## How it is found
 
     The formula is worked out on copies from before the step and compared with the weights after it;
-    what rounding can do is known. Only optimizers of `torch.optim` have a formula.
+    what rounding can do is known. Only optimizers of `torch.optim` have a formula; one with step
+    pre-hooks, which may change the gradients that were read before, is silent.
 
     ## Example
 
@@ -67,6 +69,9 @@ class FormulaMismatch(Rule):
         is_off = (updates["residual"] > _DIFFERENT) & (
             updates["residual"] > _BEYOND_ROUNDING * updates["rounding"].fillna(0)
         )
+        unseen = events_of(run, "unobserved")
+        hooked = set(unseen.loc[unseen["detail"].str.contains(STEP_PRE_HOOKS), "subject"])
+        updates = updates.loc[~updates["optimizer"].isin(hooked)]
         findings = []
         for optimizer, rows in updates.groupby("optimizer", sort=False):
             by_param = is_off.loc[rows.index].groupby(rows["param"], sort=False)
