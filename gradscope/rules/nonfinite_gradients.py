@@ -38,16 +38,18 @@ def passed_over(run: Recording, own: pd.DataFrame, bad: pd.DataFrame) -> set[int
         own: rows of ``steps`` of one optimizer.
         bad: rows of ``grads`` that are not finite.
     """
+    used = own.loc[own["outcome"] == "stepped", "step"]
+    bad = bad.loc[bad["step"].isin(used)]
     updates = run.frame("updates")
     updates = updates.loc[updates["optimizer"].isin(own["optimizer"])]
-    is_finite = updates["weight_norm_after"].map(math.isfinite)
-    intact = updates.loc[is_finite].groupby("step")["param"].agg(set).to_dict()
+    finite = updates.loc[updates["weight_norm_after"].map(math.isfinite)]
+    if bad.empty or not (finite["step"] >= bad["step"].min()).any():
+        return set()  # as in most runs, whether all is well or all is lost
+    intact = finite.groupby("step")["param"].agg(set).to_dict()
     recorded = sorted(set(updates["step"]))
     written = sorted(own.loc[own["written_between"] > 0, "step"])
     harmless: set[int] = set()
     unknown: set[int] = set()
-    used = own.loc[own["outcome"] == "stepped", "step"]
-    bad = bad.loc[bad["step"].isin(used)]
     of_step: dict[int, set[str]] = {}
     for step, param in zip(bad["step"], bad["param"], strict=True):
         of_step.setdefault(step, set()).add(param)

@@ -474,6 +474,19 @@ def test_a_class_that_is_rare_is_silent(is_rare: bool, n_out: int) -> None:
     assert ("GS606" in told(findings)) is not is_rare
 
 
+def test_one_class_whose_loss_leaps_under_a_dropout_is_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 3))
+    findings = train(
+        model,
+        steps=150,
+        make_x=lambda: torch.randn(8, 6),
+        make_y=lambda x: torch.zeros(8, dtype=torch.long),
+        lr=1.0,
+    )
+    assert told(findings) == ["GS606"]
+
+
 def test_contrastive_targets_are_silent() -> None:
     def contrastive(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         similar = torch.cat([out.pow(2).sum(1, keepdim=True), out @ out.T], 1) / 0.5
