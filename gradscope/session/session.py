@@ -211,6 +211,7 @@ class Session:
         is_differentiable = any(group.get("differentiable") for group in optimizer.param_groups)
         number = self._census.add_optimizer(optimizer, name)
         self._attempts.follow(number, is_differentiable=is_differentiable)
+        self._looks.someone_came(self._attempts.n_ended, is_early=self._attempts.is_early(number))
         if is_differentiable:
             self.event(
                 "unobserved",
@@ -599,7 +600,12 @@ class Session:
         self._cuts.look_back()
         recorded = self._attempts.end(number)
         self._count_followed()
-        if self._looks.step_ended(number, self._attempts.optimizers):
+        if self._looks.step_ended(
+            number,
+            self._attempts.optimizers,
+            self._attempts.n_ended,
+            is_early=self._attempts.is_early(number),
+        ):
             self._end_look()
         if self._looks.now is None:
             self._cuts.step_ended()
@@ -692,6 +698,8 @@ class Session:
             self._cuts.arm()
         if is_due and not self._broken:
             self._cuts.tell(self._looks.begin(self._attempts.n_ended))
+            if self._looks.begins_phase:
+                self.event("phase", "closer looks begin anew, for another training has begun")
 
     def _end_look(self) -> None:
         cost = self._looks.end()
