@@ -95,13 +95,17 @@ class DetachedModule(Rule):
             for entry in run.parameters
         )
         graph = next((run.graphs[step] for step in own["step"] if step in run.graphs), None)
+        spelled = _names_by_spelling(run, names_missing)
         cut: dict[str, tuple[tuple[str, ...], bool]] = {}
         params: set[str] = set()
         if graph is not None and len(graph.calls):
             for each in unreached(graph):
-                found = names_missing.intersection(
-                    name for param in each.params for name in param.names
-                )
+                found = {
+                    spelled[name]
+                    for param in each.params
+                    for name in param.names
+                    if name in spelled
+                }
                 if each.why != "cut off" or not found:
                     continue
                 is_used = bool(each.taken_by) or _comes_first(graph, each.call)
@@ -148,6 +152,15 @@ class DetachedModule(Rule):
                 "nothing_else_to_train": has_nothing_else,
             },
         )
+
+
+def _names_by_spelling(run: Recording, names: set[str]) -> dict[str, str]:
+    """Today's names by all that a graph may have for them.
+
+    In one that is older than the second model, the first one's parameters lack its name.
+    """
+    first = f"{run.models[0].name}." if len(run.models) > 1 else ""
+    return {name.removeprefix(first): name for name in names} | {name: name for name in names}
 
 
 def _comes_first(graph: CapturedGraph, call: int) -> bool:
