@@ -74,6 +74,7 @@ class Census:
         self._parameters: list[weakref.ref[torch.Tensor]] = []
         self._number_of: dict[int, int] = {}
         self._lazy: set[int] = set()
+        self._has_stand_ins = False
         self._schedulers: weakref.WeakKeyDictionary[Any, tuple[int, str]] = (
             weakref.WeakKeyDictionary()
         )
@@ -112,14 +113,18 @@ class Census:
         """Look again which parameters the models have; returns whether that has changed."""
         changed = False
         self.members = set()
+        self._has_stand_ins = False
         for model in self._models:
             module = model.module()
             if module is None:
                 continue
             self.members.update(id(part) for part in module.modules())
+            registered = list(module.named_parameters(remove_duplicate=False))
+            if _are_stand_ins(registered):  # its own are back when that call is over
+                self._has_stand_ins = True
+                continue
             signature = tuple(
-                (id(parameter), path.replace(_WRAPPER, ""))
-                for path, parameter in module.named_parameters(remove_duplicate=False)
+                (id(parameter), path.replace(_WRAPPER, "")) for path, parameter in registered
             )
             if signature != model.signature:
                 model.signature = signature
@@ -130,6 +135,11 @@ class Census:
             self.generation += 1
         self._find_ineffective_freezes()
         return changed
+
+    def refresh_stand_ins(self) -> None:
+        """Look again at models that were met while others stood in for their parameters."""
+        if self._has_stand_ins:
+            self.refresh_models()
 
     def adopt_unregistered(self, leaves: Iterable[torch.Tensor]) -> None:
         """Take in parameters that lie in plain lists, dicts or attributes of a model's modules."""
@@ -360,6 +370,8 @@ class Census:
             module = model.module()
             if module is None:
                 continue
+            if _are_stand_ins(module.named_parameters()):
+                continue
             prefix = f"{model.name}." if several else ""
             kinds = {
                 path.replace(_WRAPPER, ""): type(part).__name__
@@ -427,6 +439,11 @@ class Census:
     def _is_watched(self, name: str) -> bool:
         is_included = not self._include or _matches(name, self._include)
         return is_included and not _matches(name, self._exclude)
+
+
+def _are_stand_ins(registered: Iterable[tuple[str, torch.Tensor]]) -> bool:
+    """Whether ``functional_call`` has put tensors in the place of a model's parameters."""
+    return any(not isinstance(parameter, nn.Parameter) for _, parameter in registered)
 
 
 @dataclass(frozen=True, slots=True)

@@ -807,6 +807,7 @@ class Session:
     def _tell_holdings(self) -> None:
         """Tell the ledger who holds what, if that has changed."""
         self._census.refresh_lazy()
+        self._census.refresh_stand_ins()
         if self._all.up_to_date():
             return
         if self.running:
