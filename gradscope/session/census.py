@@ -194,6 +194,9 @@ class Census:
         signature = tuple(tuple(map(id, group["params"])) for group in optimizer.param_groups)
         if signature == known.signature:
             return False
+        held = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        if self._models and not all(map(self.knows, held)):
+            self.refresh_models()  # one may have got a layer more, and this its parameters
         known.signature = signature
         for entry in self._recording.parameters:
             entry.holders = [holder for holder in entry.holders if holder[0] != number]
@@ -215,6 +218,16 @@ class Census:
         known.params = np.array(numbers, np.int64)
         self.generation += 1
         return True
+
+    def grown(self) -> list[int]:
+        """Return numbers of the optimizers that have been given more groups since they were met."""
+        entries = zip(self._optimizers, self._recording.optimizers, strict=True)
+        optimizers = ((known.optimizer(), entry.n_groups) for known, entry in entries)
+        return [
+            number
+            for number, (optimizer, n_groups) in enumerate(optimizers)
+            if optimizer is not None and len(optimizer.param_groups) != n_groups
+        ]
 
     def refresh_requires_grad(self, step: int) -> list[int]:
         """Look again which parameters require grad; returns the numbers of those that flipped."""

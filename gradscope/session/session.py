@@ -541,6 +541,8 @@ class Session:
         if self._place is None:
             self._something_trains()
         if call.accumulates:
+            for number in self._census.grown():  # before its new parameters get gradients
+                self._refresh_groups(number)
             self._tell_holdings()
         self._backwards.started(call, first_node=self._call[1])
 
@@ -568,9 +570,7 @@ class Session:
         self._scaler_stepped = True
         if self._attempts.is_open(number):
             self._abandon(number)
-        if self._census.refresh_groups(number):
-            self._tell_holdings()
-            self.event("parameters_changed", self.recording.optimizers[number].name)
+        self._refresh_groups(number)
         self._backwards.used_inside(number)
         self._looks.step_started(number)
         if not has_closure:
@@ -673,6 +673,11 @@ class Session:
                 )
         if self._saving is not None:
             self._begin_saving(self._saving.something_trains)
+
+    def _refresh_groups(self, number: int) -> None:
+        if self._census.refresh_groups(number):
+            self._tell_holdings()
+            self.event("parameters_changed", self.recording.optimizers[number].name)
 
     def _ranks_apart(self, optimizer: int, ranks: list[int]) -> None:
         self.event("out_of_sync", ", ".join(map(str, ranks)), None, optimizer)

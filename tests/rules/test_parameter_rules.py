@@ -374,3 +374,34 @@ def test_the_parameters_of_a_loss_are_in_no_optimizer(scale: int) -> None:
     # The network that judges may stay as it is on purpose; such weights may not.
     assert trained(model) == {"GS101": ("criterion.log_variances",)}
     assert not trained(model, criterion)
+
+
+class Grows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 8)])
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x)
+        for layer in self.layers[1:]:
+            x = x + torch.tanh(layer(x))
+        return self.out(x)
+
+
+def test_a_layer_that_is_added_between_two_looks_is_one_of_the_model() -> None:
+    torch.manual_seed(0)
+    model = Grows()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with gradscope.watch(model, optimizer, every=50, on_error="raise") as scope:
+        for number in range(20):
+            if number in (7, 13):
+                layer = nn.Linear(8, 8)
+                model.layers.append(layer)
+                optimizer.add_param_group({"params": layer.parameters()})
+            loss = model(torch.randn(16, 4)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert set(scope.params["param"]) == {name for name, _ in model.named_parameters()}
+    assert not scope.steps["n_assigned"].any()
