@@ -24,7 +24,7 @@ from gradscope.instruments.replicas import replicated_by_wrappers
 from gradscope.instruments.weight_facts import are_copies
 from gradscope.run.captured_graph import Registered
 from gradscope.run.columns import storable
-from gradscope.run.entries import ModelEntry, OptimizerEntry, ParameterEntry
+from gradscope.run.entries import REPLACED, ModelEntry, OptimizerEntry, ParameterEntry
 from gradscope.run.recording import Recording
 from gradscope.session.gradients import Integers
 
@@ -229,6 +229,15 @@ class Census:
             if optimizer is not None and len(optimizer.param_groups) != n_groups
         ]
 
+    def refresh_thawed(self) -> None:
+        """See at the end which parameters that were frozen have been trained all the same.
+
+        One that is frozen by now may be so for an evaluation, after the last step.
+        """
+        for number, parameter in self.alive():
+            entry = self._recording.parameters[number]
+            entry.requires_grad |= parameter.requires_grad and entry.reached
+
     def refresh_requires_grad(self, step: int) -> list[int]:
         """Look again which parameters require grad; returns the numbers of those that flipped."""
         flipped = []
@@ -408,10 +417,32 @@ class Census:
             entry.name, entry.module, entry.module_type = known_as[0]
             entry.aliases = tuple(name for name, _, _ in known_as[1:])
             entry.in_model = True
+        self._rename_replaced(set(names))
         # A parameter that was known only by its place in an optimizer may have got its name now.
         for number in range(len(self._optimizers)):
             self._optimizers[number].signature = ()
             self.refresh_groups(number)
+
+    def _rename_replaced(self, registered: set[int]) -> None:
+        """Give another name to what was replaced, where another has its place and its name by now.
+
+        Tables are joined by names. Its module has another name, too: it is none of the parameters
+        that the module has.
+
+        Args:
+            registered: numbers of the parameters that the models have now.
+        """
+        entries = self._recording.parameters
+        taken = {name for n in registered for name in (entries[n].name, *entries[n].aliases)}
+        replaced = [e for n, e in enumerate(entries) if n not in registered and e.name in taken]
+        for entry in replaced:
+            holder, dot, own = entry.name.rpartition(".")
+            others = [other.name.removesuffix(f".{own}") for other in entries]
+            place = _unused(f"{holder if dot else own}{REPLACED}", others)
+            entry.name = f"{place}.{own}" if dot else place
+            entry.module = place if dot else ""
+            entry.aliases = ()
+            entry.in_model = False
 
     def find_replicas(self) -> None:
         """Note which parameters are replicas of those of other ranks."""

@@ -702,6 +702,7 @@ class Session:
                 return
             self._cuts.arm()
         if is_due and not self._broken:
+            self._see_who_is_frozen(self._attempts.n_ended)
             self._cuts.tell(self._looks.begin(self._attempts.n_ended))
             if self._looks.begins_phase:
                 self.event("phase", "closer looks begin anew, for another training has begun")
@@ -788,6 +789,7 @@ class Session:
             if self._attempts.awaits_step(number):
                 self._attempts.end_without_step(number, None, outcome="open")
         self._in_order.settle(wait=True)
+        self._census.refresh_thawed()
 
     def _abandon(self, number: int) -> None:
         """Close an attempt whose step raised before its end."""
@@ -841,7 +843,10 @@ class Session:
                 self.event("parameters_changed", "a model has other parameters than before")
             now = time.perf_counter()
             self._next_look = now + (now - began) / _SHARE_OF_LOOKING_AROUND
-        for param in self._census.refresh_requires_grad(self._attempts.n_ended - 1):
+        self._see_who_is_frozen(self._attempts.n_ended - 1)
+
+    def _see_who_is_frozen(self, step: int) -> None:
+        for param in self._census.refresh_requires_grad(step):
             entry = self.recording.parameters[param]
             self.event("parameters_changed", f"{entry.name} requires_grad={entry.requires_grad}")
 
