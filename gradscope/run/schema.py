@@ -517,7 +517,8 @@ EVENTS = Table(
             "`watch_started`, `watch_stopped`, `paused`, `resumed`, `zero_grad`, `clip`, "
             "`unscale`, `scale_update`, `scheduler`, `armed`, `cut`, `exception`, "
             "`optimizer_found`, `model_found`, `parameters_changed`, `instrument_failed`, "
-            "`unobserved`, `nonfinite`, `non_leaf`, `ended`, `seam`, `out_of_sync`, `phase`",
+            "`unobserved`, `nonfinite`, `non_leaf`, `ended`, `seam`, `out_of_sync`, `phase`, "
+            "`cut_in_loss`",
         ),
         ("detail", T, "what exactly"),
         ("subject", T, "the optimizer concerned, as the program names it; empty if none is"),

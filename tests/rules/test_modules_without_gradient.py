@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradscope
 from gradscope.config import WatchOptions
-from gradscope.rules import Findings, diagnose
+from gradscope.rules import Findings, Severity, diagnose
 from gradscope.session.session import Session
 
 RULES = {"GS302", "GS303", "GS304", "GS312", "GS313", "GS314"}
@@ -331,3 +331,51 @@ def test_a_cut_is_named_where_another_model_is_trained_later() -> None:
     session.stop()
     found = {f.code: f for f in diagnose(session.recording)}
     assert set(found["GS302"].params) == {"model.encoder.0.weight", "model.encoder.0.bias"}
+
+
+def towards_ones(z: torch.Tensor) -> torch.Tensor:
+    return F.mse_loss(z, torch.ones(4).expand_as(z))
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda z: z.detach(),
+        lambda z: 2 * z.detach() + 1,
+        lambda z: (2 * z + 1).detach(),
+        lambda z: z.data,
+        lambda z: torch.tensor(z.tolist()),
+    ],
+    ids=["detached", "changed after", "changed before", "data", "numbers"],
+)
+def test_a_result_that_is_cut_and_goes_into_the_loss_is_an_error(
+    cut: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    def loss_of(net: TwoHeads, x: torch.Tensor) -> torch.Tensor:
+        logits, z = net(x)
+        return F.cross_entropy(logits, x[:, :3].argmax(1)) + towards_ones(cut(z))
+
+    findings = judged_with(loss_of)
+    assert told(findings) == ["GS302"]
+    assert findings[0].severity == Severity.ERROR
+    assert findings[0].modules == ("proj",)
+    assert findings[0].line == cut.__code__.co_firstlineno
+
+
+def test_a_result_that_is_cut_and_only_looked_at_is_a_note() -> None:
+    def loss_of(net: TwoHeads, x: torch.Tensor) -> torch.Tensor:
+        logits, z = net(x)
+        assert torch.isfinite(z.detach().norm())
+        return F.cross_entropy(logits, x[:, :3].argmax(1))
+
+    found = {f.code: f for f in judged_with(loss_of)}
+    assert found["GS302"].severity == Severity.INFO
+
+
+def test_a_result_that_is_cut_in_one_term_and_trained_in_another_is_silent() -> None:
+    def loss_of(net: TwoHeads, x: torch.Tensor) -> torch.Tensor:
+        logits, z = net(x)
+        weight = 1 + z.detach().square().mean()
+        return weight * F.cross_entropy(logits, x[:, :3].argmax(1)) + towards_ones(z)
+
+    assert not told(judged_with(loss_of))
