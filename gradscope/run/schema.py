@@ -83,7 +83,12 @@ def with_rank(table: Table) -> Table:
 
 
 _STEP = ("step", C, "the step, counted from 0 over all watched optimizers")
-_PARAM = ("param", P, "the parameter, as `model.named_parameters()` names it")
+_PARAM = (
+    "param",
+    P,
+    "the parameter, as `model.named_parameters()` names it; `head#old.weight` for one whose place "
+    "in the model another has taken",
+)
 _OPTIMIZER = ("optimizer", Z, "the optimizer, as the program names it")
 
 PARAMS = Table(

@@ -34,10 +34,11 @@ class CachedActivation(Rule):
     ## How it is found
 
     At closer looks gradscope notes which modules are called. The finding is raised when a module
-    that an optimizer trains was called at the first look and at none of the later ones, and no step
-    after the first found a gradient of its parameters, or backwards go through the graph of that
-    first call for ever. One among numbered siblings that are called, such as a block that is
-    skipped or an expert, is silent.
+    that an optimizer trains was called at the first look of a training and at none of the later
+    ones, and no step after the first found a gradient of its parameters, or backwards go through
+    the graph of that first call for ever. One among numbered siblings that are called, such as a
+    block that is skipped or an expert, is silent. A program may train several times, one after the
+    other.
 
     ## Example
 

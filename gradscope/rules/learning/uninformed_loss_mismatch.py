@@ -37,8 +37,9 @@ class UninformedLossMismatch(Rule):
 
     ## How it is found
 
-    The first call of a cross-entropy is compared with ln C; so is one that the program writes out,
-    where it is all that the backward starts from. The finding is raised when it is at least four
+    The first call of a cross-entropy is compared with ln C, also where another training of a new
+    model begins; so is one that the program writes out, where it is all that the backward starts
+    from. The finding is raised when it is at least four
     times as large, and by three larger, divided by the number that the program multiplies its
     logits by, such as one over a temperature; it is an error from fifty times on.
 

@@ -36,6 +36,8 @@ class UnusedParameter(Rule):
     the same: a codebook that follows a mean, which the program moves itself. Where the graph was
     cut on the way, that finding explains this one.
 
+    A module is said never to have run where closer looks have seen its model run without it.
+
     ## Example
 
         self.layer2 = nn.Linear(32, 32)          # never called in forward
