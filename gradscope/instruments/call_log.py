@@ -158,11 +158,18 @@ class CallLog:
 
     # -- what came of it --------------------------------------------------------------------
 
-    def attribute(self, captured: CapturedGraph) -> CapturedGraph:
+    def attribute(
+        self, captured: CapturedGraph, paths: Mapping[int, str] | None = None
+    ) -> CapturedGraph:
         """Return a graph in which every node knows the module call that made it.
 
         Where several threads have made nodes that cannot be told, for each has numbers of its own:
         the graph is returned as it is.
+
+        Args:
+            captured: the graph.
+            paths: path of each module by today's names, if these may have changed: a model that
+                was met after the beginning gives all others their names in front.
         """
         if self._made_elsewhere:
             return captured
@@ -174,8 +181,9 @@ class CallLog:
         began, last, call, feeds = _of_this_graph(began, last, call, self._feeds)
         first = began[:, 2]
         number_of = {number: key for key, number in self._modules.items()}
+        today = self._paths if paths is None else {**self._paths, **paths}
         modules = tuple(
-            BACKWARD if (key := number_of[number]) == BACKWARD else self._described(key)
+            BACKWARD if (key := number_of[number]) == BACKWARD else self._described(key, today)
             for number in range(len(number_of))
         )
         return replace(
@@ -218,8 +226,8 @@ class CallLog:
                 self._strangers.setdefault(id(part), f"{outermost}.{path}".rstrip("."))
         return number
 
-    def _described(self, key: int) -> tuple[str, str]:
-        path = self._paths.get(key)
+    def _described(self, key: int, paths: Mapping[int, str]) -> tuple[str, str]:
+        path = paths.get(key)
         if path is None:
             path = self._strangers[key]
         return path, type(self._alive[key]).__name__

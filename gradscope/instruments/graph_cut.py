@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from gradscope.instruments.graph_nodes import node_of
+from gradscope.instruments.graph_nodes import node_of, numbers_behind
 from gradscope.instruments.nested_tensors import nested_tensors
 from gradscope.taps.module_calls import module_calls
 from gradscope.taps.tap import Listener
@@ -39,11 +39,13 @@ class Cut:
             ``no_grad`` for an operation under disabled gradients.
         location: the line of the program.
         order: counts the calls seen; the later of two cuts has the greater.
+        cut_off: autograd's sequence numbers of the last operations before it.
     """
 
     function: str
     location: Location | None
     order: int
+    cut_off: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,11 @@ _MOST_CALLS = 100_000
 """How many calls are followed at most: a loop may go on without ever ending its first step."""
 
 
+_MOST_CUT_OFF = 16
+"""How many operations before a cut are noted: a few of the program's own may follow a module's."""
+
+_MOST_JOINS = 1000
+
 _MOST_CUTS = 16
 """How many cuts a tensor is remembered to descend from; the latest is what matters."""
 
@@ -96,6 +103,8 @@ class GraphCutFinder:
         self._blind = False
         self._origins: dict[int, _Origin] = {}
         self._last_exit: frozenset[Cut] = _NOTHING
+        # Where values that were cut off have come into a graph: its node there, and the cuts.
+        self._joins: list[tuple[int, frozenset[Cut]]] = []
         self._n_calls = 0
         self._without_grad: nn.Module | None = None
         self._without_grad_at: Location | None = None
@@ -148,6 +157,7 @@ class GraphCutFinder:
         finally:
             module_calls.remove(self)
         self._origins.clear()
+        self._joins.clear()
 
     def module_started(self, module: nn.Module, args: Any) -> None:
         """Note a module call, and look away during one without gradients or with other bits."""
@@ -189,6 +199,7 @@ class GraphCutFinder:
         name = _spelled(function)
         outputs = [tensor for tensor in nested_tensors(result) if node_of(tensor) is None]
         if not outputs and name not in _EXITS:
+            self._join(args, kwargs, result)
             return
         if name.startswith("new_") or name.endswith("_like"):
             return  # takes a tensor's shape alone: what comes out was never in its graph
@@ -197,7 +208,7 @@ class GraphCutFinder:
         cuts = _NOTHING.union(*(origin.cuts for origin in origins if origin))
         made = _NOTHING.union(*(origin.made for origin in origins if origin))
         if any(tensor.requires_grad for tensor in inputs):
-            cuts |= {self._cut(name)}
+            cuts |= {self._cut(name, inputs)}
         elif not inputs:
             made |= {self._cut(name)}
         if name in _EXITS:
@@ -220,6 +231,31 @@ class GraphCutFinder:
         cuts = _NOTHING.union(*(origin.cuts for origin in origins))
         return max(cuts, key=lambda cut: cut.order, default=None)
 
+    def cuts_within(self, numbers: Set[int]) -> list[Cut]:
+        """Return the cuts whose values have come into a graph, in order.
+
+        Args:
+            numbers: the sequence numbers of its nodes.
+        """
+        cuts = _NOTHING.union(*(cuts for number, cuts in self._joins if number in numbers))
+        return sorted(cuts, key=lambda cut: cut.order)
+
+    def _join(self, args: Any, kwargs: Any, result: Any) -> None:
+        """Note where cut values are used together with some that have a graph."""
+        if len(self._joins) >= _MOST_JOINS:
+            return
+        cuts = _NOTHING
+        for tensor in nested_tensors((args, kwargs)):
+            origin = None if tensor.requires_grad else self._origin_of(tensor)
+            if origin is None:
+                continue
+            cuts |= origin.cuts
+            if any(made.function in _REBUILD for made in origin.made):
+                cuts |= self._last_exit  # its numbers, as far as can be told
+        if cuts:
+            nodes = (node_of(output) for output in nested_tensors(result))
+            self._joins += [(node._sequence_nr(), cuts) for node in nodes if node is not None]
+
     def rebuilding_of(self, ends: Iterable[torch.Tensor]) -> Cut | None:
         """Return where an end was made of plain numbers that came out of a graph, if seen.
 
@@ -233,8 +269,14 @@ class GraphCutFinder:
         rebuilt = [cut for cut in made if cut.function in _REBUILD]
         return max(rebuilt or self._last_exit, key=lambda cut: cut.order)
 
-    def _cut(self, name: str) -> Cut:
-        return Cut(name if torch.is_grad_enabled() else "no_grad", user_location(), self._n_calls)
+    def _cut(self, name: str, inputs: Sequence[torch.Tensor] = ()) -> Cut:
+        behind = (numbers_behind(each, _MOST_CUT_OFF) for each in inputs if each.requires_grad)
+        return Cut(
+            name if torch.is_grad_enabled() else "no_grad",
+            user_location(),
+            self._n_calls,
+            frozenset[int]().union(*behind),
+        )
 
     def _remember(
         self,

@@ -53,6 +53,22 @@ def operations_behind(roots: Sequence[torch.Tensor]) -> list[Any]:
     return nodes
 
 
+def numbers_behind(tensor: torch.Tensor, most: int) -> frozenset[int]:
+    """Return autograd's sequence numbers of some nodes behind a tensor, the nearest first.
+
+    Args:
+        tensor: what was computed.
+        most: how many at most.
+    """
+    nearest = [node] if (node := node_of(tensor)) is not None else []
+    for node in nearest:  # grows while it is gone through
+        used = (each for each, _ in node.next_functions if each is not None)
+        nearest += [each for each in used if not is_leaf(each) and each not in nearest]
+        if len(nearest) >= most:
+            break
+    return frozenset(node._sequence_nr() for node in nearest[:most])
+
+
 def is_leaf(node: Any) -> bool:
     """Whether a node stands for a leaf, whose gradient it accumulates."""
     return type(node).__name__ == "AccumulateGrad"

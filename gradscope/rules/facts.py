@@ -105,6 +105,26 @@ def reached_losses(run: Recording) -> pd.DataFrame:
     return losses.loc[losses["reached"].astype(bool)]
 
 
+def phases(run: Recording) -> list[tuple[int, int]]:
+    """Return first step and end of each training of a run, by when closer looks began anew.
+
+    A program may train a teacher and then its student, one model per fold, or first a new head and
+    then all of a model.
+    """
+    begins = sorted({0, *events_of(run, "phase")["step"].tolist()})
+    return list(zip(begins, [*begins[1:], max(run.n_steps, begins[-1]) + 1], strict=True))
+
+
+def in_phases(run: Recording, rows: pd.DataFrame) -> list[pd.DataFrame]:
+    """Return rows of a table, and after all together those of each phase if they lie in several.
+
+    What is so in one training only is no less so for another that goes through the same line.
+    """
+    own = [rows.loc[(rows["step"] >= begin) & (rows["step"] < end)] for begin, end in phases(run)]
+    own = [each for each in own if len(each)]
+    return [rows, *own] if len(own) > 1 else [rows]
+
+
 def place_of(row: pd.Series, kind: str = "") -> tuple[str | None, int | None]:
     """Return file and line of a row; None twice where they are not known.
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+REPLACED = "#old"
+"""What is added to the path of a module whose parameters others have taken the place of."""
+
 
 @dataclass(slots=True)
 class ParameterEntry:
@@ -12,7 +15,8 @@ class ParameterEntry:
 
     Attributes:
         name: as ``model.named_parameters()`` gives it, with the model's own name in front where
-            several models are watched; a place in ``optimizer.param_groups`` for one in no model.
+            several models are watched; a place in ``optimizer.param_groups`` for one in no model;
+            with ``#old`` behind its module for one whose place another has taken.
         aliases: its other names, where modules share it.
         module: path of the holding module; ``""`` for the model itself or for none.
         module_type: class name of that module.
@@ -57,6 +61,11 @@ class ParameterEntry:
     replicas: tuple[int, ...] = ()
     placements: str = ""
     n_local: int | None = None
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether another parameter has taken its place in the model."""
+        return not self.in_model and REPLACED in self.name
 
     @property
     def numel(self) -> int:

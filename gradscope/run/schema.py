@@ -83,7 +83,12 @@ def with_rank(table: Table) -> Table:
 
 
 _STEP = ("step", C, "the step, counted from 0 over all watched optimizers")
-_PARAM = ("param", P, "the parameter, as `model.named_parameters()` names it")
+_PARAM = (
+    "param",
+    P,
+    "the parameter, as `model.named_parameters()` names it; `head#old.weight` for one whose place "
+    "in the model another has taken",
+)
 _OPTIMIZER = ("optimizer", Z, "the optimizer, as the program names it")
 
 PARAMS = Table(
@@ -520,7 +525,8 @@ EVENTS = Table(
             "`watch_started`, `watch_stopped`, `paused`, `resumed`, `zero_grad`, `clip`, "
             "`unscale`, `scale_update`, `scheduler`, `mode`, `armed`, `cut`, `exception`, "
             "`optimizer_found`, `model_found`, `parameters_changed`, `instrument_failed`, "
-            "`unobserved`, `nonfinite`, `non_leaf`, `ended`, `seam`, `out_of_sync`",
+            "`unobserved`, `nonfinite`, `non_leaf`, `ended`, `seam`, `out_of_sync`, `phase`, "
+            "`cut_in_loss`",
         ),
         ("detail", T, "what exactly"),
         ("subject", T, "the optimizer concerned, as the program names it; empty if none is"),

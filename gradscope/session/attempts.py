@@ -151,13 +151,18 @@ class Attempts:
             optimizer: its number.
             is_differentiable: whether its steps are part of the graph; those are not recorded.
         """
-        self._n_new += optimizer < _LOOKED_AT_CLOSELY
-        dense = DENSE if optimizer < _LOOKED_AT_CLOSELY else 0
+        self._n_new += self.is_early(optimizer)
+        dense = DENSE if self.is_early(optimizer) else 0
         self._followers[optimizer] = _Follower(
             StepObserver(self._census, optimizer, self._failures.run, self._options.keep),
             Schedule(self._options.budget, self._options.every, dense),
             is_differentiable=is_differentiable,
         )
+
+    @staticmethod
+    def is_early(optimizer: int) -> bool:
+        """Whether an optimizer is one of the first, whose first steps are looked at closely."""
+        return optimizer < _LOOKED_AT_CLOSELY
 
     @property
     def optimizers(self) -> list[int]:
@@ -430,7 +435,7 @@ class Attempts:
         now = time.perf_counter()
         follower = self._followers[optimizer]
         number, follower.n_attempts = follower.n_attempts, follower.n_attempts + 1
-        self._n_new -= number == 0 and optimizer < _LOOKED_AT_CLOSELY
+        self._n_new -= number == 0 and self.is_early(optimizer)
         self.n_ended += 1
         observed = self._costs.total - follower.cost_before
         follower.cost_before += observed

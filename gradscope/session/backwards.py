@@ -133,6 +133,8 @@ class Backwards:
                 someone_is_new=self._attempts.someone_is_new,
             ):
                 captured = self._graphs.capture(call.roots)
+                if captured is not None:
+                    self._cuts.graph_captured(captured)
         # Before the backward: a graph that it will free is still to be met, or not, at the next.
         root_facts = self._failures.run("roots", self.roots.met, call.roots) or {}
         self._nonfinite.backward_started(call.roots, captured)

@@ -24,7 +24,7 @@ from gradscope.instruments.replicas import replicated_by_wrappers
 from gradscope.instruments.weight_facts import are_copies
 from gradscope.run.captured_graph import Registered
 from gradscope.run.columns import storable
-from gradscope.run.entries import ModelEntry, OptimizerEntry, ParameterEntry
+from gradscope.run.entries import REPLACED, ModelEntry, OptimizerEntry, ParameterEntry
 from gradscope.run.recording import Recording
 from gradscope.session.gradients import Integers
 
@@ -74,6 +74,7 @@ class Census:
         self._parameters: list[weakref.ref[torch.Tensor]] = []
         self._number_of: dict[int, int] = {}
         self._lazy: set[int] = set()
+        self._has_stand_ins = False
         self._schedulers: weakref.WeakKeyDictionary[Any, tuple[int, str]] = (
             weakref.WeakKeyDictionary()
         )
@@ -112,14 +113,18 @@ class Census:
         """Look again which parameters the models have; returns whether that has changed."""
         changed = False
         self.members = set()
+        self._has_stand_ins = False
         for model in self._models:
             module = model.module()
             if module is None:
                 continue
             self.members.update(id(part) for part in module.modules())
+            registered = list(module.named_parameters(remove_duplicate=False))
+            if _are_stand_ins(registered):  # its own are back when that call is over
+                self._has_stand_ins = True
+                continue
             signature = tuple(
-                (id(parameter), path.replace(_WRAPPER, ""))
-                for path, parameter in module.named_parameters(remove_duplicate=False)
+                (id(parameter), path.replace(_WRAPPER, "")) for path, parameter in registered
             )
             if signature != model.signature:
                 model.signature = signature
@@ -130,6 +135,11 @@ class Census:
             self.generation += 1
         self._find_ineffective_freezes()
         return changed
+
+    def refresh_stand_ins(self) -> None:
+        """Look again at models that were met while others stood in for their parameters."""
+        if self._has_stand_ins:
+            self.refresh_models()
 
     def adopt_unregistered(self, leaves: Iterable[torch.Tensor]) -> None:
         """Take in parameters that lie in plain lists, dicts or attributes of a model's modules."""
@@ -184,6 +194,9 @@ class Census:
         signature = tuple(tuple(map(id, group["params"])) for group in optimizer.param_groups)
         if signature == known.signature:
             return False
+        held = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        if self._models and not all(map(self.knows, held)):
+            self.refresh_models()  # one may have got a layer more, and this its parameters
         known.signature = signature
         for entry in self._recording.parameters:
             entry.holders = [holder for holder in entry.holders if holder[0] != number]
@@ -205,6 +218,25 @@ class Census:
         known.params = np.array(numbers, np.int64)
         self.generation += 1
         return True
+
+    def grown(self) -> list[int]:
+        """Return numbers of the optimizers that have been given more groups since they were met."""
+        entries = zip(self._optimizers, self._recording.optimizers, strict=True)
+        optimizers = ((known.optimizer(), entry.n_groups) for known, entry in entries)
+        return [
+            number
+            for number, (optimizer, n_groups) in enumerate(optimizers)
+            if optimizer is not None and len(optimizer.param_groups) != n_groups
+        ]
+
+    def refresh_thawed(self) -> None:
+        """See at the end which parameters that were frozen have been trained all the same.
+
+        One that is frozen by now may be so for an evaluation, after the last step.
+        """
+        for number, parameter in self.alive():
+            entry = self._recording.parameters[number]
+            entry.requires_grad |= parameter.requires_grad and entry.reached
 
     def refresh_requires_grad(self, step: int) -> list[int]:
         """Look again which parameters require grad; returns the numbers of those that flipped."""
@@ -360,6 +392,8 @@ class Census:
             module = model.module()
             if module is None:
                 continue
+            if _are_stand_ins(module.named_parameters()):
+                continue
             prefix = f"{model.name}." if several else ""
             kinds = {
                 path.replace(_WRAPPER, ""): type(part).__name__
@@ -383,10 +417,32 @@ class Census:
             entry.name, entry.module, entry.module_type = known_as[0]
             entry.aliases = tuple(name for name, _, _ in known_as[1:])
             entry.in_model = True
+        self._rename_replaced(set(names))
         # A parameter that was known only by its place in an optimizer may have got its name now.
         for number in range(len(self._optimizers)):
             self._optimizers[number].signature = ()
             self.refresh_groups(number)
+
+    def _rename_replaced(self, registered: set[int]) -> None:
+        """Give another name to what was replaced, where another has its place and its name by now.
+
+        Tables are joined by names. Its module has another name, too: it is none of the parameters
+        that the module has.
+
+        Args:
+            registered: numbers of the parameters that the models have now.
+        """
+        entries = self._recording.parameters
+        taken = {name for n in registered for name in (entries[n].name, *entries[n].aliases)}
+        replaced = [e for n, e in enumerate(entries) if n not in registered and e.name in taken]
+        for entry in replaced:
+            holder, dot, own = entry.name.rpartition(".")
+            others = [other.name.removesuffix(f".{own}") for other in entries]
+            place = _unused(f"{holder if dot else own}{REPLACED}", others)
+            entry.name = f"{place}.{own}" if dot else place
+            entry.module = place if dot else ""
+            entry.aliases = ()
+            entry.in_model = False
 
     def find_replicas(self) -> None:
         """Note which parameters are replicas of those of other ranks."""
@@ -427,6 +483,11 @@ class Census:
     def _is_watched(self, name: str) -> bool:
         is_included = not self._include or _matches(name, self._include)
         return is_included and not _matches(name, self._exclude)
+
+
+def _are_stand_ins(registered: Iterable[tuple[str, torch.Tensor]]) -> bool:
+    """Whether ``functional_call`` has put tensors in the place of a model's parameters."""
+    return any(not isinstance(parameter, nn.Parameter) for _, parameter in registered)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from gradscope.instruments.graph_cut import Cut, GraphCutFinder
 from gradscope.instruments.source_lines import SourceLines
+from gradscope.run.captured_graph import CapturedGraph
 from gradscope.session.failures import Failures
 from gradscope.taps.tap import Listener
+
+_MOST_TOLD = 16
+"""How many cuts are told of one graph."""
 
 _MOST_SEARCHES = 8
 """How many steps are armed at most, in a loop that is suspicious at every step."""
@@ -93,6 +98,23 @@ class CutSearch:
             self._n_searches = _MOST_SEARCHES
             self._event("cut", cut.function, cut.location)
         return ends_in_cut
+
+    def graph_captured(self, captured: CapturedGraph) -> None:
+        """Tell which modules' results were cut off, and are part of a loss all the same.
+
+        Args:
+            captured: the graph of the loss, with the calls of modules.
+        """
+        if self._finder is None or not len(captured.calls):
+            return
+        numbers = set(captured.sequence_nr.tolist())
+        cuts: list[Cut] = self._failures.run("graph_cut", self._finder.cuts_within, numbers) or []
+        first, last = captured.calls.first, captured.calls.last
+        for cut in cuts[:_MOST_TOLD]:
+            around = [np.flatnonzero((first <= n) & (n < last)) for n in sorted(cut.cut_off)]
+            innermost = {captured.calls.path(int(calls[-1])) for calls in around if len(calls)}
+            for path in sorted(innermost):
+                self._event("cut_in_loss", f"{path}, {cut.function}", cut.location)
 
     def backward_ended(self) -> None:
         """Let the search end: what it was for is known now, one way or the other."""

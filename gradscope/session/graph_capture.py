@@ -99,7 +99,7 @@ class GraphCapture:
                 return graph
             graph = replace(graph, registered=self._census.registered())
             if self._log is not None:
-                graph = self._log.attribute(graph)
+                graph = self._log.attribute(graph, self._paths_now())
             return self._lines.attribute(graph)
 
         graph: CapturedGraph | None = self._failures.run("autograd_graph", captured)
@@ -124,14 +124,20 @@ class GraphCapture:
             self._log.stop()
             self._log = None
 
-    def _follow(self) -> None:
+    def _paths_now(self) -> dict[int, str]:
+        """The path of each module, worked out anew only if models have come or changed.
+
+        Naming every module takes as long as following their calls.
+        """
         if self._paths_of != self._census.generation:
-            # Naming every module takes as long as following their calls.
             self._paths, self._paths_of = (
                 self._census.paths_of_modules(),
                 self._census.generation,
             )
-        log = CallLog(self._paths, self._failed)
+        return self._paths
+
+    def _follow(self) -> None:
+        log = CallLog(self._paths_now(), self._failed)
         log.start()
         self._log = log
 

@@ -26,9 +26,14 @@ from gradscope.taps.user_frame import Location
 
 _FIRST_LOOKS = 2
 _MOST_LOOKS = 24
+_MOST_LOOKS_IN_ALL = 128
 
 _FREE = 16
-"""Up to this step looks are due whatever they cost."""
+"""Up to this attempt of a training looks are due whatever they cost."""
+
+_LEAST_BETWEEN = 4
+"""An optimizer that comes after fewer attempts than this belongs to the same training: a loop may
+make a new one at every step."""
 
 _SHARE = 0.5
 """The share of the budget that later looks may take."""
@@ -42,7 +47,11 @@ _sequence_nr: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 
 class Looks:
-    """Looks closer at the first two steps of a run, and then whenever their number has doubled.
+    """Looks closer at the first two steps of a training, and whenever their number has doubled.
+
+    A program may train several models one after the other, or one in several phases. Looks begin
+    anew with an optimizer that comes in the middle of the run; after the first few of these the
+    budget has to pay for all of them, for a search may train hundreds of models.
 
     Args:
         recording: where the rows go.
@@ -54,6 +63,7 @@ class Looks:
 
     Attributes:
         now: the look that is under way.
+        begins_phase: whether that is the first look at a training that is not the first.
         is_free: whether the last look was due whatever it cost.
     """
 
@@ -81,6 +91,15 @@ class Looks:
         self._costs = costs
         self._share = _SHARE * budget
         self._next = 0
+        self._n_in_all = 0
+        # The attempt with which this training began, and whether its first looks are free.
+        self._began = 0
+        self._is_early = True
+        self._has_begun_anew = False
+        self.begins_phase = False
+        # Optimizers that have stepped, and those of them that have not since this training began.
+        self._known: set[int] = set()
+        self._idle: set[int] = set()
         self._cost_before = 0.0
         self._not_before = 0.0
         self.is_free = True
@@ -90,11 +109,30 @@ class Looks:
         self._n_calls += 1
         if self.now is not None and self._n_calls > _MOST_CALLS:
             self.end()
-        if self.now is not None or self._n_looks >= _MOST_LOOKS or _has_compiled():
+        is_enough = self._n_looks >= _MOST_LOOKS or self._n_in_all >= _MOST_LOOKS_IN_ALL
+        if self.now is not None or is_enough or _has_compiled():
             return False
         if n_attempts < self._next:
             return False
-        return n_attempts <= _FREE or time.perf_counter() >= self._not_before
+        return self._costs_nothing(n_attempts) or time.perf_counter() >= self._not_before
+
+    def someone_came(self, n_attempts: int, *, is_early: bool) -> None:
+        """Begin anew with an optimizer that comes in the middle of a run.
+
+        Args:
+            n_attempts: how many attempts have ended.
+            is_early: whether it is one of the first, whose first looks are free.
+        """
+        if n_attempts - self._began < _LEAST_BETWEEN:
+            return
+        self._began = self._next = n_attempts
+        self._is_early = is_early
+        self._has_begun_anew = True
+        self._n_looks = 0
+        self._idle = set(self._known)
+
+    def _costs_nothing(self, n_attempts: int) -> bool:
+        return self._is_early and n_attempts - self._began <= _FREE
 
     def begin(self, step: int) -> CloserLook | None:
         """Begin a look; None if it fails.
@@ -103,11 +141,13 @@ class Looks:
             step: the number that the next attempt will have.
         """
         self._n_looks += 1
+        self._n_in_all += 1
         self._n_calls = 0
+        self.begins_phase, self._has_begun_anew = self._has_begun_anew, False
         if self._n_looks >= _FIRST_LOOKS:
-            self._next = max(1 << self._n_looks, 2 * step)
+            self._next = self._began + max(1 << self._n_looks, 2 * (step - self._began))
         self._cost_before = self._costs.total
-        self.is_free = step <= _FREE
+        self.is_free = self._costs_nothing(step)
         self._stepped.clear()
         self.now = self._failures.run(
             "closer_look",
@@ -165,14 +205,29 @@ class Looks:
 
         self._in_order.do(account, reading.flags)
 
-    def step_ended(self, optimizer: int, optimizers: Sequence[int]) -> bool:
+    def step_ended(
+        self, optimizer: int, optimizers: Sequence[int], n_attempts: int, *, is_early: bool
+    ) -> bool:
         """Take note of the end of an attempt; returns whether the look is over.
 
-        A generator's losses belong to the look that began with its discriminator's.
+        A generator's losses belong to the look that began with its discriminator's. What has only
+        stepped in an earlier training is not waited for.
+
+        Args:
+            optimizer: whose.
+            optimizers: all that are there.
+            n_attempts: how many attempts have ended, this one included.
+            is_early: whether the optimizer is one of the first.
         """
         self._ends.append(_sequence_nr())
         self._stepped.add(optimizer)
-        return self.now is not None and self._stepped.issuperset(optimizers)
+        self._idle.discard(optimizer)
+        if optimizer not in self._known:
+            self._known.add(optimizer)
+            if self.now is None:  # made long ago, and its turn has come
+                self.someone_came(n_attempts, is_early=is_early)
+                self._idle.discard(optimizer)
+        return self.now is not None and self._stepped.issuperset(set(optimizers) - self._idle)
 
     def end(self) -> float:
         """End a look, and write its rows once all values are there.

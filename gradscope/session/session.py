@@ -218,6 +218,7 @@ class Session:
         is_differentiable = any(group.get("differentiable") for group in optimizer.param_groups)
         number = self._census.add_optimizer(optimizer, name)
         self._attempts.follow(number, is_differentiable=is_differentiable)
+        self._looks.someone_came(self._attempts.n_ended, is_early=self._attempts.is_early(number))
         if is_differentiable:
             self.event(
                 "unobserved",
@@ -554,6 +555,8 @@ class Session:
         if self._place is None:
             self._something_trains()
         if call.accumulates:
+            for number in self._census.grown():  # before its new parameters get gradients
+                self._refresh_groups(number)
             self._tell_holdings()
         self._backwards.started(call, first_node=self._call[1])
 
@@ -583,9 +586,7 @@ class Session:
         self._scaler_stepped = True
         if self._attempts.is_open(number):
             self._abandon(number)
-        if self._census.refresh_groups(number):
-            self._tell_holdings()
-            self.event("parameters_changed", self.recording.optimizers[number].name)
+        self._refresh_groups(number)
         if optimizer._optimizer_step_pre_hooks and number not in self._hooked:
             self._hooked.add(number)
             name = self.recording.optimizers[number].name
@@ -620,7 +621,12 @@ class Session:
         self._cuts.look_back()
         recorded = self._attempts.end(number)
         self._count_followed()
-        if self._looks.step_ended(number, self._attempts.optimizers):
+        if self._looks.step_ended(
+            number,
+            self._attempts.optimizers,
+            self._attempts.n_ended,
+            is_early=self._attempts.is_early(number),
+        ):
             self._end_look()
         if self._looks.now is None:
             self._cuts.step_ended()
@@ -709,6 +715,11 @@ class Session:
         if self._saving is not None:
             self._begin_saving(self._saving.something_trains)
 
+    def _refresh_groups(self, number: int) -> None:
+        if self._census.refresh_groups(number):
+            self._tell_holdings()
+            self.event("parameters_changed", self.recording.optimizers[number].name)
+
     def _ranks_apart(self, optimizer: int, ranks: list[int]) -> None:
         self.event("out_of_sync", ", ".join(map(str, ranks)), None, optimizer)
 
@@ -732,7 +743,10 @@ class Session:
                 return
             self._cuts.arm()
         if is_due and not self._broken:
+            self._see_who_is_frozen(self._attempts.n_ended)
             self._cuts.tell(self._looks.begin(self._attempts.n_ended))
+            if self._looks.begins_phase:
+                self.event("phase", "closer looks begin anew, for another training has begun")
 
     def _end_look(self) -> None:
         cost = self._looks.end()
@@ -816,6 +830,7 @@ class Session:
             if self._attempts.awaits_step(number):
                 self._attempts.end_without_step(number, None, outcome="open")
         self._in_order.settle(wait=True)
+        self._census.refresh_thawed()
 
     def _abandon(self, number: int) -> None:
         """Close an attempt whose step raised before its end."""
@@ -840,6 +855,7 @@ class Session:
     def _tell_holdings(self) -> None:
         """Tell the ledger who holds what, if that has changed."""
         self._census.refresh_lazy()
+        self._census.refresh_stand_ins()
         if self._all.up_to_date():
             return
         if self.running:
@@ -868,7 +884,10 @@ class Session:
                 self.event("parameters_changed", "a model has other parameters than before")
             now = time.perf_counter()
             self._next_look = now + (now - began) / _SHARE_OF_LOOKING_AROUND
-        for param in self._census.refresh_requires_grad(self._attempts.n_ended - 1):
+        self._see_who_is_frozen(self._attempts.n_ended - 1)
+
+    def _see_who_is_frozen(self, step: int) -> None:
+        for param in self._census.refresh_requires_grad(step):
             entry = self.recording.parameters[param]
             self.event("parameters_changed", f"{entry.name} requires_grad={entry.requires_grad}")
 

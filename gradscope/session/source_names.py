@@ -10,6 +10,8 @@ import ast
 import linecache
 from types import FrameType
 
+_FUNCTIONAL_CALL = "functional_call"
+
 
 def call_in_progress(frame: FrameType | None) -> ast.Call | None:
     """Return the call expression that a frame is executing, or None if its text cannot be had."""
@@ -45,9 +47,17 @@ def argument_names(frame: FrameType | None, position: int, keyword: str) -> list
 
 
 def called_name(frame: FrameType | None) -> str | None:
-    """Return the name of what is being called: ``netG`` in ``fake = netG(noise)``."""
+    """Return the name of what is being called: ``netG`` in ``fake = netG(noise)``.
+
+    In ``functional_call(net, weights, x)`` that is ``net``.
+    """
     call = call_in_progress(frame)
-    return None if call is None else _spelled(call.func)
+    if call is None:
+        return None
+    name = _spelled(call.func)
+    if name.rpartition(".")[2] == _FUNCTIONAL_CALL and call.args:
+        return None if isinstance(call.args[0], ast.Starred) else _spelled(call.args[0])
+    return name
 
 
 def assigned_name(frame: FrameType | None) -> str | None:

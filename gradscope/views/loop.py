@@ -205,7 +205,8 @@ def _parameters(run: Recording) -> list[str]:
             f"({sum(p.numel for p in held):,} of {sum(p.numel for p in known):,} numbers) "
             f"in {_counted(optimizer.n_groups, 'group')}"
         )
-    lost = [p for p in run.parameters if not p.in_model and not p.holders]
+    unregistered = [p for p in run.parameters if not p.in_model and not p.is_replaced]
+    lost = [p for p in unregistered if not p.holders]
     missed = [p for p in (*registered, *lost) if not p.holders and p.requires_grad]
     frozen = [p for p in registered if not p.requires_grad]
     strangers = [p for p in run.parameters if not p.in_model and p.holders]

@@ -325,6 +325,7 @@ CASES = [
     ("module_calls", "_follow"),
     ("graph_cut", "GraphCutFinder"),
     ("graph_cut", "cut_of"),
+    ("graph_cut", "cuts_within"),
     ("closer_look", "CloserLook"),
     ("closer_look", "backward_started"),
     ("symmetry", "read_symmetry"),

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradscope
 from gradscope.config import WatchOptions
-from gradscope.rules import Findings, diagnose
+from gradscope.rules import Findings, Severity, diagnose
 from gradscope.session.session import Session
 
 RULES = {"GS302", "GS303", "GS304", "GS312", "GS313", "GS314"}
@@ -257,3 +257,125 @@ def test_a_result_kept_with_its_graph_is_named() -> None:
     (found,) = (f for f in scope.findings if f.code == "GS314")
     assert found.modules == ("encoder",)
     assert "that first call's graph" in found.message
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.proj, self.head = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = torch.relu(self.body(x))
+        return self.head(h), self.proj(h)
+
+
+def judged_with(loss_of: Callable[[TwoHeads, torch.Tensor], torch.Tensor]) -> Findings:
+    """Train a model with two heads, as a program of its own would."""
+    torch.manual_seed(0)
+    net = TwoHeads()
+    session = Session(WatchOptions(on_error="raise"), discovers=True)
+    session.start()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(8):
+        loss = loss_of(net, torch.randn(16, 6))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    session.stop()
+    return diagnose(session.recording)
+
+
+def test_a_cut_is_named_where_another_model_is_met_after_it() -> None:
+    teacher = nn.Linear(6, 4).requires_grad_(False)
+
+    def loss_of(net: TwoHeads, x: torch.Tensor) -> torch.Tensor:
+        logits, z = net(x)
+        return F.cross_entropy(logits, x[:, :3].argmax(1)) + F.mse_loss(z.detach(), teacher(x))
+
+    found = {f.code: f for f in judged_with(loss_of)}
+    assert found["GS302"].modules == ("net.proj",)
+    assert set(found["GS302"].params) == {"net.proj.weight", "net.proj.bias"}
+
+
+def test_a_cut_between_two_models_is_an_error() -> None:
+    torch.manual_seed(0)
+    session = Session(WatchOptions(on_error="raise"), discovers=True)
+    session.start()
+    encoder, decoder = nn.Linear(6, 8), nn.Linear(8, 3)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-2)
+    for _ in range(8):
+        loss = F.cross_entropy(decoder(encoder(torch.randn(5, 6)).detach()), torch.arange(5) % 3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    session.stop()
+    findings = diagnose(session.recording)
+    assert told(findings) == ["GS302"]
+    assert findings[0].modules == ("encoder",)
+    assert findings[0].evidence["taken_by"] == "decoder"
+
+
+def test_a_cut_is_named_where_another_model_is_trained_later() -> None:
+    torch.manual_seed(0)
+    session = Session(WatchOptions(on_error="raise"), discovers=True)
+    session.start()
+    net, other = Net(detached), nn.Linear(6, 3)
+    for model in (net, other):
+        held = [p for name, p in model.named_parameters() if "other" not in name]
+        optimizer = torch.optim.Adam(held, lr=1e-2)
+        for _ in range(8):
+            loss = F.cross_entropy(model(torch.randn(5, 6)), torch.arange(5) % 3)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    session.stop()
+    found = {f.code: f for f in diagnose(session.recording)}
+    assert set(found["GS302"].params) == {"model.encoder.0.weight", "model.encoder.0.bias"}
+
+
+def towards_ones(z: torch.Tensor) -> torch.Tensor:
+    return F.mse_loss(z, torch.ones(4).expand_as(z))
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda z: z.detach(),
+        lambda z: 2 * z.detach() + 1,
+        lambda z: (2 * z + 1).detach(),
+        lambda z: z.data,
+        lambda z: torch.tensor(z.tolist()),
+    ],
+    ids=["detached", "changed after", "changed before", "data", "numbers"],
+)
+def test_a_result_that_is_cut_and_goes_into_the_loss_is_an_error(
+    cut: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    def loss_of(net: TwoHeads, x: torch.Tensor) -> torch.Tensor:
+        logits, z = net(x)
+        return F.cross_entropy(logits, x[:, :3].argmax(1)) + towards_ones(cut(z))
+
+    findings = judged_with(loss_of)
+    assert told(findings) == ["GS302"]
+    assert findings[0].severity == Severity.ERROR
+    assert findings[0].modules == ("proj",)
+    assert findings[0].line == cut.__code__.co_firstlineno
+
+
+def test_a_result_that_is_cut_and_only_looked_at_is_a_note() -> None:
+    def loss_of(net: TwoHeads, x: torch.Tensor) -> torch.Tensor:
+        logits, z = net(x)
+        assert torch.isfinite(z.detach().norm())
+        return F.cross_entropy(logits, x[:, :3].argmax(1))
+
+    found = {f.code: f for f in judged_with(loss_of)}
+    assert found["GS302"].severity == Severity.INFO
+
+
+def test_a_result_that_is_cut_in_one_term_and_trained_in_another_is_silent() -> None:
+    def loss_of(net: TwoHeads, x: torch.Tensor) -> torch.Tensor:
+        logits, z = net(x)
+        weight = 1 + z.detach().square().mean()
+        return weight * F.cross_entropy(logits, x[:, :3].argmax(1)) + towards_ones(z)
+
+    assert not told(judged_with(loss_of))

@@ -11,6 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradscope
+from gradscope.config import WatchOptions
+from gradscope.rules import diagnose
+from gradscope.run.recording import Recording
+from gradscope.session.session import Session
+from gradscope.views.loop import summarize
 
 
 def train(
@@ -480,3 +485,128 @@ def test_a_frozen_base_is_not_why_nothing_is_learnt_if_its_adapter_is_in_no_opti
             F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
             optimizer.step()
     assert {f.code for f in scope.findings if f.severity > 0} == {"GS101"}
+
+
+class Grows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 8)])
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x)
+        for layer in self.layers[1:]:
+            x = x + torch.tanh(layer(x))
+        return self.out(x)
+
+
+def test_a_layer_that_is_added_between_two_looks_is_one_of_the_model() -> None:
+    torch.manual_seed(0)
+    model = Grows()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with gradscope.watch(model, optimizer, every=50, on_error="raise") as scope:
+        for number in range(20):
+            if number in (7, 13):
+                layer = nn.Linear(8, 8)
+                model.layers.append(layer)
+                optimizer.add_param_group({"params": layer.parameters()})
+            loss = model(torch.randn(16, 4)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert set(scope.params["param"]) == {name for name, _ in model.named_parameters()}
+    assert not scope.steps["n_assigned"].any()
+
+
+def trained_around(
+    model: nn.Module, between: Callable[[], None], n_steps: int = 20, after: int = 20
+) -> gradscope.Scope:
+    """Train with one optimizer, do something, and go on with a new one for what is trainable."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    scope = gradscope.watch(model, optimizer, on_error="raise")
+    with scope:
+        for number in range(n_steps + after):
+            if number == n_steps:
+                between()
+            loss = model(torch.randn(16, 4)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return scope
+
+
+def test_what_was_thawed_late_and_trained_is_not_told_to_be_frozen() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    model[0].requires_grad_(False)
+    scope = trained_around(model, lambda: _thaw(model[0]), 37, 12)
+    assert scope.params["requires_grad"].all()
+    assert not [f for f in scope.findings if f.code == "GS104"]
+
+
+def _thaw(module: nn.Module) -> None:
+    module.requires_grad_(True)
+
+
+def test_what_is_frozen_for_the_evaluation_after_the_last_step_was_trained() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for _ in range(12):
+            optimizer.zero_grad()
+            model(torch.randn(16, 4)).square().mean().backward()
+            optimizer.step()
+        model.requires_grad_(False)
+        model(torch.randn(16, 4))
+    assert scope.params["requires_grad"].all()
+    assert not [f for f in scope.findings if f.code in ("GS104", "GS109")]
+
+
+def with_new_head(freezes_old: bool) -> Recording:
+    torch.manual_seed(0)
+    session = Session(WatchOptions(on_error="raise"), discovers=True)
+    session.start()
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    kept = []
+    for n_classes in (2, 3, 4):
+        if n_classes > 2:
+            kept.append(model[2])
+            if freezes_old:
+                model.requires_grad_(False)
+            model[2] = nn.Linear(8, n_classes)
+        held = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(held, lr=0.1, momentum=0.9)
+        for _ in range(10):
+            x = torch.randn(16, 4)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), x.argmax(1).clamp(max=n_classes - 1)).backward()
+            optimizer.step()
+    session.stop()
+    return session.recording
+
+
+def test_a_head_that_was_replaced_has_a_name_of_its_own() -> None:
+    run = with_new_head(freezes_old=True)
+    names = [entry.name for entry in run.parameters]
+    assert len(set(names)) == len(names) == 8
+    old = {entry.name for entry in run.parameters if entry.is_replaced}
+    assert old == {"2#old.weight", "2#old.bias", "2#old#2.weight", "2#old#2.bias"}
+    assert not any(entry.in_model for entry in run.parameters if entry.is_replaced)
+    new = [entry for entry in run.parameters if entry.name.startswith("2.")]
+    assert [entry.shape[0] for entry in new] == [4, 4]
+
+
+def test_a_head_that_was_frozen_and_replaced_does_not_move_and_is_not_told() -> None:
+    found = {f.code: f for f in diagnose(with_new_head(freezes_old=True))}
+    assert "GS109" not in found
+    assert set(found["GS104"].params) == {"0.weight", "0.bias"}
+
+
+def test_a_head_that_was_replaced_is_not_missed_by_optimizers() -> None:
+    run = with_new_head(freezes_old=False)
+    for entry in run.parameters:
+        if entry.is_replaced:
+            entry.holders = []
+    (parameters,) = (line for line in summarize(run).lines if line.name == "parameters")
+    assert any("missed by every optimizer: none" in text for text in parameters.measured)

@@ -75,6 +75,79 @@ def test_later_looks_wait_until_the_budget_pays_for_them(monkeypatch: pytest.Mon
     assert steps_looked_at(70) == [0, 1, 4, 8, 16]
 
 
+def one_after_the_other(n_steps: list[int], *, made_early: bool = False) -> list[int]:
+    """Steps looked at where models are trained one after the other, all kept alive."""
+    models = [nn.Linear(3, 2) for _ in n_steps]
+    optimizers: list[torch.optim.Optimizer] = []
+
+    def program() -> None:
+        if made_early:
+            optimizers.extend(torch.optim.SGD(m.parameters(), lr=0.1) for m in models)
+        for number, (model, n) in enumerate(zip(models, n_steps, strict=True)):
+            if not made_early:
+                optimizers.append(torch.optim.SGD(model.parameters(), lr=0.1))
+            for _ in range(n):
+                optimizers[number].zero_grad()
+                model(torch.randn(4, 3)).square().mean().backward()
+                optimizers[number].step()
+
+    return sorted(set(discovered(program).frame("calls")["step"].tolist()))
+
+
+def test_looks_begin_anew_with_an_optimizer_that_comes_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(looks, "_SHARE", 1e-9)
+    assert one_after_the_other([20, 30]) == [0, 1, 4, 8, 16, 20, 21, 24, 28, 36]
+
+
+def test_looks_begin_anew_after_the_first_step_of_an_optimizer_that_was_made_early(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(looks, "_SHARE", 1e-9)
+    seen = one_after_the_other([40, 20], made_early=True)
+    assert [step for step in seen if step >= 40] == [41, 42, 45, 49, 57]
+
+
+def test_of_many_trainings_only_the_first_are_looked_at_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(looks, "_SHARE", 1e-9)
+    seen = one_after_the_other([6] * 12)
+    assert seen == [6 * training + step for training in range(8) for step in (0, 1, 4)]
+
+
+def test_there_is_an_end_to_looks_however_many_trainings_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(looks, "_SHARE", 1e9)
+    assert len(one_after_the_other([5] * 60)) == 128
+
+
+def test_a_loop_that_makes_an_optimizer_for_every_step_is_no_chain_of_trainings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(looks, "_SHARE", 1e-9)
+    assert one_after_the_other([1] * 40) == [0, 1, 5]
+
+
+def test_an_optimizer_whose_training_is_over_is_not_waited_for() -> None:
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def program() -> None:
+        optimizers = []
+        for model in (first, second):
+            optimizers.append(torch.optim.SGD(model.parameters(), lr=0.1))
+            for _ in range(6):
+                optimizers[-1].zero_grad()
+                model(torch.randn(4, 3)).square().mean().backward()
+                optimizers[-1].step()
+
+    calls = discovered(program).frame("calls")
+    assert calls["step"].tolist() == [0, 1, 4, 6, 7, 10]
+    assert (calls["runs"] == 1).all()
+
+
 def test_an_evaluation_begins_no_look() -> None:
     model = nn.Linear(3, 2)
 

@@ -43,6 +43,18 @@ def test_a_called_model_is_known_by_its_variable() -> None:
     assert self.encoder(2) == "encoder"
 
 
+def test_a_model_is_known_by_its_variable_where_other_weights_stand_in() -> None:
+    def functional_call(*args: Any) -> str | None:
+        return called_name(sys._getframe(1))
+
+    torch = SimpleNamespace(func=SimpleNamespace(functional_call=functional_call))
+    net, given = object(), (object(), {})
+    self = SimpleNamespace(net=net)
+    assert functional_call(net, {}, (1,)) == "net"
+    assert torch.func.functional_call(self.net, {}, 1) == "net"
+    assert functional_call(*given) is None
+
+
 def test_an_assignment_names_its_variable() -> None:
     opt_d = assigned(1)
     assert opt_d == "opt_d"

@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradscope
 from gradscope.config import WatchOptions
+from gradscope.rules import diagnose
+from gradscope.run.recording import Recording
 from gradscope.session.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,6 +247,40 @@ def test_models_that_are_gone_leave_gaps_and_the_next_is_watched_all_the_same() 
     assert kept is not None
     assert session.recording.n_steps == 24
     assert set(session.recording.frame("steps")["n_fresh"]) == {4}
+
+
+def with_fast_weights(assigned: bool) -> Recording:
+    """Adapt a copy of the weights to a task, and move the weights by what came of it."""
+    session = Session(WatchOptions(on_error="raise"), discovers=True)
+    session.start()
+    net = small_model()
+    meta = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(6):
+        fast = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+        if not assigned:
+            fast = {name: fast[name] + p for name, p in net.named_parameters()}
+        x, y = torch.randn(3, 4), torch.tensor([0, 1, 0])
+        loss = F.cross_entropy(torch.func.functional_call(net, fast, (x,)), y)
+        meta.zero_grad()
+        loss.backward()
+        if assigned:
+            for name, p in net.named_parameters():
+                p.grad = fast[name].grad
+        meta.step()
+    session.stop()
+    return session.recording
+
+
+@pytest.mark.parametrize("assigned", [True, False], ids=["assigned", "through the graph"])
+def test_a_model_met_in_a_functional_call_has_its_own_parameters(assigned: bool) -> None:
+    run = with_fast_weights(assigned)
+    assert [model.name for model in run.models] == ["net"]
+    assert [e.name for e in run.parameters] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    for entry in run.parameters:
+        assert entry.in_model
+        assert entry.holders == [(0, 0)]
+        assert entry.reached != assigned
+    assert not [f for f in diagnose(run) if f.code == "GS102"]
 
 
 def test_a_loss_function_of_many_examples_at_once_under_vmap() -> None:

@@ -83,7 +83,7 @@ class DeadUnits(Rule):
         kinds = listed(tuple(f"{path or 'the model'} ({kind})" for path, kind, _ in dead))
         after = steps.loc[steps["step"] >= first]
         # Dead from the start is how they were initialised; what died later has another cause.
-        from_the_start = first == int(run.frame("activations")["step"].min())
+        from_the_start = first in _first_looks(run, dead)
         return [
             self.finding(
                 severity=Severity.ERROR if from_the_start else Severity.WARNING,
@@ -132,6 +132,13 @@ def _dead_activations(run: Recording) -> list[tuple[str, str, int]]:
                 key = (str(module), str(kind))
                 dead[key] = min(first, dead.get(key, first))
     return [(module, kind, first) for (module, kind), first in dead.items()]
+
+
+def _first_looks(run: Recording, dead: list[tuple[str, str, int]]) -> set[int]:
+    """The steps of the first looks at dead activations."""
+    rows = run.frame("activations")
+    first = rows.groupby(["module", "module_type"])["step"].min()
+    return {int(first[path, kind]) for path, kind, _ in dead}
 
 
 def _without_any_gradient(run: Recording, since: int) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradscope.rules.facts import listed, span, stepped
+from gradscope.rules.facts import listed, phases, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -81,7 +81,7 @@ class ExplodingGradient(Rule):
     code = "GS404"
     name = "exploding-gradient"
     severity = Severity.WARNING
-    tables = ("steps", "grads", "losses", "batches")
+    tables = ("steps", "grads", "losses", "batches", "events")
     symptom_of = ("GS505", "GS607", "GS514", "GS201", "GS603", "GS407")
 
     def check(self, run: Recording) -> list[Finding]:
@@ -135,6 +135,10 @@ class ExplodingGradient(Rule):
 
 def _is_large_at_start(run: Recording, own: pd.DataFrame, norms: np.ndarray) -> bool:
     losses = run.frame("losses")
+    began_at = int(own["step"].iloc[0])
+    for begin, end in phases(run):
+        if begin <= began_at < end:
+            losses = losses.loc[losses["step"].between(begin, end - 1)]
     first = losses.loc[losses["step"] == losses["step"].min()] if len(losses) else losses
     first = first.loc[first["reached"].astype(bool)]
     began = int(own["optimizer_step"].iloc[0]) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradscope.rules.facts import belongs_to, has_moved, is_compiled, listed, stepped
+from gradscope.rules.facts import belongs_to, has_moved, is_compiled, listed, phases, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -34,10 +34,11 @@ class CachedActivation(Rule):
     ## How it is found
 
     At closer looks gradscope notes which modules are called. The finding is raised when a module
-    that an optimizer trains was called at the first look and at none of the later ones, and no step
-    after the first found a gradient of its parameters, or backwards go through the graph of that
-    first call for ever. One among numbered siblings that are called, such as a block that is
-    skipped or an expert, is silent.
+    that an optimizer trains was called at the first look of a training and at none of the later
+    ones, and no step after the first found a gradient of its parameters, or backwards go through
+    the graph of that first call for ever. One among numbered siblings that are called, such as a
+    block that is skipped or an expert, is silent. A program may train several times, one after the
+    other.
 
     ## Example
 
@@ -58,12 +59,21 @@ class CachedActivation(Rule):
     code = "GS314"
     name = "cached-activation"
     severity = Severity.ERROR
-    tables = ("calls", "grads", "steps", "params", "backwards")
+    tables = ("calls", "grads", "steps", "params", "backwards", "events")
 
     def check(self, run: Recording) -> list[Finding]:
         """Return at most one finding."""
-        calls = run.frame("calls")
-        steps = stepped(run)
+        for begin, end in _spans(run):
+            calls, steps = (
+                rows.loc[rows["step"].between(begin, end - 1)]
+                for rows in (run.frame("calls"), stepped(run))
+            )
+            found = self._in_phase(run, calls, steps)
+            if found:
+                return found
+        return []
+
+    def _in_phase(self, run: Recording, calls: pd.DataFrame, steps: pd.DataFrame) -> list[Finding]:
         looks = sorted(calls["step"].unique().tolist())
         raised = bool((run.frame("backwards")["error"].tail(1) != "").any())
         if len(looks) < (2 if raised else _LEAST_LOOKS):
@@ -127,6 +137,14 @@ class CachedActivation(Rule):
         ]
 
 
+def _spans(run: Recording) -> list[tuple[int, int]]:
+    """The trainings of a run; and all of it, if the first one shows what is not called again."""
+    found = phases(run)
+    looks = sorted(run.frame("calls")["step"].unique().tolist())
+    is_seen = len(looks) > 1 and looks[1] < found[0][1]
+    return [(0, found[-1][1]), *found] if is_seen and len(found) > 1 else found
+
+
 def _goes_through_old_nodes(run: Recording, looks: list[int]) -> bool:
     """Whether at every later look a backward went through operations of earlier steps."""
     backwards = run.frame("backwards")
@@ -137,7 +155,7 @@ def _goes_through_old_nodes(run: Recording, looks: list[int]) -> bool:
 def _without_later_gradients(run: Recording, steps: pd.DataFrame) -> list[str]:
     """Parameters that an optimizer trains, of which no step after the first found a gradient."""
     grads = run.frame("grads")
-    grads = grads.loc[grads["step"].isin(steps["step"]) & (grads["step"] > 0)]
+    grads = grads.loc[grads["step"].isin(steps["step"]) & (grads["step"] > steps["step"].min())]
     got = set(
         grads.loc[
             grads["status"].isin(["fresh", "accumulated", "compounded", "assigned"])
@@ -145,11 +163,12 @@ def _without_later_gradients(run: Recording, steps: pd.DataFrame) -> list[str]:
             "param",
         ]
     )
+    stepping = set(steps["optimizer"])
     return [
         entry.name
         for entry in run.parameters
         if entry.requires_grad
-        and entry.holders
+        and any(run.optimizers[number].name in stepping for number, _ in entry.holders)
         and entry.name not in got
         and (entry.reached or not has_moved(entry))
     ]

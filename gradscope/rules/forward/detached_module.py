@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING
 
 from gradscope.graphs.unreached import operations_made, unreached
 from gradscope.rules.facts import (
+    at,
     belongs_to,
+    events_of,
+    first_place,
     holder_of,
     listed,
     module_around,
@@ -19,6 +22,8 @@ from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from gradscope.run.captured_graph import CapturedGraph
     from gradscope.run.entries import ParameterEntry
 
@@ -42,8 +47,9 @@ class DetachedModule(Rule):
     Parameters that an optimizer holds, that no backward of the whole run reached and that nothing
     else moves, are looked up in the graph of the optimizer's first step: their module made
     operations, and none of them leads to the loss. It is an error where the module's result was
-    handed to another module without a graph, where the module comes first in the model, or where
-    the optimizer has nothing else to train. A module whose result just leads nowhere is a note.
+    handed to another module without a graph, where it is part of the loss without one, where the
+    module comes first in the model, or where the optimizer has nothing else to train. A module
+    whose result just leads nowhere is a note.
 
     ## Example
 
@@ -95,17 +101,24 @@ class DetachedModule(Rule):
             for entry in run.parameters
         )
         graph = next((run.graphs[step] for step in own["step"] if step in run.graphs), None)
+        spelled = _names_by_spelling(run, names_missing)
         cut: dict[str, tuple[tuple[str, ...], bool]] = {}
+        places: list[pd.DataFrame] = []
         params: set[str] = set()
         if graph is not None and len(graph.calls):
             for each in unreached(graph):
-                found = names_missing.intersection(
-                    name for param in each.params for name in param.names
-                )
+                found = {
+                    spelled[name]
+                    for param in each.params
+                    for name in param.names
+                    if name in spelled
+                }
                 if each.why != "cut off" or not found:
                     continue
-                is_used = bool(each.taken_by) or _comes_first(graph, each.call)
+                in_loss = _cuts_in_loss(run, each.path)
+                is_used = bool(each.taken_by or len(in_loss)) or _comes_first(graph, each.call)
                 cut[each.path] = (each.taken_by, is_used)
+                places += [] if each.taken_by else [in_loss]
                 params |= found
         elif has_nothing_else:
             calls = run.frame("calls")
@@ -120,6 +133,12 @@ class DetachedModule(Rule):
         is_sure = has_nothing_else or any(used for _, used in cut.values())
         takers = list(dict.fromkeys(taker for taken, _ in cut.values() for taker in taken))
         given = f": its result goes to {listed(takers)} without a graph" if takers else ""
+        used = next((rows for rows in places if len(rows)), None)
+        place = {"file": None, "line": None} if used is None else first_place(used)
+        if used is not None:
+            function = str(used["detail"].iloc[0]).rpartition(", ")[2]
+            here = at(place["file"], place["line"])
+            given += f", although the loss is computed from its result, cut by {function}{here}"
         alone = f"; {optimizer} has nothing else to train" if has_nothing_else else ""
         ordered = tuple(entry.name for entry in missing if entry.name in params)
         modules = tuple(module_around(path, ordered) for path in cut)
@@ -142,12 +161,29 @@ class DetachedModule(Rule):
             modules=modules,
             optimizer=optimizer,
             **span(own),
+            **place,
             evidence={
                 "taken_by": ", ".join(takers),
                 "parameters": len(ordered),
                 "nothing_else_to_train": has_nothing_else,
             },
         )
+
+
+def _cuts_in_loss(run: Recording, path: str) -> pd.DataFrame:
+    """The events of cuts after which a module's result went into a loss."""
+    told = events_of(run, "cut_in_loss")
+    modules = told["detail"].str.rpartition(", ")[0] if len(told) else told["detail"]
+    return told.loc[(modules == path) | modules.str.startswith(f"{path}.")]
+
+
+def _names_by_spelling(run: Recording, names: set[str]) -> dict[str, str]:
+    """Today's names by all that a graph may have for them.
+
+    In one that is older than the second model, the first one's parameters lack its name.
+    """
+    first = f"{run.models[0].name}." if len(run.models) > 1 else ""
+    return {name.removeprefix(first): name for name in names} | {name: name for name in names}
 
 
 def _comes_first(graph: CapturedGraph, call: int) -> bool:

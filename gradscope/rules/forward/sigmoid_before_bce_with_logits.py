@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradscope.rules.facts import at, place_of, reached_losses
+from gradscope.rules.facts import at, in_phases, place_of, reached_losses
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.forward.loss_inputs import culprits, spread, with_kind
 from gradscope.rules.rule import Rule
@@ -43,18 +43,23 @@ class SigmoidBeforeBceWithLogits(Rule):
     code = "GS309"
     name = "sigmoid-before-bce-with-logits"
     severity = Severity.ERROR
-    tables = ("losses", "calls")
+    tables = ("losses", "calls", "events")
 
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per line that calls the loss."""
         losses = reached_losses(run)
         losses = losses.loc[losses["function"] == "binary_cross_entropy_with_logits"]
         findings = []
-        for _, rows in losses.groupby(["file", "line"], sort=False, dropna=False):
-            made_by = set(rows["input_made_by"])
-            if not made_by <= {"Sigmoid", "Softmax"}:
+        for _, of_line in losses.groupby(["file", "line"], sort=False, dropna=False):
+            of_probabilities = (
+                own
+                for own in in_phases(run, of_line)
+                if set(own["input_made_by"]) <= {"Sigmoid", "Softmax"}
+            )
+            rows = next(of_probabilities, None)
+            if rows is None:
                 continue
-            what = sorted(made_by)[0]
+            what = sorted(set(rows["input_made_by"]))[0]
             file, line = place_of(rows.iloc[0], "made_at_")
             called = at(*place_of(rows.iloc[0]))
             modules = culprits(run, what)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from gradscope.rules.facts import at, place_of, reached_losses
+from typing import TYPE_CHECKING
+
+from gradscope.rules.facts import at, in_phases, place_of, reached_losses
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.forward.loss_inputs import culprits, spread, with_kind
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _SUMS_TO_ONE = 1e-3
 """How far the sum over classes of a softmax, in single precision or half, may be from one."""
@@ -53,26 +58,19 @@ class SoftmaxBeforeCrossEntropy(Rule):
     code = "GS307"
     name = "softmax-before-cross-entropy"
     severity = Severity.ERROR
-    tables = ("losses", "calls")
+    tables = ("losses", "calls", "events")
 
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per line that calls the loss."""
         losses = reached_losses(run)
         losses = losses.loc[losses["function"] == "cross_entropy"]
         findings = []
-        for _, rows in losses.groupby(["file", "line"], sort=False, dropna=False):
-            made_by = set(rows["input_made_by"])
-            looks_so = (
-                rows["step"].nunique() >= _LEAST_LOOKS
-                and (rows["input_min"] >= 0).all()
-                and ((rows["input_row_sum"] - 1).abs() < _SUMS_TO_ONE).all()
-            )
-            if made_by == {"LogSoftmax"}:
-                severity, what = Severity.INFO, "LogSoftmax"
-            elif made_by == {"Softmax"} or looks_so:
-                severity, what = Severity.ERROR, "Softmax"
-            else:
+        for _, of_line in losses.groupby(["file", "line"], sort=False, dropna=False):
+            rows = next((own for own in in_phases(run, of_line) if _made_by(own)), None)
+            if rows is None:
                 continue
+            what = _made_by(rows)
+            severity = Severity.INFO if what == "LogSoftmax" else Severity.ERROR
             file, line = place_of(rows.iloc[0], "made_at_")
             called = at(*place_of(rows.iloc[0]))
             modules = culprits(run, what)
@@ -96,7 +94,7 @@ class SoftmaxBeforeCrossEntropy(Rule):
                     file=file,
                     line=line,
                     evidence={
-                        "input_made_by": ", ".join(sorted(made_by)),
+                        "input_made_by": ", ".join(sorted(set(rows["input_made_by"]))),
                         "input_min": float(rows["input_min"].min()),
                         "input_max": float(rows["input_max"].max()),
                         "input_row_sum": float(rows["input_row_sum"].mean()),
@@ -105,3 +103,16 @@ class SoftmaxBeforeCrossEntropy(Rule):
                 )
             )
         return findings
+
+
+def _made_by(rows: pd.DataFrame) -> str:
+    """Which kind of softmax all predictions come out of; nothing if none, or of some only."""
+    made_by = set(rows["input_made_by"])
+    looks_so = (
+        rows["step"].nunique() >= _LEAST_LOOKS
+        and (rows["input_min"] >= 0).all()
+        and ((rows["input_row_sum"] - 1).abs() < _SUMS_TO_ONE).all()
+    )
+    if made_by == {"LogSoftmax"}:
+        return "LogSoftmax"
+    return "Softmax" if made_by == {"Softmax"} or looks_so else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from gradscope.rules.facts import at, place_of, reached_losses, shape_of
+from gradscope.rules.facts import at, phases, place_of, reached_losses, shape_of, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -37,8 +37,9 @@ class UninformedLossMismatch(Rule):
 
     ## How it is found
 
-    The first call of a cross-entropy is compared with ln C; so is one that the program writes out,
-    where it is all that the backward starts from. The finding is raised when it is at least four
+    The first call of a cross-entropy is compared with ln C, also where another training of a new
+    model begins; so is one that the program writes out, where it is all that the backward starts
+    from. The finding is raised when it is at least four
     times as large, and by three larger, divided by the number that the program multiplies its
     logits by, such as one over a temperature; it is an error from fifty times on.
 
@@ -58,16 +59,14 @@ class UninformedLossMismatch(Rule):
     code = "GS604"
     name = "uninformed-loss-mismatch"
     severity = Severity.WARNING
-    tables = ("losses", "params")
+    tables = ("losses", "params", "events")
     symptom_of = ("GS607",)
 
     def check(self, run: Recording) -> list[Finding]:
         """Return at most one finding."""
         losses = reached_losses(run)
-        if losses.empty or int(losses["step"].min()) != 0:
-            return []  # a look at step 0 alone comes before any update
         first = losses.loc[
-            (losses["step"] == 0)
+            losses["step"].isin(_first_steps(run))
             & losses["function"].isin(_FUNCTIONS)
             & (losses["reduction"] == "mean")
             & (losses["n_classes"].fillna(0) >= 2)
@@ -112,8 +111,8 @@ class UninformedLossMismatch(Rule):
                             if entry.in_model and len(entry.shape) >= 2 and entry.requires_grad
                         )
                     ),
-                    step_first=0,
-                    step_last=0,
+                    step_first=int(row["step"]),
+                    step_last=int(row["step"]),
                     count=1,
                     file=file,
                     line=line,
@@ -133,3 +132,17 @@ class UninformedLossMismatch(Rule):
                 )
             ]
         return []
+
+
+def _first_steps(run: Recording) -> list[int]:
+    """The steps with which the training of a new model begins: a look there precedes any update."""
+    steps = stepped(run)
+    first = steps.groupby("optimizer")["step"].min()
+    found = [0]
+    for begin, _ in phases(run)[1:]:
+        new = {number for number, o in enumerate(run.optimizers) if first.get(o.name, -1) >= begin}
+        held = [{n for n, _ in entry.holders} for entry in run.parameters]
+        trained = [holders for holders in held if holders & new]
+        if begin in set(first) and trained and all(holders <= new for holders in trained):
+            found.append(begin)
+    return found

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from gradscope.rules.facts import span, stepped
+from typing import TYPE_CHECKING
+
+from gradscope.rules.facts import phases, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.learning.uninformed_loss_mismatch import UninformedLossMismatch
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _LARGE = 100.0
 """Greatest magnitude of an input. Standardised data rarely exceed 10; pixels go to 255."""
@@ -14,6 +19,9 @@ _LARGE = 100.0
 _PASSED_ON = 10.0
 """Standard deviation of what the first layer gives for it. Layers are initialised to keep the
 scale of their input below one; an input that is normalised inside of the model gives that."""
+
+_LEAST_LOOKS = 2
+"""At a training that is not the first; a late one may have had a single look, with an outlier."""
 
 _FIRST_LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "LazyLinear")
 
@@ -69,7 +77,7 @@ class UnnormalizedInput(Rule):
     code = "GS607"
     name = "unnormalized-input"
     severity = Severity.WARNING
-    tables = ("batches", "activations", "steps")
+    tables = ("batches", "activations", "steps", "events")
 
     def check(self, run: Recording) -> list[Finding]:
         """Return at most one finding."""
@@ -80,6 +88,19 @@ class UnnormalizedInput(Rule):
         )
         if batches.empty or activations.empty or steps.empty:
             return []
+        for begin, end in phases(run):
+            of_inputs, of_outputs = (
+                rows.loc[rows["step"].between(begin, end - 1)] for rows in (batches, activations)
+            )
+            if of_inputs["step"].nunique() >= (_LEAST_LOOKS if begin else 1):
+                found = self._in_phase(run, of_inputs, of_outputs, steps)
+                if found:
+                    return found
+        return []
+
+    def _in_phase(
+        self, run: Recording, batches: pd.DataFrame, activations: pd.DataFrame, steps: pd.DataFrame
+    ) -> list[Finding]:
         look = int(batches["step"].min())
         inputs = batches.loc[
             (batches["role"] == "input") & batches["dtype"].str.contains("float")

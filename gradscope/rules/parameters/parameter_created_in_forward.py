@@ -6,7 +6,7 @@ import ast
 import linecache
 from typing import Any
 
-from gradscope.rules.facts import first_place, listed
+from gradscope.rules.facts import first_place, listed, phases
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -49,12 +49,14 @@ class ParameterCreatedInForward(Rule):
     code = "GS106"
     name = "parameter-created-in-forward"
     severity = Severity.ERROR
-    tables = ("strangers", "params")
+    tables = ("strangers", "params", "events")
 
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per module that makes parameters."""
         rows = run.frame("strangers")
         rows = rows.loc[rows["is_parameter"] & ~rows["recurs"]]
+        # What a later training begins with was not there at the look before.
+        rows = rows.loc[~rows["step"].isin([begin for begin, _ in phases(run)[1:]])]
         inside = (rows["module"] != "") | rows.apply(_is_in_forward, axis=1).astype(bool)
         rows = rows.loc[inside]
         findings = []

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradscope.rules.facts import first_place, listed, made_at, model_of, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.entries import ParameterEntry
 from gradscope.run.recording import Recording
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _ROUNDING = {"float16": 2.0**-7, "bfloat16": 2.0**-4}
 """By how much of its norm a copy may be behind and still be the nearest to it; eight times the step
@@ -82,6 +85,7 @@ def _fed_by(run: Recording, model: str, trained: Mapping[str, int]) -> str | Non
     """
     calls = run.frame("calls")
     calls = calls.loc[calls["with_grad"] & (calls["step"] > calls["step"].min())]
+    calls = _looks_at(run, calls, model)  # what a model comes before in one training
     first: dict[str, int] = {}
     is_training: dict[str, bool] = {}
     for place, (path, training) in enumerate(zip(calls["module"], calls["training"], strict=True)):
@@ -93,6 +97,12 @@ def _fed_by(run: Recording, model: str, trained: Mapping[str, int]) -> str | Non
         return None
     after = [name for name in trained if first.get(name, -1) > first[model]]
     return after[0] if after else None
+
+
+def _looks_at(run: Recording, calls: pd.DataFrame, model: str) -> pd.DataFrame:
+    """The calls of the looks at which a model ran, of several models."""
+    is_own = (calls["module"] == model) | calls["module"].str.startswith(f"{model}.")
+    return calls.loc[calls["step"].isin(calls.loc[is_own, "step"])]
 
 
 def _of_a_loss(run: Recording, entries: list[ParameterEntry]) -> list[ParameterEntry]:

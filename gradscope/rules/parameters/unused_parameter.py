@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from gradscope.rules.facts import has_moved, is_compiled, listed, stepped
+from gradscope.rules.facts import belongs_to, has_moved, is_compiled, listed, model_of, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -36,6 +36,8 @@ class UnusedParameter(Rule):
     the same: a codebook that follows a mean, which the program moves itself. So is one whose
     gradients the program assigns. Where the graph was
     cut on the way, that finding explains this one.
+
+    A module is said never to have run where closer looks have seen its model run without it.
 
     ## Example
 
@@ -98,7 +100,12 @@ class UnusedParameter(Rule):
                 continue
             modules = tuple(dict.fromkeys(e.module for e in unused))
             silent = [
-                m for m in modules if called and m and m not in called and not is_compiled(run, m)
+                m
+                for m in modules
+                if m
+                and called.isdisjoint(_spellings(run, m))
+                and not is_compiled(run, m)
+                and _ran(run, model_of(run, f"{m}."), called)
             ]
             why = f"; {listed(silent)} never ran" if silent else ""
             findings.append(
@@ -116,11 +123,23 @@ class UnusedParameter(Rule):
                     evidence={
                         "unused_parameters": len(unused),
                         "steps": int(counts[known.name]),
-                        "modules_that_never_ran": ", ".join(silent),
+                        **({"modules_that_never_ran": ", ".join(silent)} if silent else {}),
                     },
                 )
             )
         return findings
+
+
+def _spellings(run: Recording, module: str) -> set[str]:
+    """The paths of a module: of the model that was met first, also without that model's name."""
+    return {module, module.removeprefix(f"{run.models[0].name}.")} if run.models else {module}
+
+
+def _ran(run: Recording, model: str, called: set[str]) -> bool:
+    """Whether a model, or a part of it, was called at any look."""
+    if len(run.models) == 1:
+        return any(not path.startswith("<") for path in called)
+    return any(path == model or belongs_to(path, model) for path in called) if model else False
 
 
 def _moved_by_hand(run: Recording) -> set[str]:
