@@ -743,7 +743,6 @@ class Session:
                 return
             self._cuts.arm()
         if is_due and not self._broken:
-            self._see_who_is_frozen(self._attempts.n_ended)
             self._cuts.tell(self._looks.begin(self._attempts.n_ended))
             if self._looks.begins_phase:
                 self.event("phase", "closer looks begin anew, for another training has begun")
@@ -884,10 +883,8 @@ class Session:
                 self.event("parameters_changed", "a model has other parameters than before")
             now = time.perf_counter()
             self._next_look = now + (now - began) / _SHARE_OF_LOOKING_AROUND
-        self._see_who_is_frozen(self._attempts.n_ended - 1)
-
-    def _see_who_is_frozen(self, step: int) -> None:
-        for param in self._census.refresh_requires_grad(step):
+        # Not at the calls of a model: one may be frozen for the time of an evaluation.
+        for param in self._census.refresh_requires_grad(self._attempts.n_ended - 1):
             entry = self.recording.parameters[param]
             self.event("parameters_changed", f"{entry.name} requires_grad={entry.requires_grad}")
 
