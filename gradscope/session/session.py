@@ -579,8 +579,9 @@ class Session:
         if number is None and (self._discovers or self._trains_ours(optimizer)):
             name = None if self._in_scaler_step else called_name(user_frame())
             self._take_in(optimizer, (name or "").removesuffix(".step"), user_frame())
-            self._adopt_gradients()
             number = self._census.number_of_optimizer(optimizer)
+            if number is not None:
+                self._adopt_gradients()
         if number is None:
             return
         self._scaler_stepped = True
@@ -659,8 +660,6 @@ class Session:
         # One made by another thread than the watched one is taken in when the watched one steps it.
         if self._thread not in (None, threading.get_ident()):
             return
-        if inside_method_of(torch.optim.Optimizer, "torch.distributed.", optimizer):
-            return  # the part of ZeroRedundancyOptimizer that steps this rank's share
         frame = making_frame(optimizer)
         self._take_in(optimizer, assigned_name(frame), frame)
 
@@ -682,6 +681,8 @@ class Session:
     def _take_in(
         self, optimizer: torch.optim.Optimizer, name: str | None, frame: FrameType | None
     ) -> None:
+        if inside_method_of(torch.optim.Optimizer, "torch.distributed.", optimizer):
+            return  # the part of ZeroRedundancyOptimizer that steps this rank's share
         self.watch_optimizer(optimizer, name or "optimizer")
         self.event(
             "optimizer_found",
