@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -147,6 +147,22 @@ class Ledger:
             self._attempts[optimizer] = Attempt(began=now)
             self._n_attempts[optimizer] = 0
             self._has_used[optimizer] = False
+
+    def takes_over(self, optimizer: int) -> None:
+        """Let an optimizer that is first met at its step have what has happened before it.
+
+        That is what another one has waiting that holds some of the same parameters.
+        """
+        held = set(_numbers_at(self._at[optimizer]))
+        for other, attempt in self._attempts.items():
+            if other != optimizer and attempt.taken and held & set(_numbers_at(self._at[other])):
+                self._attempts[optimizer] = replace(
+                    attempt,
+                    order=list(attempt.order),
+                    taken=list(attempt.taken),
+                    foreign=list(attempt.foreign),
+                    discarded=list(attempt.discarded),
+                )
 
     def forward(
         self,
@@ -340,6 +356,10 @@ class Ledger:
 
     def _of(self, optimizers: Iterable[int]) -> list[Attempt]:
         return [self._attempts[number] for number in optimizers if number in self._attempts]
+
+
+def _numbers_at(at: Integers | slice) -> Iterable[int]:
+    return range(at.start, at.stop) if isinstance(at, slice) else at.tolist()
 
 
 def spell_order(words: list[str]) -> str:

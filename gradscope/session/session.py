@@ -582,6 +582,7 @@ class Session:
             number = self._census.number_of_optimizer(optimizer)
             if number is not None:
                 self._adopt_gradients()
+                self._in_order.do(functools.partial(self._ledger.takes_over, number))
         if number is None:
             return
         self._scaler_stepped = True

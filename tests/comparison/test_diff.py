@@ -85,7 +85,7 @@ CHANGES = {
     "eval left on": (changed(eval_from=5), Expected(5, "order", "eval mode in B")),
     "an optimizer made anew": (
         changed(anew_at=5),
-        Expected(5, "order", "no watched optimizer steps any more in B, although 7 backwards"),
+        Expected(5, "state_before", "the optimizer has no state (step, exp_avg, exp_avg_sq)"),
     ),
     "a state that was emptied": (
         changed(emptied_at=5),

@@ -28,7 +28,8 @@ class Step:
         optimizer: its place in the loop's list.
         weights: the parameters before the update.
         gradients: the norm of each parameter's gradient as the update reads it; None without one.
-        n_backward: backwards since the gradients were cleared.
+        n_backward: backwards since the gradients were cleared, and those of all calls of a closure.
+        n_summed: backwards since the gradients were cleared.
         loss: the sum of their roots.
         update_norms: how far each was moved.
         outcome: ``stepped`` or ``skipped``.
@@ -39,6 +40,7 @@ class Step:
     weights: dict[str, torch.Tensor]
     gradients: dict[str, float | None] = field(default_factory=dict)
     n_backward: int = 0
+    n_summed: int = 0
     loss: float = math.nan
     update_norms: dict[str, float] = field(default_factory=dict)
     outcome: str = "stepped"
@@ -57,6 +59,7 @@ class ByHand:
         self._names = names
         self._optimizers = optimizers
         self.steps: list[Step] = []
+        self._n_since_begin = 0
         self.cleared()
 
     def cleared(self) -> None:
@@ -66,12 +69,14 @@ class ByHand:
     def backward(self, root: torch.Tensor) -> None:
         """A backward begins."""
         self._roots.append(float(root))
+        self._n_since_begin += 1
 
     def begins(self, optimizer: Optimizer) -> None:
         """A step begins."""
         place = next(i for i, each in enumerate(self._optimizers) if each is optimizer)
         weights = {name: p.detach().clone() for name, p in self._held(optimizer)}
         self._now = Step(place, weights)
+        self._n_since_begin = 0
 
     def reads(self, optimizer: Optimizer, scale: float = 1.0, *, scaled: bool = False) -> None:
         """An update is about to read the gradients, divided by ``scale``."""
@@ -79,7 +84,8 @@ class ByHand:
             name: None if p.grad is None else norm(p.grad) / scale
             for name, p in self._held(optimizer)
         }
-        self._now.n_backward = len(self._roots)
+        self._now.n_summed = len(self._roots)
+        self._now.n_backward = max(len(self._roots), self._n_since_begin)
         self._now.loss = math.fsum(self._roots)
         self._now.scaled = scaled
 

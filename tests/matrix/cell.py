@@ -158,7 +158,7 @@ def check_tables(scope: gradscope.Scope, steps: list[Step], loop: Loop) -> None:
 
 
 def check_gradients(number: int, rows: pd.DataFrame, step: Step) -> None:
-    usual = "fresh" if step.n_backward == 1 else "accumulated"
+    usual = "fresh" if step.n_summed == 1 else "accumulated"
     status = {name: "none" if norm is None else usual for name, norm in step.gradients.items()}
     norms = {name: math.nan if norm is None else norm for name, norm in step.gradients.items()}
     must(f"statuses at step {number}", rows["status"].to_dict(), status)

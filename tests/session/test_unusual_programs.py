@@ -344,3 +344,23 @@ def test_the_base_of_a_wrapper_is_the_wrappers_own_affair() -> None:
             optimizer.step()
     assert set(scope.steps["optimizer"]) == {"optimizer"}
     assert (scope.steps["update_norm"] > 0).any()
+
+
+def test_an_optimizer_made_anew_goes_on_with_what_was_computed_before_its_first_step() -> None:
+    model = small_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    losses = []
+    with gradscope.watch(model, optimizer, on_error="raise") as scope:
+        for number in range(8):
+            if number == 4:
+                optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+            optimizer.zero_grad()
+            loss = loss_of(model)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    steps = scope.steps
+    assert steps["loss"].tolist() == pytest.approx(losses)
+    assert steps["optimizer"].tolist() == ["optimizer"] * 4 + ["optimizer#2"] * 4
+    assert set(steps["n_backward"]) == set(steps["n_forward"]) == {1}
+    assert scope.backwards["step"].tolist() == list(range(8))
