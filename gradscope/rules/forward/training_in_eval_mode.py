@@ -52,7 +52,8 @@ class TrainingInEvalMode(Rule):
     normalisation or dropout that belongs to what is trained. A single module in evaluation mode,
     inside a model in training mode, was put there on purpose, and is silent. So are steps with
     more forwards than backwards: some of them may have another purpose, such as an adversarial
-    example, and the mode may be theirs.
+    example, and the mode may be theirs. The line is that of the last call of `eval()` on a model of
+    that class, if it was seen.
 
     ## Example
 
