@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from math import prod
 from typing import Any
 
-from gradscope.instruments.graph_nodes import operation_of
+from gradscope.instruments.graph_nodes import dimension, operation_of, shape_of
 
 _REGROUPS = frozenset({"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"})
 """They keep the order of elements: what is found by how many elements lie before and in it."""
@@ -28,25 +28,16 @@ def dimension_after(views: Iterable[Any], dim: int | None) -> int | None:
 
 def _after(node: Any, dim: int) -> int | None:
     name = operation_of(node)
-    given, taken = _shape(node.next_functions[0][0]), _shape(node)
+    given, taken = shape_of(node.next_functions[0][0]), shape_of(node)
     if name == "T":
         return 1 - dim
     if name == "Transpose":
-        one, other = (_index(of, len(given)) for of in (node._saved_dim0, node._saved_dim1))
+        one, other = (dimension(of, len(given)) for of in (node._saved_dim0, node._saved_dim1))
         return {one: other, other: one}.get(dim, dim)
     if name == "Permute":
-        return [_index(of, len(given)) for of in node._saved_dims].index(dim)
+        return [dimension(of, len(given)) for of in node._saved_dims].index(dim)
     if name not in _REGROUPS:
         return dim + len(taken) - len(given)  # what is broadcast gets its dimensions in front
     before = prod(given[:dim])
     found = (d for d, n in enumerate(taken) if n == given[dim] and prod(taken[:d]) == before)
     return next(found, None)
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    return tuple(node._input_metadata[0].shape)
-
-
-def _index(dim: int, n_dims: int) -> int:
-    # torch gives negative dimensions as unsigned numbers.
-    return (dim - (1 << 64) if dim >= 1 << 63 else dim) % n_dims

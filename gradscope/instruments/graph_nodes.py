@@ -90,8 +90,16 @@ def described(node: Any) -> tuple[str, int | None]:
     name = operation_of(node)
     if name not in ("Softmax", "LogSoftmax"):
         return name, None
-    dim = int(node._saved_dim)
-    if dim >= 1 << 63:  # torch gives negative dimensions as unsigned numbers
-        dim -= 1 << 64
-    n_dims = len(node._input_metadata[0].shape)
-    return name, dim % n_dims if n_dims else None
+    n_dims = len(shape_of(node))
+    return name, dimension(node._saved_dim, n_dims) if n_dims else None
+
+
+def shape_of(node: Any) -> tuple[int, ...]:
+    """Return the shape of what an operation gave."""
+    return tuple(node._input_metadata[0].shape)
+
+
+def dimension(saved: int, n_dims: int) -> int:
+    """Return a dimension that a node has saved, counted from 0."""
+    # torch gives negative dimensions as unsigned numbers.
+    return (saved - (1 << 64) if saved >= 1 << 63 else saved) % n_dims

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from gradscope.instruments.autograd_graph import NamesOf, capture_graph
 from gradscope.instruments.dimensions import dimension_after
-from gradscope.instruments.graph_nodes import described, node_of, operation_of
+from gradscope.instruments.graph_nodes import RESHAPES, described, node_of, operation_of
 from gradscope.instruments.late import Known, Late, Numbers, scalar_of
 from gradscope.instruments.module_survey import ModuleSurvey
 from gradscope.instruments.tensor_summary import TensorSummary, is_readable
@@ -62,28 +62,16 @@ _SUBTRACTIONS = frozenset({"sub", "rsub", "subtract"})
 _SQUASHING = frozenset({"softmax", "log_softmax", "sigmoid", "logsigmoid"})
 _SQUASHING_KINDS = frozenset({"softmax", "logsoftmax", "sigmoid", "logsigmoid", "softmax2d"})
 
-_PASSED_OVER = frozenset(
-    {
-        "View",
-        "UnsafeView",
-        "ReshapeAlias",
-        "T",
-        "Transpose",
-        "Permute",
-        "Squeeze",
-        "Unsqueeze",
-        "Clone",
-        "ToCopy",
-        "Alias",
-        "Expand",
-        "Slice",
-        "Identity",
-        # What keeps probabilities away from 0 and 1 leaves them probabilities.
-        "Clamp",
-        "ClampMin",
-        "ClampMax",
-    }
-)
+_PASSED_OVER = RESHAPES | {
+    "ToCopy",
+    "Expand",
+    "Slice",
+    "Identity",
+    # What keeps probabilities away from 0 and 1 leaves them probabilities.
+    "Clamp",
+    "ClampMin",
+    "ClampMax",
+}
 
 _MOST_CALLS = 1000
 _MOST_NODES = 20_000

@@ -115,13 +115,18 @@ def phases(run: Recording) -> list[tuple[int, int]]:
     return list(zip(begins, [*begins[1:], max(run.n_steps, begins[-1]) + 1], strict=True))
 
 
+def in_phase(rows: pd.DataFrame, phase: tuple[int, int]) -> pd.DataFrame:
+    """Return the rows of a table that are of one phase."""
+    begin, end = phase
+    return rows.loc[(rows["step"] >= begin) & (rows["step"] < end)]
+
+
 def in_phases(run: Recording, rows: pd.DataFrame) -> list[pd.DataFrame]:
     """Return rows of a table, and after all together those of each phase if they lie in several.
 
     What is so in one training only is no less so for another that goes through the same line.
     """
-    own = [rows.loc[(rows["step"] >= begin) & (rows["step"] < end)] for begin, end in phases(run)]
-    own = [each for each in own if len(each)]
+    own = [each for phase in phases(run) if len(each := in_phase(rows, phase))]
     return [rows, *own] if len(own) > 1 else [rows]
 
 

@@ -235,6 +235,12 @@ class CapturedGraph:
         name: str = self.ops[int(self.op[node])]
         return name
 
+    def givers_of(self, node: int) -> list[int]:
+        """The nodes whose outputs a node used, once for each time."""
+        first, last = np.searchsorted(self.target, (node, node + 1))
+        givers: list[int] = self.source[first:last].tolist()
+        return givers
+
     def outputs_of(self, node: int) -> Outputs:
         """What a node gave in the forward."""
         outputs: Outputs = self.outputs[int(self.output[node])]

@@ -7,9 +7,10 @@ once all values it needs are known, in the order in which the events happened.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -156,13 +157,7 @@ class Ledger:
         held = set(_numbers_at(self._at[optimizer]))
         for other, attempt in self._attempts.items():
             if other != optimizer and attempt.taken and held & set(_numbers_at(self._at[other])):
-                self._attempts[optimizer] = replace(
-                    attempt,
-                    order=list(attempt.order),
-                    taken=list(attempt.taken),
-                    foreign=list(attempt.foreign),
-                    discarded=list(attempt.discarded),
-                )
+                self._attempts[optimizer] = copy.deepcopy(attempt)
 
     def forward(
         self,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradscope.rules.facts import listed, phases, span, stepped
+from gradscope.rules.facts import in_phase, listed, phases, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -136,9 +136,8 @@ class ExplodingGradient(Rule):
 def _is_large_at_start(run: Recording, own: pd.DataFrame, norms: np.ndarray) -> bool:
     losses = run.frame("losses")
     began_at = int(own["step"].iloc[0])
-    for begin, end in phases(run):
-        if begin <= began_at < end:
-            losses = losses.loc[losses["step"].between(begin, end - 1)]
+    own_phase = next(((a, b) for a, b in phases(run) if a <= began_at < b), None)
+    losses = losses if own_phase is None else in_phase(losses, own_phase)
     first = losses.loc[losses["step"] == losses["step"].min()] if len(losses) else losses
     first = first.loc[first["reached"].astype(bool)]
     began = int(own["optimizer_step"].iloc[0]) == 0

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradscope.rules.facts import belongs_to, has_moved, is_compiled, listed, phases, stepped
+from gradscope.rules.facts import (
+    belongs_to,
+    has_moved,
+    in_phase,
+    is_compiled,
+    listed,
+    phases,
+    stepped,
+)
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.rule import Rule
 from gradscope.run.recording import Recording
@@ -63,11 +71,8 @@ class CachedActivation(Rule):
 
     def check(self, run: Recording) -> list[Finding]:
         """Return at most one finding."""
-        for begin, end in _spans(run):
-            calls, steps = (
-                rows.loc[rows["step"].between(begin, end - 1)]
-                for rows in (run.frame("calls"), stepped(run))
-            )
+        for span in _spans(run):
+            calls, steps = (in_phase(rows, span) for rows in (run.frame("calls"), stepped(run)))
             found = self._in_phase(run, calls, steps)
             if found:
                 return found

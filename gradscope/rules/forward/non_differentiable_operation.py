@@ -140,13 +140,10 @@ class NonDifferentiableOperation(Rule):
 
 def _only_behind(graph: CapturedGraph, blocked: list[int]) -> set[str]:
     """Names of the parameters all of whose paths to the roots lead through blocked nodes."""
-    givers: dict[int, list[int]] = {}
-    for source, target in zip(graph.source.tolist(), graph.target.tolist(), strict=True):
-        givers.setdefault(target, []).append(source)
     seen = {int(root) for root in graph.roots} - set(blocked)
     pending = list(seen)
     while pending:
-        for giver in givers.get(pending.pop(), ()):
+        for giver in graph.givers_of(pending.pop()):
             if giver not in seen and giver not in blocked:
                 seen.add(giver)
                 pending.append(giver)

@@ -87,11 +87,10 @@ class SoftmaxOverBatch(Rule):
         losses = losses.loc[losses["function"].isin(_OF_CLASSES)]
         sizes = _batch_sizes(run)
         findings = []
-        for (_, _, dim), rows in losses.groupby(
-            ["file", "line", "input_dim"], sort=False, dropna=False
-        ):
+        by = ["file", "line", "input_dim"]
+        for _, rows in losses.groupby(by, sort=False, dropna=False):
             shapes = [shape_of(text) or () for text in rows["input_shape"]]
-            dim = int(str(dim))
+            dim = int(rows["input_dim"].iloc[0])
             if any(len(shape) == 2 for shape in shapes):
                 is_wrong = dim == 0 and not all(shape[:1] == shape[1:] for shape in shapes)
             else:
@@ -108,44 +107,35 @@ class SoftmaxOverBatch(Rule):
                 )
             ):
                 continue
-            findings.append(self._finding_for(run, rows, shapes[0], dim, 1, "classes"))
-        for (_, _, dim), rows in attention.groupby(
-            ["file", "line", "input_dim"], sort=False, dropna=False
-        ):
+            findings.append(self._finding_for(run, rows, shapes[0], 1, "classes"))
+        for _, rows in attention.groupby(by, sort=False, dropna=False):
             shapes = [shape_of(text) or () for text in rows["input_shape"]]
             batch = [sizes.get(step) for step in rows["step"]]
             if all(own[0] == size for own, size in zip(shapes, batch, strict=True)):
                 last = len(shapes[0]) - 1
-                findings.append(
-                    self._finding_for(run, rows, shapes[0], int(str(dim)), last, "keys")
-                )
+                findings.append(self._finding_for(run, rows, shapes[0], last, "keys"))
         return findings
 
     def _finding_for(
-        self,
-        run: Recording,
-        rows: pd.DataFrame,
-        shape: tuple[int, ...],
-        dim: int,
-        right: int,
-        others: str,
+        self, run: Recording, rows: pd.DataFrame, shape: tuple[int, ...], right: int, others: str
     ) -> Finding:
         row = rows.iloc[0]
         kind = str(row["input_made_by"])
         file, line = place_of(row, "made_at_")
         modules = culprits(run, kind)
-        of = "attention weights" if others == "keys" else "the prediction"
-        over, who = f"the batch of {shape[0]}", "examples compete"
-        if dim > 0:
-            is_head = others == "keys"
-            over = f"the {shape[dim]} {'heads' if is_head else 'places'}"
-            who = f"{'heads' if is_head else 'places'} compete"
+        dim = int(row["input_dim"])
+        of, who = (
+            ("attention weights", "heads") if others == "keys" else ("the prediction", "places")
+        )
+        over = f"the {shape[dim]} {who}"
+        if dim == 0:
+            over, who = f"the batch of {shape[0]}", "examples"
         return self.finding(
             message=(
                 f"the {kind}"
                 + (f" (module {', '.join(modules)})" if modules else "")
                 + f" of {of} of shape {list(shape)}{at(file, line)} runs over dim={dim}, {over}, "
-                f"and not over the {shape[right]} {others}: {who} with each other"
+                f"and not over the {shape[right]} {others}: {who} compete with each other"
             ),
             fix=f"give the {kind} the dimension of the {others}, which is dim={right} there",
             modules=modules,

@@ -25,7 +25,7 @@ def outputs_of_last_layer(graph: CapturedGraph) -> set[int]:
     level = [n for n in range(len(graph)) if operation(graph.op_of(n)) in _LOSSES]
     seen, sizes = set(level), set[int]()
     while level and not sizes:
-        givers = [(node, g) for node in level for g in graph.source[graph.target == node].tolist()]
+        givers = [(node, g) for node in level for g in graph.givers_of(node)]
         sizes = {_outputs(graph, node, giver) for node, giver in givers} - {0}
         level = list({giver for _, giver in givers} - seen)
         seen.update(level)

@@ -218,7 +218,7 @@ def _source_of(graph: CapturedGraph) -> str:
         is_negated ^= name == "Neg"
         givers = [
             giver
-            for giver in _givers(graph, node)
+            for giver in graph.givers_of(node)
             if name not in _SUMS or not _is_of_parameters(graph, giver)
         ]
         if len(givers) > 1 and name in _SUMS and is_negated:
@@ -246,7 +246,7 @@ def _negated_in_sum(graph: CapturedGraph, terms: list[int]) -> str:
                 return ""
             found.append(name)
         elif name in _MEANS or name in _SUMS or name == "Neg":
-            pending += [(giver, is_negated ^ (name == "Neg")) for giver in _givers(graph, node)]
+            pending += [(giver, is_negated ^ (name == "Neg")) for giver in graph.givers_of(node)]
     return found[0] if found and not pending else ""
 
 
@@ -263,7 +263,7 @@ def _is_of_parameters(graph: CapturedGraph, node: int) -> bool:
     pending, seen = [node], {node}
     while pending:
         node = pending.pop()
-        givers = _givers(graph, node)
+        givers = graph.givers_of(node)
         if operation(graph.op_of(node)) not in _OF_PARAMETERS or len(seen) > _MOST_NODES:
             return False
         size = _n_elements(graph, node)
@@ -285,11 +285,6 @@ def _n_elements(graph: CapturedGraph, node: int) -> int:
     return sum(math.prod(shape) for shape in graph.outputs_of(node).shapes)
 
 
-def _givers(graph: CapturedGraph, node: int) -> list[int]:
-    givers: list[int] = graph.source[graph.target == node].tolist()
-    return givers
-
-
 def _is_never_negative(graph: CapturedGraph, node: int, name: str) -> bool:
     return name in _NOT_NEGATIVE or _is_of_a_difference(graph, node, name)
 
@@ -299,13 +294,13 @@ def _is_of_a_difference(graph: CapturedGraph, node: int, name: str) -> bool:
 
     A power may be an odd one, but rarely is.
     """
-    givers = _givers(graph, node)
+    givers = graph.givers_of(node)
     is_square = name == "Mul" and len(givers) == 2 and givers[0] == givers[1]
     if not is_square and (name not in _SIZES or len(givers) != 1):
         return False
     for _ in range(_LONGEST_WAY):
         node = givers[0]
-        givers, name = _givers(graph, node), operation(graph.op_of(node))
+        givers, name = graph.givers_of(node), operation(graph.op_of(node))
         if name not in _VIEWS or len(givers) != 1:
             break
     return name in _DIFFERENCES and len(givers) == 1

@@ -56,6 +56,8 @@ class SummedLoss(Rule):
         """Return one finding per line that sums."""
         losses, steps = reached_losses(run), stepped(run)
         summed = losses.loc[losses["reduction"] == "sum"]
+        if summed.empty:
+            return []
         # A step too large for the loss to fall is no longer a matter of style.
         jumps = bool(LearningRateTooHigh().check(run))
         findings = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradscope.rules.facts import phases, span, stepped
+from gradscope.rules.facts import in_phase, phases, span, stepped
 from gradscope.rules.finding import Finding, Severity
 from gradscope.rules.learning.uninformed_loss_mismatch import UninformedLossMismatch
 from gradscope.rules.rule import Rule
@@ -88,11 +88,9 @@ class UnnormalizedInput(Rule):
         )
         if batches.empty or activations.empty or steps.empty:
             return []
-        for begin, end in phases(run):
-            of_inputs, of_outputs = (
-                rows.loc[rows["step"].between(begin, end - 1)] for rows in (batches, activations)
-            )
-            if of_inputs["step"].nunique() >= (_LEAST_LOOKS if begin else 1):
+        for phase in phases(run):
+            of_inputs, of_outputs = (in_phase(rows, phase) for rows in (batches, activations))
+            if of_inputs["step"].nunique() >= (_LEAST_LOOKS if phase[0] else 1):
                 found = self._in_phase(run, of_inputs, of_outputs, steps)
                 if found:
                     return found

@@ -111,24 +111,23 @@ def _of_a_loss(run: Recording, entries: list[ParameterEntry]) -> list[ParameterE
     The classes of a margin loss, weights of several tasks, transitions of a random field: nothing
     else could have learnt them.
     """
+    if not run.graphs:
+        return []
+    graph = run.graphs[min(run.graphs)]
     makers: set[str] = set()
-    for step in sorted(run.graphs)[:1]:
-        graph = run.graphs[step]
-        givers: dict[int, list[int]] = {}
-        for giver, taker in zip(graph.source.tolist(), graph.target.tolist(), strict=True):
-            givers.setdefault(taker, []).append(giver)
-        pending = [int(root) for root in graph.roots]
-        seen = set(pending)
-        while pending:
-            node = pending.pop()
-            if graph.outputs_of(node).shapes != ((),):
-                continue
-            call = int(graph.call[node])
-            while call >= 0:
-                makers |= {graph.calls.path(call), f"<{graph.calls.kind(call)}>"}
-                call = int(graph.calls.parent[call])
-            pending += [giver for giver in givers.get(node, ()) if giver not in seen]
-            seen.update(givers.get(node, ()))
+    pending = [int(root) for root in graph.roots]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if graph.outputs_of(node).shapes != ((),):
+            continue
+        call = int(graph.call[node])
+        while call >= 0:
+            makers |= {graph.calls.path(call), f"<{graph.calls.kind(call)}>"}
+            call = int(graph.calls.parent[call])
+        new = set(graph.givers_of(node)) - seen
+        pending += new
+        seen |= new
     return [e for e in entries if e.module in makers or f"<{e.module_type}>" in makers]
 
 

@@ -98,7 +98,6 @@ class UnscaledAccumulation(Rule):
 
     def check(self, run: Recording) -> list[Finding]:
         """Return one finding per optimizer that adds up."""
-        jumps = {found.optimizer for found in LearningRateTooHigh().check(run)}
         grads = run.frame("grads")
         by_clipping = grads["norm_before_clipping"].notna()
         edited = set(grads.loc[grads["edited"] & ~by_clipping, "step"])
@@ -112,6 +111,7 @@ class UnscaledAccumulation(Rule):
                 divided = not _adds_whole_losses(run, own, usual)
             if not usual or divided or edited & set(own["step"]):
                 continue
+            jumps = {found.optimizer for found in LearningRateTooHigh().check(run)}
             findings.append(
                 self.finding(
                     message=(
