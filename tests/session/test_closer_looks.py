@@ -383,6 +383,15 @@ def test_a_root_that_is_met_again_is_known() -> None:
     assert repeats.dropna().tolist() == [0, 2]
 
 
+def test_a_loss_behind_another_loss_is_no_repetition() -> None:
+    def behind(model: nn.Module, number: int) -> torch.Tensor:
+        inner = model(torch.randn(4, 3)).square().mean()
+        inner.exp().backward(retain_graph=True)
+        return inner + model(torch.randn(4, 3)).square().mean()
+
+    assert train(nn.Linear(3, 2), behind, 3)[0].backwards["repeats"].isna().all()
+
+
 def test_discarded_backwards_and_shared_gradients() -> None:
     model = nn.Linear(3, 2)
     first = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -294,6 +294,7 @@ def test_a_loss_function_of_many_examples_at_once_under_vmap() -> None:
 
     with gradscope.watch(model, optimizer, on_error="raise") as scope:
         for _ in range(3):
+            loss_of(model)  # with which a closer look begins
             parameters = {name: p.detach() for name, p in model.named_parameters()}
             per_sample = torch.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, y)
             for name, p in model.named_parameters():

@@ -74,6 +74,25 @@ def test_the_screen_fits_a_hundred_columns_and_forty_lines() -> None:
         assert len(lines) <= 40
 
 
+@pytest.mark.parametrize(
+    ("event", "detail", "said"),
+    [
+        ("instrument_failed", "step_started: ValueError", "a part of gradscope failed"),
+        ("ended", "RuntimeError: out of memory", "before RuntimeError ended the program"),
+    ],
+)
+def test_no_tick_where_nobody_can_say_that_all_is_well(event: str, detail: str, said: str) -> None:
+    scope = scope_of(clear=True)
+    assert "✓ no defect found" in plain_text(scope._recording)
+    row = {"step": 3, "event": event, "detail": detail, "subject": "", "file": ""}
+    scope._recording.rows("events").append(row)
+    for shown in (plain_text(scope._recording), html(scope._recording)):
+        assert "✓" not in shown
+        assert "✗" not in shown
+        assert "– no defect found" in shown
+        assert said in " ".join(shown.split())
+
+
 def test_an_empty_recording_has_a_screen() -> None:
     run = Recording()
     assert "no step of a watched optimizer was seen" in plain_text(run)
