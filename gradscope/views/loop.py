@@ -51,6 +51,7 @@ class LoopSummary:
         hidden: how many findings are too mild to be shown, and how to see them; empty for none.
         ended: class of the exception that ended the program; empty if none did.
         seen: whether any step of an optimizer was seen.
+        is_whole: whether nothing of it is lost: no part of gradscope failed, all files can be read.
     """
 
     title: str
@@ -63,13 +64,14 @@ class LoopSummary:
     hidden: str = ""
     ended: str = ""
     seen: bool = True
+    is_whole: bool = True
 
     @property
     def mark(self) -> str:
         """``✗``, ``✓``, or ``–`` where nobody can say that all is well."""
         if not self.healthy:
             return "✗"
-        return "–" if self.ended or not self.seen else "✓"
+        return "✓" if self.seen and self.is_whole and not self.ended else "–"
 
 
 # The first digits of a code say which lines of the loop its rule is about.
@@ -122,7 +124,8 @@ def summarize(
         checked=_checked(run, findings),
         hidden=_hidden(len(everything) - len(findings)),
         ended=ended,
-        seen=not (steps.empty or unread or is_blind),
+        seen=not steps.empty,
+        is_whole=not (unread or is_blind),
     )
 
 

@@ -213,6 +213,22 @@ def test_a_scope_that_saw_nothing_says_so() -> None:
     assert "Nothing can be said" in page.text("findings")
 
 
+def test_a_failed_part_is_no_loop_that_was_not_seen() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradscope.watch(model, optimizer) as scope:
+        for _ in range(12):
+            optimizer.zero_grad()
+            x = torch.randn(16, next(model.parameters()).shape[1])
+            model(x).square().mean().backward()
+            optimizer.step()
+    row = {"step": 3, "event": "instrument_failed", "detail": "symmetry: ValueError"}
+    scope._recording.rows("events").append({**row, "subject": "", "file": ""})
+    said = page_of(scope).text("findings")
+    assert "a part of gradscope failed" in said
+    assert "Nothing can be said" not in said
+
+
 def test_an_empty_recording_gives_a_page() -> None:
     page = Page(report_page(Recording()))
     assert "No parameter was watched" in page.text("parameters")

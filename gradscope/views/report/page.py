@@ -115,7 +115,6 @@ def report_page(
     return environment.from_string(_asset("report.html")).render(
         summary=summary,
         title=shown(summary.title, 200),
-        good=summary.mark == "✓",
         verdict=shown(summary.verdict, 300),
         words=contents.verdict_in_words(run, summary, findings),
         lines=_lines(summary.lines),
